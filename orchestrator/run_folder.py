@@ -1,0 +1,118 @@
+"""The run folder: every path a run writes, in one place, and atomic writes into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never a torn one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    fsync_dir(path.parent)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames inside `path` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`, or None where the file does not exist."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run. Everything a run leaves behind lies below `root`."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def spec(self) -> Path:
+        """The job as the user wrote it, overrides applied; `train` accepts it again."""
+        return self.root / "job.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def steps(self) -> Path:
+        """One JSON object per optimizer step."""
+        return self.root / "metrics" / "steps.jsonl"
+
+    @property
+    def evals(self) -> Path:
+        """One JSON object per evaluation."""
+        return self.root / "metrics" / "evals.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """Starts, restarts, checkpoints, stops: what happened and when."""
+        return self.root / "metrics" / "events.jsonl"
+
+    @property
+    def outcome(self) -> Path:
+        """How the last launch ended; absent while it runs."""
+        return self.root / "outcome.json"
+
+    @property
+    def baseline(self) -> Path:
+        return self.root / "metrics" / "baseline.json"
+
+    @property
+    def stop_request(self) -> Path:
+        """Exists when somebody asked the workers to commit and leave."""
+        return self.root / "STOP"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+def list_runs(storage: Path) -> list[RunFolder]:
+    """Every run below `storage`, oldest first."""
+    found = [path.parent for path in storage.glob("*/plan.json")]
+    return [RunFolder(path) for path in sorted(found, key=lambda p: p.stat().st_mtime)]

@@ -1,0 +1,47 @@
+"""Where rows come from, and in which order they are seen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.values import Frozen
+
+
+class OrderSpec(Frozen):
+    """The order of rows: a pure function of data, seed, epoch and global batch, never of workers."""
+
+    shuffle: Literal["full", "windows", "none"] = "full"
+    """`full`: one permutation of all rows per epoch. `windows`: shuffles shards, then rows within a
+    window, so that reads stay local on data larger than memory. `none`: the order of the files."""
+    window_rows: Annotated[int, Field(ge=1)] = 1_000_000
+    """Rows per shuffle window under `windows`."""
+    group_by_length: bool | Literal["auto"] = "auto"
+    """Form batches of similar length inside pools of 50 global batches: less padding. `auto`: on,
+    unless rows are packed to one length."""
+
+
+class DataSpec(Frozen):
+    """Input files. Paths, globs, lists of them, or any URL that pyarrow's or fsspec's file systems read."""
+
+    train: str | tuple[str, ...]
+    """Training rows."""
+    eval: str | tuple[str, ...] | None = None
+    """Evaluation rows. At most one of `eval` and `eval_fraction`."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold out this share of the training rows, chosen by a hash of `seed` and row number."""
+    format: Literal["auto", "parquet", "jsonl", "csv", "text"] = "auto"
+    """`auto` goes by the file name's ending."""
+    max_length_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    """Longest row in tokens. `auto`: the model's own limit, at most 512."""
+    over_long: Literal["truncate", "bad_row"] = "truncate"
+    """What happens to longer rows; truncations are counted in the manifest."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """`error` names file and row and stops; `skip` counts and lists them in the manifest."""
+    order: OrderSpec = OrderSpec()
+    """Order of training rows."""
+    shard_rows: Annotated[int, Field(ge=1)] = 65_536
+    """Most rows per Arrow shard."""
+    prepared_dir: str = "prepared"
+    """Where prepared shards are kept, one folder per fingerprint; shared by all runs."""

@@ -1,0 +1,126 @@
+"""Pydantic's errors in the words of the job file: one problem per field, nearest name, fix."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from orchestrator.errors import Problem
+from orchestrator.spec.job import JobSpec
+
+
+def problems_from(error: ValidationError, data: dict[str, Any]) -> list[Problem]:
+    """One Problem per field: the alternatives of a union are joined into one sentence."""
+    by_field: dict[str, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        by_field.setdefault(_field_path(detail, data), []).append(detail)
+    return [_problem(field, details, data) for field, details in by_field.items()]
+
+
+def _field_path(detail: ErrorDetails, data: Any) -> str:
+    """The location as the user wrote it, without the names pydantic adds for union members."""
+    path: list[str] = []
+    here = data
+    for part in detail["loc"]:
+        if isinstance(here, dict) and part in here:
+            path.append(str(part))
+            here = here[part]
+        elif isinstance(here, list | tuple) and isinstance(part, int) and part < len(here):
+            path.append(str(part))
+            here = here[part]
+    if detail["type"] == "missing":
+        path.append(str(detail["loc"][-1]))
+    return ".".join(path) or "job"
+
+
+def _problem(field: str, details: list[ErrorDetails], data: dict[str, Any]) -> Problem:
+    detail = details[0]
+    parents, _, last = field.rpartition(".")
+    match detail["type"]:
+        case "missing":
+            return Problem(field, "is required", _purpose(field, data))
+        case "extra_forbidden":
+            model = _model_at(parents.split(".") if parents else [], data)
+            names = list(model.model_fields) if model else []
+            return Problem(field, "is not a field", _nearest(last, names, "known here"))
+        case "union_tag_invalid":
+            names = [n.strip("' ") for n in detail["ctx"]["expected_tags"].split(",")]
+            tag = detail["ctx"]["tag"]
+            return Problem(f"{field}.type", "is not one of the kinds", _nearest(tag, names), tag)
+        case "union_tag_not_found":
+            return Problem(field, "needs a `type`", _purpose(field, data))
+        case _:
+            why = " or ".join(dict.fromkeys(_sentence(d) for d in details))
+            return Problem(field, why, _literal_hint(detail), detail["input"])
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    message = detail["msg"]
+    if detail["type"] == "string_pattern_mismatch":
+        return "must be lower-case letters, digits, '.', '_' or '-', at most 63 characters"
+    if message.startswith("Input should be "):
+        return f"must be {message.removeprefix('Input should be ')}"
+    return message[:1].lower() + message[1:]
+
+
+def _literal_hint(detail: ErrorDetails) -> str:
+    value = detail["input"]
+    if detail["type"] != "literal_error" or not isinstance(value, str):
+        return ""
+    options = detail["ctx"]["expected"].replace(" or ", ", ").split(", ")
+    close = difflib.get_close_matches(value, [o.strip("'") for o in options], n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _nearest(word: str, names: list[str], label: str = "choose from") -> str:
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"{label}: {', '.join(names)}" if names else ""
+
+
+def _purpose(field: str, data: dict[str, Any]) -> str:
+    """The first sentence of a field's documentation."""
+    parents, _, last = field.rpartition(".")
+    model = _model_at(parents.split(".") if parents else [], data)
+    info = model.model_fields.get(last) if model else None
+    if info is None or not info.description:
+        return ""
+    return " ".join(info.description.split()).split(". ")[0].rstrip(".")
+
+
+def _model_at(path: list[str], data: Any) -> type[BaseModel] | None:
+    """The spec class that describes `path`; a tagged union is resolved by the data's own `type`."""
+    model: type[BaseModel] = JobSpec
+    here = data
+    for part in path:
+        here = here.get(part) if isinstance(here, dict) else None
+        if part not in model.model_fields:
+            return None
+        members = model_members(model.model_fields[part].annotation)
+        tag = here.get("type") if isinstance(here, dict) else None
+        chosen = [m for m in members if tag in _tags(m)] or [m for m in members if not _tags(m)]
+        chosen = chosen or [m for m in members if not m.model_fields["type"].is_required()]
+        if not chosen:
+            return None
+        model = chosen[0]
+    return model
+
+
+def model_members(annotation: Any) -> list[type[BaseModel]]:
+    """The spec classes inside an annotation: itself, or the members of its unions and tuples."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
+        return [m for a in typing.get_args(annotation) for m in model_members(a)]
+    return []
+
+
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    info = model.model_fields.get("type")
+    return typing.get_args(info.annotation) if info else ()

@@ -1,0 +1,130 @@
+"""The job: everything a user says, as one frozen value."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.model import FullTuning, ModelSpec, TuningSpec
+from orchestrator.spec.optimization import (
+    AdamW,
+    BatchSpec,
+    LinearSchedule,
+    OptimizerSpec,
+    ScheduleSpec,
+    ZeroSpec,
+)
+from orchestrator.tasks import TaskSpec
+from orchestrator.values import Frozen
+
+
+class StopSpec(Frozen):
+    """When training ends: whichever comes first."""
+
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows; fractions allowed. Default 1 where neither limit is given."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps."""
+    max_time_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of training, restarts included. Reaching it commits a checkpoint first."""
+
+
+class ResourcesSpec(Frozen):
+    """What the job asks of the cluster."""
+
+    num_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Ray Train workers. `auto`: one per GPU, or two on CPU."""
+    gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    """`auto`: 1 where the cluster has GPUs, else 0 (CPU and gloo)."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """CPU cores per worker, also its thread count. `auto`: an equal share of the node."""
+
+
+class EvaluationSpec(Frozen):
+    """When the model is measured on held-out rows, and by what."""
+
+    every_steps: Annotated[int, Field(ge=1)] | Literal["epoch", "end"] = "epoch"
+    """Steps between evaluations, at every `epoch`'s end, or only at the `end`. The end always counts."""
+    metric: str | None = None
+    """The metric that names the best model. Default: the task's (`accuracy`, `loss`)."""
+    baseline_rows: Annotated[int, Field(ge=2)] | Literal["all"] | None = None
+    """Text classification: also fit a logistic regression on the untouched model's mean-pooled
+    features of this many training rows, and report it beside the result."""
+
+
+class CheckpointSpec(Frozen):
+    """When state is saved, and how much of it is kept."""
+
+    every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Steps between checkpoints. `auto`: ten over the run, at least 20 steps apart."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Committed checkpoints kept, newest first; the best evaluated one is kept beside them."""
+    mode: Literal["async", "sync"] = "async"
+    """`async` hashes and uploads while training goes on; `sync` waits for the commit."""
+
+
+class FaultsSpec(Frozen):
+    """What the run does when the cluster fails it."""
+
+    max_restarts: Annotated[int, Field(ge=0)] = 8
+    """Restarts of the worker group before the run gives up."""
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 3
+    """Consecutive steps skipped for non-finite gradients before the run stops as diverged."""
+    health_timeout_s: Annotated[float, Field(gt=0)] = 60
+    """A worker that answers nothing for this long is taken for dead."""
+
+
+class TrackingSpec(Frozen):
+    """Where figures go besides the run folder and its TensorBoard files."""
+
+    mlflow: str | None = None
+    """MLflow tracking URI (`file:runs/mlruns`, `http://…`). Needs the `mlflow` extra."""
+    project: str | None = None
+    """MLflow experiment. Default: the job's name."""
+
+
+class JobSpec(Frozen):
+    """One fine-tuning job."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+    """Run name: lower-case letters, digits, `.`, `_`, `-`. Running the same name again resumes it."""
+    task: TaskSpec
+    """What is learnt."""
+    model: ModelSpec
+    """What is tuned."""
+    data: DataSpec
+    """What it learns from."""
+    tuning: TuningSpec = FullTuning()
+    """Which weights move."""
+    optimizer: OptimizerSpec = AdamW()
+    """How they move."""
+    schedule: ScheduleSpec = LinearSchedule()
+    """How the learning rate changes."""
+    batch: BatchSpec = BatchSpec()
+    """Rows per step."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 on GPUs that have it, else fp32."""
+    gradient_clipping: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global L2 norm of the gradient; null switches clipping off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    zero: ZeroSpec = ZeroSpec()
+    """DeepSpeed ZeRO."""
+    stop: StopSpec = StopSpec()
+    """When to stop."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """When to measure."""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    """When to save."""
+    resources: ResourcesSpec = ResourcesSpec()
+    """What to run on."""
+    faults: FaultsSpec = FaultsSpec()
+    """How to survive."""
+    tracking: TrackingSpec = TrackingSpec()
+    """Whom to tell."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seeds order, initial weights and dropout."""
+    storage: str = "runs"
+    """Folder of all runs; on several nodes a path that every node sees."""

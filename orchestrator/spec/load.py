@@ -1,0 +1,139 @@
+"""YAML and dotted overrides → a frozen JobSpec, or every problem at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.errors import Problem, SpecError
+from orchestrator.spec.explain import problems_from
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.rules import broken_rules
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader keeps the last of two equal keys; a job file must not hide one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises SpecError where the file cannot be read, is not YAML or is not a mapping.
+    """
+    source = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise SpecError([Problem(source, f"cannot be read: {why}")], source) from error
+    try:
+        data = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506, a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else source
+        why = getattr(error, "problem", None) or str(error)
+        raise SpecError([Problem(where, f"not valid YAML: {why}")], source) from error
+    if not isinstance(data, dict):
+        raise SpecError([Problem(source, "a job file is a mapping of fields to values")], source)
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`data` with each `dotted.key=value` set; values are read as YAML. The input is not changed."""
+    problems: list[Problem] = []
+    result: dict[str, Any] = dict(data)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            problems.append(
+                Problem(override, "is not an override", "write key=value, as in optimizer.lr=3e-5")
+            )
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(Problem(key, "its value is not valid YAML", "quote it", text))
+            continue
+        result = _with_value(result, key.strip().split("."), value)
+    if problems:
+        raise SpecError(problems, "overrides")
+    return result
+
+
+def _with_value(data: Any, path: list[str], value: Any) -> dict[str, Any]:
+    head, *rest = path
+    copy = dict(data) if isinstance(data, dict) else {}
+    copy[head] = _with_value(copy.get(head), rest, value) if rest else value
+    return copy
+
+
+def parse_spec(data: dict[str, Any], source: str = "job") -> JobSpec:
+    """Validate a mapping.
+
+    Raises SpecError with all problems: of single fields, and of fields that do not go together.
+    """
+    try:
+        spec = JobSpec.model_validate(data)
+    except ValidationError as error:
+        problems = problems_from(error, data)
+        raise SpecError(problems + _rules_beside(data, error, problems), source) from error
+    if problems := broken_rules(spec):
+        raise SpecError(problems, source)
+    return spec
+
+
+def _rules_beside(
+    data: dict[str, Any], error: ValidationError, found: list[Problem]
+) -> list[Problem]:
+    """Rules across fields that break beside the broken fields.
+
+    The broken fields are put back to their defaults, so that one typo does not hide the rest.
+    """
+    repaired = data
+    for problem in found:
+        repaired = _without(repaired, problem.field.split("."))
+    try:
+        spec = JobSpec.model_validate(repaired)
+    except ValidationError:
+        return []
+    broken = {problem.field for problem in found}
+    return [problem for problem in broken_rules(spec) if problem.field not in broken]
+
+
+def _without(data: Any, path: list[str]) -> Any:
+    if not isinstance(data, dict):
+        return data
+    head, *rest = path
+    if rest:
+        return {k: (_without(v, rest) if k == head else v) for k, v in data.items()}
+    return {k: v for k, v in data.items() if k != head}
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """Read a job file, apply `key=value` overrides, validate.
+
+    Raises SpecError listing every problem found.
+    """
+    return parse_spec(apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def dump_spec(spec: JobSpec) -> str:
+    """The spec as YAML that `load_spec` reads back to an equal value; unset fields stay unset."""
+    return yaml.safe_dump(
+        spec.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
+    )

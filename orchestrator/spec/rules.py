@@ -1,0 +1,154 @@
+"""Rules across fields: combinations that parse but cannot mean anything."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestrator.errors import Problem
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.model import LoraTuning
+
+
+def broken_rules(spec: JobSpec) -> list[Problem]:
+    """Every rule across fields that `spec` breaks, in the order of the job file."""
+    rules = (_model, _data, _optimization, _zero, _evaluation, _files)
+    return [problem for rule in rules for problem in rule(spec)]
+
+
+def _model(spec: JobSpec) -> Iterator[Problem]:
+    model = spec.model
+    if (model.pretrained is None) == (model.config is None):
+        yield Problem(
+            "model",
+            "needs exactly one of `pretrained` and `config`",
+            "pretrained: a hub id or folder; config: a transformers config, trained from scratch",
+        )
+    if model.config is not None:
+        if "model_type" not in model.config:
+            yield Problem("model.config.model_type", "is required", "as in model_type: llama")
+        if model.tokenizer is None:
+            yield Problem(
+                "model.tokenizer", "is required with model.config", "a hub id or a folder"
+            )
+        if isinstance(spec.tuning, LoraTuning):
+            yield Problem(
+                "tuning.type",
+                "adapters on random weights learn nothing useful",
+                "use model.pretrained, or tuning.type: full",
+                "lora",
+            )
+    if model.gguf_file is not None and model.pretrained is None:
+        yield Problem("model.gguf_file", "needs model.pretrained", "the folder that holds the file")
+
+
+def _data(spec: JobSpec) -> Iterator[Problem]:
+    data = spec.data
+    if data.eval is not None and data.eval_fraction is not None:
+        yield Problem("data.eval_fraction", "excludes data.eval", "keep one of the two")
+    if not data.train:
+        yield Problem("data.train", "names no file", "a path, a glob or a list of them")
+    if spec.data.order.shuffle != "windows" and "window_rows" in data.order.model_fields_set:
+        yield Problem(
+            "data.order.window_rows",
+            "has no effect unless data.order.shuffle is windows",
+            "set data.order.shuffle=windows or drop it",
+            data.order.window_rows,
+        )
+    yield from spec.task.broken_rules(has_eval=bool(data.eval or data.eval_fraction))
+
+
+def _optimization(spec: JobSpec) -> Iterator[Problem]:
+    schedule = spec.schedule
+    if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
+        yield Problem("schedule.warmup_ratio", "excludes schedule.warmup_steps", "keep one")
+    max_steps = spec.stop.max_steps
+    if max_steps is not None and (schedule.warmup_steps or 0) >= max_steps:
+        yield Problem(
+            "schedule.warmup_steps",
+            f"the warm-up must end before stop.max_steps = {max_steps}",
+            f"at most {max_steps - 1}",
+            schedule.warmup_steps,
+        )
+    if spec.optimizer.type == "sgd" and spec.optimizer.nesterov and spec.optimizer.momentum == 0:
+        yield Problem("optimizer.nesterov", "needs momentum above 0", "momentum: 0.9", True)
+    batch = spec.batch
+    if (
+        batch.global_rows != "auto"
+        and batch.micro_rows != "auto"
+        and batch.micro_rows > batch.global_rows
+    ):
+        yield Problem(
+            "batch.micro_rows",
+            f"exceeds batch.global_rows = {batch.global_rows}",
+            f"at most {batch.global_rows}",
+            batch.micro_rows,
+        )
+
+
+def _zero(spec: JobSpec) -> Iterator[Problem]:
+    zero, gpus = spec.zero, spec.resources.gpus_per_worker
+    if zero.offload_param == "cpu" and zero.stage not in (3, "auto"):
+        yield Problem(
+            "zero.offload_param", "needs zero.stage 3", "zero.stage: 3", zero.offload_param
+        )
+    if zero.offload_optimizer == "cpu" and zero.stage == 0:
+        yield Problem(
+            "zero.offload_optimizer",
+            "needs zero.stage 1, 2 or 3",
+            "zero.stage: 1",
+            zero.offload_optimizer,
+        )
+    offloads = [n for n in ("offload_optimizer", "offload_param") if getattr(zero, n) == "cpu"]
+    if gpus == 0 and offloads:
+        yield Problem(
+            f"zero.{offloads[0]}",
+            "has no meaning for CPU workers: everything is in host memory already",
+            "drop it, or set resources.gpus_per_worker",
+            "cpu",
+        )
+
+
+def _evaluation(spec: JobSpec) -> Iterator[Problem]:
+    metric = spec.evaluation.metric
+    names = spec.task.metric_names
+    if metric is not None and metric not in names:
+        yield Problem(
+            "evaluation.metric",
+            f"{spec.task.type} does not report it",
+            f"choose from: {', '.join(names)}",
+            metric,
+        )
+    if spec.evaluation.baseline_rows is not None and spec.task.type != "text_classification":
+        yield Problem(
+            "evaluation.baseline_rows",
+            "the frozen-feature baseline exists for text_classification only",
+            "drop it",
+            spec.evaluation.baseline_rows,
+        )
+
+
+def _files(spec: JobSpec) -> Iterator[Problem]:
+    for field in ("train", "eval"):
+        value = getattr(spec.data, field)
+        for path in (value,) if isinstance(value, str) else (value or ()):
+            if "://" not in path and not glob.glob(path, recursive=True):
+                yield Problem(f"data.{field}", "no such file", _near_file(path), path)
+    for field in ("pretrained", "tokenizer"):
+        name = getattr(spec.model, field)
+        if name and _looks_local(name) and not Path(name).is_dir():
+            yield Problem(f"model.{field}", "no such folder", _near_file(name), name)
+
+
+def _looks_local(name: str) -> bool:
+    """Hub ids have at most one slash and no leading dot, slash or tilde."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _near_file(path: str) -> str:
+    parent = Path(path).parent
+    if not parent.is_dir():
+        return f"the folder {str(parent)!r} does not exist here ({Path.cwd()})"
+    names = sorted(p.name for p in parent.iterdir())[:6]
+    return f"{str(parent)!r} holds: {', '.join(names) or 'nothing'}"

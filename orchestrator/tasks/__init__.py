@@ -1,0 +1,16 @@
+"""What a task is: one variant of a tagged union, which knows its rows, loss, metrics and predictions.
+
+A new task is one frozen class with the members of `Task`, one more arm in `TaskSpec`, one test.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from orchestrator.tasks.base import BadRow, EncodedRow, Task
+from orchestrator.tasks.causal_lm import CausalLM
+from orchestrator.tasks.text_classification import TextClassification
+
+TaskSpec = Annotated[TextClassification | CausalLM, Field(discriminator="type")]
+
+__all__ = ["BadRow", "CausalLM", "EncodedRow", "Task", "TaskSpec", "TextClassification"]
