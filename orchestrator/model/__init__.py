@@ -1,0 +1,1 @@
+"""Hugging Face models: config, tokenizer, weights, and which of them move."""

@@ -1,0 +1,85 @@
+"""What prepared data is: shards, counts, checksums, and the fingerprint they were made under."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from orchestrator.errors import DataError
+from orchestrator.run_folder import read_json
+from orchestrator.values import Frozen
+
+FORMAT_VERSION = 1
+"""Raised when prepared shards of an older version must not be read."""
+
+
+class Shard(Frozen):
+    """One Arrow IPC file."""
+
+    file: str
+    rows: int
+    size_bytes: int
+    sha256: str
+
+
+class BadRowRecord(Frozen):
+    """An input row that was left out."""
+
+    file: str
+    row: int
+    why: str
+
+
+class Manifest(Frozen):
+    """A prepared data set. Where the file exists, the set is complete."""
+
+    version: int = FORMAT_VERSION
+    fingerprint: str
+    inputs: tuple[str, ...]
+    features: dict[str, str]
+    labels: tuple[str, ...]
+    max_length_tokens: int
+    longest_tokens: int
+    rows: int
+    tokens: int
+    target_tokens: int
+    input_rows: int
+    truncated_rows: int
+    bad_rows: int
+    bad_row_examples: tuple[BadRowRecord, ...] = ()
+    shards: tuple[Shard, ...]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens per prepared row."""
+        return self.tokens / max(self.rows, 1)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest in `folder`; None where there is none or it is of another version."""
+    data = read_json(folder / "manifest.json")
+    if data is None or data.get("version") != FORMAT_VERSION:
+        return None
+    return Manifest.model_validate(data)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify_shards(folder: Path, manifest: Manifest) -> None:
+    """Compare every shard with its checksum; raises DataError naming the first that differs."""
+    for shard in manifest.shards:
+        path = folder / shard.file
+        if not path.exists():
+            raise DataError(f"{path}: this shard is missing. Delete {folder} and run prepare again.")
+        if path.stat().st_size != shard.size_bytes or sha256_of(path) != shard.sha256:
+            raise DataError(
+                f"{path}: its content does not match the manifest's checksum. "
+                f"Delete {folder} and run prepare again."
+            )

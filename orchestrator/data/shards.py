@@ -1,0 +1,63 @@
+"""Random access to prepared shards: memory-mapped, nothing read but the rows asked for."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from orchestrator.data.manifest import Manifest
+from orchestrator.data.prepare import BATCH_ROWS
+
+
+class ShardReader:
+    """Rows of one prepared data set by global row id (shards in manifest order)."""
+
+    def __init__(self, folder: str, shard_files: tuple[str, ...], shard_rows: tuple[int, ...]) -> None:
+        self.folder = folder
+        self.shard_files = shard_files
+        self.starts = np.cumsum([0, *shard_rows])
+
+    def take(self, rows: np.ndarray) -> pa.Table:
+        """The given rows, shape (n,), in the given order; touches only the record batches they are in."""
+        shard_of = np.searchsorted(self.starts, rows, side="right") - 1
+        local = rows - self.starts[shard_of]
+        place = shard_of * (1 << 40) + local // BATCH_ROWS
+        by_place = np.argsort(place, kind="stable")
+        edges = np.flatnonzero(np.diff(place[by_place], prepend=-1, append=-1))
+        parts = []
+        for start, stop in zip(edges, edges[1:], strict=False):
+            chosen = by_place[start:stop]
+            batch = self._batch(int(shard_of[chosen[0]]), int(local[chosen[0]] // BATCH_ROWS))
+            parts.append(batch.take(pa.array(local[chosen] % BATCH_ROWS)))
+        gathered = pa.Table.from_batches(parts).combine_chunks()
+        back = np.empty(len(rows), dtype=np.int64)
+        back[by_place] = np.arange(len(rows))
+        return gathered.take(pa.array(back))
+
+    def column(self, name: str) -> np.ndarray:
+        """A whole integer column, shape (rows,)."""
+        parts = []
+        for i in range(len(self.shard_files)):
+            file = _open(self.folder, self.shard_files[i])
+            for k in range(file.num_record_batches):
+                parts.append(file.get_batch(k).column(name).to_numpy(zero_copy_only=False))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+    def _batch(self, shard: int, index: int) -> pa.RecordBatch:
+        return _open(self.folder, self.shard_files[shard]).get_batch(index)
+
+
+def open_shards(folder: Path | str, manifest: Manifest) -> ShardReader:
+    """A reader over all shards of `manifest`."""
+    return ShardReader(
+        str(folder), tuple(s.file for s in manifest.shards), tuple(s.rows for s in manifest.shards)
+    )
+
+
+@lru_cache(maxsize=256)
+def _open(folder: str, name: str) -> Any:
+    return pa.ipc.open_file(pa.memory_map(str(Path(folder) / name), "r"))

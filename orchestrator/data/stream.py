@@ -1,0 +1,203 @@
+"""Prepared rows → each worker, through Ray Data, in exactly the order that `order` says.
+
+One block holds one rank's rows for a run of consecutive steps. Blocks are listed run by run, rank by
+rank, and hold equally many rows, so that `streaming_split(equal=False)`, which hands the next block
+to the output with the fewest rows, deals them out 0, 1, …, w−1, 0, …. Ray promises no such order:
+every row carries its step and rank, and the worker checks both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from orchestrator.data.order import PADDING, Order, rows_per_rank
+from orchestrator.data.shards import ShardReader
+from orchestrator.errors import DataError
+
+BLOCK_ROWS = 256
+"""Rows per block, about: enough to hide a task's cost, few enough that the first comes at once."""
+SEGMENT_BLOCKS = 4096
+"""Most blocks in one Ray Data set; the next is opened while the present one runs."""
+MEMORY_BYTES = 256 * 2**20
+"""Object-store memory that Ray Data may fill ahead of the workers."""
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One rank's share of one global batch.
+
+    `rows`: feature arrays per row. `weights` (rows,): 0 where a row only fills. `denominator`: targets
+    in the whole global batch, over all ranks. `row_ids` (rows,): global row ids.
+    """
+
+    step: int
+    rows: list[dict[str, np.ndarray]]
+    weights: np.ndarray
+    row_ids: np.ndarray
+    denominator: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of rows that count."""
+        real = zip(self.rows, self.weights, strict=True)
+        return sum(len(row["input_ids"]) for row, weight in real if weight > 0)
+
+
+Segment = tuple[int, int]
+"""Steps from…to (exclusive) that one Ray Data set serves."""
+
+
+def segments(start: int, stop: int, global_rows: int, world_size: int) -> list[Segment]:
+    """Cut steps start..stop into runs of at most SEGMENT_BLOCKS blocks."""
+    size = steps_per_block(global_rows, world_size) * max(1, SEGMENT_BLOCKS // world_size)
+    return [(s, min(s + size, stop)) for s in range(start, stop, size)]
+
+
+def steps_per_block(global_rows: int, world_size: int) -> int:
+    """Steps whose rows share one block."""
+    return max(1, BLOCK_ROWS // rows_per_rank(global_rows, world_size))
+
+
+def _with_position(
+    reader: ShardReader, ids: np.ndarray, steps: np.ndarray, rank: int, totals: np.ndarray
+) -> pa.Table:
+    per_step = len(ids) // len(steps)
+    real = ids[ids != PADDING]
+    stand_in = real[0] if len(real) else 0
+    table = reader.take(np.where(ids == PADDING, stand_in, ids))
+    for name, values in (
+        ("row_id", ids),
+        ("step", np.repeat(steps, per_step)),
+        ("rank", np.full(len(ids), rank)),
+        ("denominator", np.repeat(totals, per_step)),
+    ):
+        table = table.append_column(name, pa.array(values, type=pa.int64()))
+    return table
+
+
+def make_dataset(
+    reader: ShardReader, order: Order, n_targets: np.ndarray, segment: Segment, world_size: int
+) -> Any:
+    """A Ray Data set of the segment's blocks, lazily read, in order."""
+    import ray
+    from ray.data import ExecutionResources
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    blocks = _blocks(order, n_targets, segment, world_size)
+
+    class PreparedBlocks(Datasource):
+        """Our shards as Ray Data read tasks, one per block."""
+
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        ) -> list[ReadTask]:
+            meta = partial(BlockMetadata, size_bytes=None, exec_stats=None, input_files=None)
+            return [
+                ReadTask(partial(_read_block, reader, *block), meta(num_rows=len(block[0])))
+                for block in blocks
+            ]
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=MEMORY_BYTES)
+    with ray.data.DataContext.current(context):
+        return ray.data.read_datasource(
+            PreparedBlocks(), override_num_blocks=len(blocks), ray_remote_args={"num_cpus": 0.5}
+        )
+
+
+def _blocks(
+    order: Order, n_targets: np.ndarray, segment: Segment, world_size: int
+) -> list[tuple[np.ndarray, np.ndarray, int, np.ndarray]]:
+    """(row ids, steps, rank, denominators) of every block, run by run, rank by rank."""
+    size = steps_per_block(order.global_rows, world_size)
+    out = []
+    for start in range(segment[0], segment[1], size):
+        steps = range(start, min(start + size, segment[1]))
+        batches = [order.batch(step) for step in steps]
+        totals = np.array([n_targets[b[b != PADDING]].sum() for b in batches], dtype=np.int64)
+        for rank in range(world_size):
+            ids = np.concatenate([order.rank_rows(step, rank, world_size) for step in steps])
+            out.append((ids, np.array(steps), rank, totals))
+    return out
+
+
+def _read_block(
+    reader: ShardReader, ids: np.ndarray, steps: np.ndarray, rank: int, totals: np.ndarray
+) -> list[pa.Table]:
+    return [_with_position(reader, ids, steps, rank, totals)]
+
+
+def split_for_workers(dataset: Any, world_size: int) -> list[Any]:
+    """One picklable iterator per rank."""
+    iterators: list[Any] = dataset.streaming_split(world_size, equal=False)
+    return iterators
+
+
+def read_steps(iterator: Any, segment: Segment, rank: int, rows_per_step: int) -> Iterator[StepRows]:
+    """A rank's steps of one segment; raises DataError where a block is not the one due."""
+    due = segment[0]
+    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        for step_rows in unpack(table, rows_per_step):
+            _verify(step_rows[1], step_rows[2], due, rank)
+            due += 1
+            yield step_rows[0]
+    if due != segment[1]:
+        raise DataError(f"the stream ended at step {due}, step {segment[1]} was due")
+
+
+def _verify(step: int, rank: int, due: int, mine: int) -> None:
+    if (step, rank) != (due, mine):
+        raise DataError(
+            f"Ray Data delivered step {step} of rank {rank} where step {due} of rank {mine} was due. "
+            "Training on would use wrong rows; please report this with the Ray version."
+        )
+
+
+def unpack(table: pa.Table, rows_per_step: int) -> Iterator[tuple[StepRows, int, int]]:
+    """Cut a block into steps: (rows, step, rank)."""
+    features = [n for n in table.column_names if n not in ("row_id", "step", "rank", "denominator", "length", "n_targets")]  # fmt: skip
+    columns = {name: _row_arrays(table.column(name)) for name in features}
+    ids, steps, ranks, totals = (
+        table.column(n).to_numpy() for n in ("row_id", "step", "rank", "denominator")
+    )
+    for start in range(0, table.num_rows, rows_per_step):
+        span = range(start, start + rows_per_step)
+        rows = [{name: get(i) for name, get in columns.items()} for i in span]
+        row_ids = ids[span.start : span.stop]
+        weights = (row_ids != PADDING).astype(np.float32)
+        step = int(steps[start])
+        yield StepRows(step, rows, weights, row_ids, int(totals[start])), step, int(ranks[start])
+
+
+def _row_arrays(column: pa.ChunkedArray) -> Callable[[int], Any]:
+    """Row → numpy view of a list column, or the value of a plain one, without copying."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0)
+    if not pa.types.is_list(array.type):
+        plain = array.to_numpy(zero_copy_only=False)
+        return lambda i: plain[i]
+    offsets, values = array.offsets.to_numpy(), array.values.to_numpy(zero_copy_only=False)
+    return lambda i: values[offsets[i] : offsets[i + 1]]
+
+
+def micro_batches(step: StepRows, micro_rows: int) -> Sequence[tuple[list[Any], np.ndarray]]:
+    """(rows, weights) per forward pass, all of `micro_rows` rows; the last is filled up."""
+    out = []
+    for start in range(0, len(step.rows), micro_rows):
+        rows, weights = step.rows[start : start + micro_rows], step.weights[start : start + micro_rows]
+        missing = micro_rows - len(rows)
+        out.append((rows + rows[:1] * missing, np.concatenate([weights, np.zeros(missing, np.float32)])))
+    return out

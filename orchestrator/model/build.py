@@ -1,0 +1,125 @@
+"""The model itself: weights or none, frozen parts, adapters."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.model.config import load_config
+from orchestrator.spec import JobSpec
+from orchestrator.spec.model import FullTuning, LoraTuning
+
+if TYPE_CHECKING:
+    import torch
+
+
+def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -> torch.nn.Module:
+    """The model that is trained: loaded in fp32 (or on the meta device, without weights), then tuned.
+
+    `on_meta` gives names, shapes and what is trainable at no cost; the planner counts with it.
+    """
+    import torch
+    import transformers
+
+    config = load_config(spec, labels)
+    auto = getattr(transformers, spec.task.auto_class)
+    extra = {} if spec.model.attention == "auto" else {"attn_implementation": spec.model.attention}
+    if on_meta:
+        with torch.device("meta"):
+            model = auto.from_config(config, **extra)
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()
+    elif spec.model.pretrained is None:
+        torch.manual_seed(spec.seed)
+        model = auto.from_config(config, dtype=torch.float32, **extra)
+    else:
+        torch.manual_seed(spec.seed)  # a new head is drawn from it
+        model = auto.from_pretrained(
+            spec.model.pretrained,
+            config=config,
+            revision=spec.model.revision,
+            dtype=torch.float32,
+            **_gguf(spec),
+            **extra,
+        )
+    if spec.gradient_checkpointing and not on_meta:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return apply_tuning(model, spec)
+
+
+def _gguf(spec: JobSpec) -> dict[str, Any]:
+    """A GGUF stays quantised, and refuses training, unless it is told to dequantise."""
+    if spec.model.gguf_file is None:
+        return {}
+    from transformers import GgufConfig
+
+    name = spec.model.gguf_file
+    return {"gguf_file": name, "quantization_config": GgufConfig(gguf_file=name, dequantize=True)}
+
+
+def apply_tuning(model: Any, spec: JobSpec) -> torch.nn.Module:
+    """Freeze, or wrap with adapters, as `tuning` says.
+
+    Raises OrchestratorError for a freeze pattern that matches nothing, or that leaves nothing to train.
+    """
+    match spec.tuning:
+        case FullTuning(freeze=patterns):
+            return _freeze(model, patterns)
+        case LoraTuning() as lora:
+            return _add_lora(model, lora, spec)
+
+
+def _freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> torch.nn.Module:
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise OrchestratorError(
+                f"tuning.freeze: {pattern!r} matches no parameter. Some names: {', '.join(names[:4])}, …"
+            )
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise OrchestratorError("tuning.freeze leaves nothing to train: narrow its patterns.")
+    return model
+
+
+def _add_lora(model: Any, lora: LoraTuning, spec: JobSpec) -> torch.nn.Module:
+    from peft import LoraConfig, TaskType, get_peft_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    targets = lora.target_modules
+    if targets == "auto":
+        known = KNOWN.get(model.config.model_type)
+        targets = tuple(known) if known else "all-linear"
+    kind = TaskType.SEQ_CLS if spec.task.type == "text_classification" else TaskType.CAUSAL_LM
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes floats, its hint says int
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=lora.use_rslora,
+        task_type=kind,
+    )
+    if spec.gradient_checkpointing:
+        model.enable_input_require_grads()
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise OrchestratorError(f"tuning.target_modules: {error}") from error
+
+
+def no_decay(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is left out of weight decay: norms and biases."""
+    return len(shape) <= 1 or name.endswith(".bias") or "norm" in name.lower()
+
+
+def parameter_groups(model: torch.nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters for the optimizer, with decay and without."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[no_decay(name, tuple(parameter.shape))].append(parameter)
+    decays = ((groups[False], weight_decay), (groups[True], 0.0))
+    return [{"params": p, "lr": lr, "weight_decay": wd} for p, wd in decays if p]

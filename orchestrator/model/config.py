@@ -1,0 +1,105 @@
+"""The model's config and tokenizer, from the hub, a folder or the job file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.spec import JobSpec
+
+DEFAULT_MAX_LENGTH_TOKENS = 512
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "spiece.model",
+)  # fmt: skip
+
+
+def load_config(spec: JobSpec, labels: tuple[str, ...]) -> Any:
+    """The `transformers` config of the job's model, with the task's head and the job's dropout.
+
+    Raises OrchestratorError where it cannot be had.
+    """
+    from transformers import AutoConfig
+
+    model = spec.model
+    try:
+        if model.config is not None:
+            fields = dict(model.config)
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+            config = AutoConfig.from_pretrained(model.pretrained, revision=model.revision, **extra)
+    except (OSError, ValueError) as error:
+        raise OrchestratorError(_unavailable("model", model.pretrained or "model.config", error)) from error
+    for name, value in spec.task.config_overrides(labels).items():
+        setattr(config, name, value)
+    if model.dropout is not None:
+        _set_dropout(config, model.dropout)
+    return config
+
+
+def _set_dropout(config: Any, value: float) -> None:
+    """Every field of the config that is a dropout probability (`hidden_dropout_prob`, `resid_pdrop`, …)."""
+    for name, current in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(current, int | float):
+            setattr(config, name, value)
+
+
+def load_tokenizer(spec: JobSpec) -> Any:
+    """The job's tokenizer; raises OrchestratorError where it cannot be had."""
+    from transformers import AutoTokenizer
+
+    model = spec.model
+    source = model.tokenizer or model.pretrained
+    extra: dict[str, Any] = {} if model.tokenizer else {"revision": model.revision}
+    if model.gguf_file and not model.tokenizer:
+        extra["gguf_file"] = model.gguf_file
+    try:
+        return AutoTokenizer.from_pretrained(source, **extra)
+    except (OSError, ValueError) as error:
+        raise OrchestratorError(_unavailable("tokenizer", str(source), error)) from error
+
+
+def _unavailable(what: str, source: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"the {what} {source!r} cannot be loaded: {first}\n"
+        "  A hub id needs the network (or a filled cache with HF_HUB_OFFLINE=1); a local folder needs config.json."
+    )
+
+
+def max_length_tokens(spec: JobSpec) -> int:
+    """Longest row: the job's, or the model's limit, at most 512."""
+    if spec.data.max_length_tokens != "auto":
+        return spec.data.max_length_tokens
+    limit = _raw_config(spec).get("max_position_embeddings")
+    return min(int(limit), DEFAULT_MAX_LENGTH_TOKENS) if limit else DEFAULT_MAX_LENGTH_TOKENS
+
+
+def _raw_config(spec: JobSpec) -> dict[str, Any]:
+    if spec.model.config is not None:
+        return spec.model.config
+    path = Path(spec.model.pretrained or "") / "config.json"
+    if path.is_file() and not spec.model.gguf_file:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    loaded: dict[str, Any] = load_config(spec, ()).to_dict()
+    return loaded
+
+
+def tokenizer_fingerprint(spec: JobSpec) -> str:
+    """Changes when the tokenizer does: a hash of its files, or the hub id and revision."""
+    source = Path(spec.model.tokenizer or spec.model.pretrained or "")
+    if not source.is_dir():
+        return f"{source}@{spec.model.revision or 'main'}"
+    digest = hashlib.sha256()
+    names = [*TOKENIZER_FILES, *([spec.model.gguf_file] if spec.model.gguf_file else [])]
+    for name in names:
+        if (source / name).is_file():
+            digest.update(name.encode())
+            digest.update((source / name).read_bytes())
+    return digest.hexdigest()
