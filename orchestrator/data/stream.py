@@ -24,6 +24,8 @@ BLOCK_ROWS = 256
 """Rows per block, about: enough to hide a task's cost, few enough that the first comes at once."""
 SEGMENT_BLOCKS = 4096
 """Most blocks in one Ray Data set; the next is opened while the present one runs."""
+READ_CPUS = 0.5
+"""CPUs a read task asks Ray for; the plan keeps room for them beside the workers."""
 MEMORY_BYTES = 256 * 2**20
 """Object-store memory that Ray Data may fill ahead of the workers."""
 
@@ -113,7 +115,7 @@ def make_dataset(
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=MEMORY_BYTES)
     with ray.data.DataContext.current(context):
         return ray.data.read_datasource(
-            PreparedBlocks(), override_num_blocks=len(blocks), ray_remote_args={"num_cpus": 0.5}
+            PreparedBlocks(), override_num_blocks=len(blocks), num_cpus=READ_CPUS
         )
 
 

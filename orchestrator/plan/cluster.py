@@ -1,0 +1,141 @@
+"""What there is to run on: this machine, a live Ray cluster, or one described in words."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from orchestrator.errors import PlanError
+from orchestrator.values import Frozen
+
+GIB = 2**30
+GPU_MEMORY_GIB = {
+    "T4": 16, "V100": 32, "A10G": 24, "L4": 24, "L40S": 48, "A100": 80, "H100": 80, "H200": 141, "B200": 192,
+}  # fmt: skip
+
+
+class Node(Frozen):
+    """One machine."""
+
+    cpus: float
+    memory_bytes: int
+    gpus: float = 0
+    gpu_name: str | None = None
+    gpu_memory_bytes: int = 0
+
+
+class Cluster(Frozen):
+    """All machines a job may use. `source` says where the figures come from."""
+
+    source: str
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> float:
+        return sum(n.cpus for n in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(n.gpus for n in self.nodes)
+
+    def __str__(self) -> str:
+        kinds: dict[str, int] = {}
+        for node in self.nodes:
+            gpus = f", {node.gpus:g} × {node.gpu_name or 'GPU'}" if node.gpus else ""
+            text = f"{node.cpus:g} CPUs, {node.memory_bytes / GIB:.0f} GiB{gpus}"
+            kinds[text] = kinds.get(text, 0) + 1
+        parts = [f"{count} × ({text})" if count > 1 else text for text, count in kinds.items()]
+        return f"{self.source}: " + "; ".join(parts)
+
+
+def this_machine() -> Cluster:
+    """The machine this process runs on, its memory limited by the container's."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    props: Any = torch.cuda.get_device_properties(0) if gpus else None
+    node = Node(
+        cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=memory_limit_bytes(),
+        gpus=gpus,
+        gpu_name=props.name if props else None,
+        gpu_memory_bytes=props.total_memory if props else 0,
+    )
+    return Cluster(source="this machine", nodes=(node,))
+
+
+def memory_limit_bytes() -> int:
+    """Memory this process may use: the machine's, or the control group's where that is less."""
+    import psutil
+
+    total: int = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path, encoding="ascii") as handle:
+                return min(total, int(handle.read()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def live_cluster() -> Cluster:
+    """The Ray cluster this process is connected to."""
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            resources = node["Resources"]
+            names = [k.split(":")[1] for k in resources if k.startswith("accelerator_type:")]
+            name = names[0] if names else None
+            gpus = resources.get("GPU", 0)
+            nodes.append(
+                Node(
+                    cpus=resources.get("CPU", 0),
+                    memory_bytes=int(resources.get("memory", 0)),
+                    gpus=gpus,
+                    gpu_name=name if gpus else None,
+                    gpu_memory_bytes=_gpu_memory(name) if gpus else 0,
+                )
+            )
+    return Cluster(source="Ray cluster", nodes=tuple(nodes))
+
+
+def describe_cluster(text: str) -> Cluster:
+    """`8xH100x4` is 4 nodes of 8 H100 each; `16cpux2` is 2 nodes of 16 CPUs.
+
+    GPU nodes are taken to have 16 CPUs and 128 GiB of memory per GPU, CPU nodes 4 GiB per CPU;
+    `:cpus=…,memory_gib=…` behind it says otherwise. Raises PlanError for anything else.
+    """
+    body, _, tail = text.partition(":")
+    match = re.fullmatch(r"(\d+)x([A-Za-z0-9]+?)x(\d+)|(\d+)cpux(\d+)", body)
+    if not match:
+        raise PlanError(
+            f"--cluster {text!r} is not understood. Write GPUSxTYPExNODES, as in 8xH100x4, "
+            "or CPUScpuxNODES, as in 16cpux2; `:cpus=64,memory_gib=512` may follow."
+        )
+    options = {k: float(v) for k, _, v in (o.partition("=") for o in tail.split(",") if o)}
+    if match[4]:
+        cpus, count, gpus, name = float(match[4]), int(match[5]), 0.0, None
+        memory = options.get("memory_gib", cpus * 4)
+    else:
+        gpus, name, count = float(match[1]), match[2].upper(), int(match[3])
+        cpus, memory = 16 * gpus, options.get("memory_gib", 128 * gpus)
+    node = Node(
+        cpus=options.get("cpus", cpus),
+        memory_bytes=int(memory * GIB),
+        gpus=gpus,
+        gpu_name=name,
+        gpu_memory_bytes=_gpu_memory(name) if gpus else 0,
+    )
+    return Cluster(source=f"described {text}", nodes=(node,) * count)
+
+
+def _gpu_memory(name: str | None) -> int:
+    for known, gib in GPU_MEMORY_GIB.items():
+        if name and known.lower() in name.lower():
+            return gib * GIB
+    raise PlanError(
+        f"the memory of GPU {name!r} is not known. Known: {', '.join(GPU_MEMORY_GIB)}."
+    )

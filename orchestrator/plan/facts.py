@@ -1,0 +1,34 @@
+"""Facts about the job's model, counted on the meta device: no weights are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.model.build import build_model
+from orchestrator.plan.memory import ModelFacts
+from orchestrator.spec import JobSpec
+
+
+def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
+    """Sizes of the model that will be trained, adapters included."""
+    model: Any = build_model(spec, labels, on_meta=True)
+    config = model.config
+    config = getattr(config, "text_config", None) or config
+
+    def first(*names: str, default: int = 0) -> int:
+        return int(next((getattr(config, n) for n in names if getattr(config, n, None)), default))
+
+    hidden = first("hidden_size", "n_embd", "d_model", "dim")
+    return ModelFacts(
+        model_type=str(config.model_type),
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        hidden_size=hidden,
+        layers=first("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        heads=first("num_attention_heads", "n_head", "n_heads", default=1),
+        intermediate_size=first(
+            "intermediate_size", "n_inner", "d_ff", "hidden_dim", default=4 * hidden
+        ),
+        vocab_size=first("vocab_size"),
+        eager_attention=getattr(config, "_attn_implementation", "sdpa") == "eager",
+    )

@@ -1,0 +1,115 @@
+"""Bytes per worker, by component. Pure arithmetic.
+
+Model states follow Rajbhandari et al. (arXiv 1910.02054, table 1) as DeepSpeed 0.19 allocates them;
+activations follow Korthikanti et al. (arXiv 2205.05198, eq. 2) per layer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.values import Frozen
+
+RUNTIME_BYTES = 900 * 2**20
+"""A worker process with torch, transformers, DeepSpeed and Ray before any model: measured on CPU."""
+GPU_RUNTIME_BYTES = 1536 * 2**20
+"""CUDA context, NCCL buffers and allocator slack on a GPU: an allowance, not a measurement."""
+
+
+class ModelFacts(Frozen):
+    """What memory arithmetic needs to know of a model. Counts are elements, not bytes."""
+
+    model_type: str
+    parameters: int
+    trainable: int
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    vocab_size: int
+    eager_attention: bool
+
+    @property
+    def frozen(self) -> int:
+        return self.parameters - self.trainable
+
+
+class MemorySetup(Frozen):
+    """How the model is held."""
+
+    world_size: int
+    stage: Literal[0, 1, 2, 3]
+    bf16: bool
+    optimizer_states: int
+    """fp32 values the optimizer keeps per trainable element: 2 for Adam, 1 for momentum."""
+    offload_optimizer: bool
+    offload_param: bool
+    bucket_elements: int
+    gradient_checkpointing: bool
+    on_gpu: bool
+    all_logits: bool
+    """The head predicts at every position (language models), not once per row."""
+
+
+def memory_bytes(
+    model: ModelFacts, setup: MemorySetup, micro_rows: int, tokens_per_row: int
+) -> dict[str, int]:
+    """Peak bytes per worker by component, of device memory (host memory where there is no GPU)."""
+    word = 2 if setup.bf16 else 4
+    share = setup.world_size
+    shards_params, shards_grads = setup.stage == 3, setup.stage >= 2
+    shards_optimizer = setup.stage >= 1
+    states = {
+        "parameters": word * model.parameters // (share if shards_params else 1),
+        "gradients": word * model.trainable // (share if shards_grads else 1),
+        "master weights": 4 * model.trainable // (share if shards_optimizer else 1)
+        if shards_optimizer or setup.bf16
+        else 0,
+        "optimizer": 4 * setup.optimizer_states * model.trainable // (share if shards_optimizer else 1),
+    }
+    if setup.on_gpu and setup.offload_optimizer:
+        states["master weights"] = states["optimizer"] = 0
+    if setup.on_gpu and setup.offload_param:
+        states["parameters"] = 0
+    buckets = 2 * word * min(setup.bucket_elements, model.trainable) if shards_optimizer else 0
+    return {
+        **states,
+        "buckets": buckets,
+        "activations": activation_bytes(model, setup, micro_rows, tokens_per_row),
+        "logits": _logit_bytes(model, setup, micro_rows, tokens_per_row),
+        "runtime": GPU_RUNTIME_BYTES if setup.on_gpu else RUNTIME_BYTES,
+    }
+
+
+def activation_bytes(
+    model: ModelFacts, setup: MemorySetup, micro_rows: int, tokens_per_row: int
+) -> int:
+    """Activations kept for the backward pass.
+
+    Per layer and token: 34 hidden-sized half-precision values with a 4× wide MLP, of which the MLP
+    accounts for 19; eager attention adds 5 × heads × tokens. fp32 doubles all of it.
+    """
+    tokens = micro_rows * tokens_per_row
+    scale = 1 if setup.bf16 else 2
+    wide = model.intermediate_size / max(4 * model.hidden_size, 1)
+    per_token = model.hidden_size * (15 + 19 * wide)
+    if model.eager_attention:
+        per_token += 5 * model.heads * tokens_per_row
+    per_layer = int(scale * tokens * per_token)
+    if setup.gradient_checkpointing:
+        return per_layer + model.layers * 2 * scale * tokens * model.hidden_size
+    return model.layers * per_layer
+
+
+def _logit_bytes(model: ModelFacts, setup: MemorySetup, micro_rows: int, tokens_per_row: int) -> int:
+    """Logits, their fp32 copy and their gradient, where every position predicts."""
+    if not setup.all_logits:
+        return 0
+    return 3 * 4 * micro_rows * tokens_per_row * model.vocab_size
+
+
+def checkpoint_bytes(model: ModelFacts, setup: MemorySetup) -> int:
+    """One checkpoint on disk, all ranks together; frozen weights are not in it."""
+    word = 2 if setup.bf16 else 4
+    master = 4 if setup.stage >= 1 or setup.bf16 else 0
+    return model.trainable * (word + master + 4 * setup.optimizer_states)
