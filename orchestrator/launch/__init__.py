@@ -1,0 +1,1 @@
+"""Plan → Ray: sessions, worker groups, and the run from start to report."""

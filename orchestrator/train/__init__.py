@@ -1,0 +1,1 @@
+"""What runs in the workers: one trial, its engine, its checkpoints, its evaluation."""

@@ -1,0 +1,77 @@
+"""Ray sessions: attach to the cluster we were told of, or start one here that is ours alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+EXTRA_CPUS = 2
+"""Logical CPUs a local Ray gets beyond the machine's: reads and actors run beside the workers."""
+
+TRAIN_SETTINGS = {
+    # Ray Train notices a dead worker at the next health check; its default is 2 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # Ray nices its workers by 15; anything else on the machine would starve them.
+    "RAY_worker_niceness": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextmanager
+def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> Iterator[Any]:
+    """A connected `ray` module.
+
+    Inside a Ray job, or with RAY_ADDRESS set, this attaches to that cluster; otherwise a Ray of our
+    own starts on this machine and ends with the block. `ray.init()` alone would attach to any Ray
+    that happens to run here. A session that is already open is used and left open.
+    """
+    for name, value in TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    _quiet(log_file)
+    address = os.environ.get("RAY_ADDRESS")
+    environment = {"env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS}}
+    if address:
+        ray.init(address="auto", runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+    else:
+        ray.init(
+            address="local",
+            num_cpus=int(cpus) + EXTRA_CPUS,
+            num_gpus=int(gpus),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env=environment,
+        )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _quiet(log_file: Path | None) -> None:
+    """Send Ray's, DeepSpeed's and our libraries' logging to a file; warnings of ours stay visible."""
+    for name in ("ray", "ray.train", "ray.data", "deepspeed", "transformers"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = False
+        if log_file is None:
+            logger.addHandler(logging.NullHandler())
+        else:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(log_file)
+            handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+            logger.addHandler(handler)

@@ -1,0 +1,71 @@
+"""Plan → Ray Train: the worker group, and what each worker runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.plan.plan import Plan
+from orchestrator.report.records import append_event
+from orchestrator.run_folder import RunFolder, write_json
+
+
+def make_trainer(plan: Plan, launch_id: str) -> Any:
+    """A Ray Train run of this plan. Its name is new per launch: Ray's own snapshot of an earlier
+    launch, which may be torn, is never read. Ours are the checkpoints that count."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = {"CPU": float(plan.cpus_per_worker)}
+    if plan.on_gpu:
+        resources["GPU"] = plan.gpus_per_worker
+    return TorchTrainer(
+        work,
+        train_loop_config={"plan": plan.model_dump_json()},
+        torch_config=TorchConfig(backend="nccl" if plan.on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers, use_gpu=plan.on_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"launch-{launch_id}",
+            storage_path=str(Path(plan.run_dir) / "ray"),
+            failure_config=FailureConfig(max_failures=plan.spec.faults.max_restarts),
+        ),
+    )
+
+
+def work(config: dict[str, Any]) -> None:
+    """A worker's life: join the group, run the trial, leave its result in the run folder."""
+    plan = Plan.model_validate_json(config["plan"])
+    folder = RunFolder(Path(plan.run_dir))
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        append_event(folder.events, "imports")
+    _log_to(folder, rank)
+    import torch
+
+    from orchestrator.train.trial import run_trial
+
+    torch.set_num_threads(plan.cpus_per_worker)
+    result = run_trial(plan, folder)
+    if rank == 0:
+        write_json(folder.outcome, asdict(result))
+
+
+def _log_to(folder: RunFolder, rank: int) -> None:
+    """Everything that libraries say goes to a file of this rank."""
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder.logs / f"worker-{rank:05d}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    for old in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+
+

@@ -1,0 +1,86 @@
+"""Append-only JSON lines: one record per step, evaluation or event, cheap to write, safe to tail."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+FLUSH_S = 0.5
+"""Longest time a record waits in memory."""
+
+
+class RecordWriter:
+    """Appends records to one file; buffered, so that a training step pays microseconds."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._flushed_at = time.monotonic()
+
+    def write(self, **record: Any) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(record) + "\n")
+        if time.monotonic() - self._flushed_at >= FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make everything written so far visible to readers."""
+        self._file.flush()
+        self._flushed_at = time.monotonic()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+def append_event(path: Path, kind: str, **facts: Any) -> None:
+    """Append one event with the time of day."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps({"time": time.time(), "kind": kind, **facts}) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All complete records; a torn last line, left by a killed writer, is passed over."""
+    if not path.exists():
+        return []
+    return list(_parse(path.read_text(encoding="utf-8", errors="replace").split("\n")))
+
+
+def _parse(lines: list[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Records by step, ascending. A step that was replayed after a restart counts once, the last time."""
+    latest = {record["step"]: record for record in read_records(path)}
+    return [latest[step] for step in sorted(latest)]
+
+
+class Tail:
+    """Reads the records that were appended since the last call."""
+
+    def __init__(self, path: Path, from_end: bool = False) -> None:
+        self.path = path
+        self._offset = path.stat().st_size if from_end and path.exists() else 0
+        self._rest = ""
+
+    def read(self) -> list[dict[str, Any]]:
+        """New complete records; none where nothing was written."""
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as handle:
+                handle.seek(self._offset)
+                text = handle.read()
+                self._offset = handle.tell()
+        except FileNotFoundError:
+            return []
+        *lines, self._rest = (self._rest + text).split("\n")
+        return list(_parse(lines))

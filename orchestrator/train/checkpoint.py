@@ -1,0 +1,211 @@
+"""Checkpoints: written beside training, valid only with their commit marker and checksums.
+
+    checkpoints/step-00000120-3f9a/
+        engine/…            DeepSpeed's shards, one set per rank
+        random-00000.pt     random state of rank 0
+        files-00000.json    what rank 0 wrote: name → sha256, bytes
+        COMMIT.json         written last, by rank 0, when all ranks' lists are there
+
+The protocol needs nothing but a shared folder: it does not wait for Ray Train's controller, which
+commits only when it polls, and several trials can run in one Ray Train run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.manifest import sha256_of
+from orchestrator.errors import CheckpointError
+from orchestrator.run_folder import fsync_dir, read_json, write_json
+
+COMMIT = "COMMIT.json"
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint with a commit marker. `facts`: step, world size, metrics and whatever was saved along."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.facts["step"])
+
+
+def committed(folder: Path) -> list[Committed]:
+    """Checkpoints with a readable commit marker, newest step first."""
+    found = []
+    for marker in folder.glob(f"step-*/{COMMIT}"):
+        try:
+            facts = read_json(marker)
+        except ValueError:
+            continue
+        if isinstance(facts, dict) and "step" in facts:
+            found.append(Committed(marker.parent, facts))
+    return sorted(found, key=lambda c: (c.step, c.facts.get("time", 0)), reverse=True)
+
+
+def damage(checkpoint: Committed) -> str | None:
+    """What is wrong with a checkpoint's files, or None. Reads every byte."""
+    for rank in range(int(checkpoint.facts["world_size"])):
+        try:
+            listed = read_json(checkpoint.folder / f"files-{rank:05d}.json")
+        except ValueError:
+            listed = None
+        if not isinstance(listed, dict):
+            return f"files-{rank:05d}.json is missing or torn"
+        for name, wanted in listed.items():
+            path = checkpoint.folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != wanted["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, {wanted['bytes']} were written"
+            if sha256_of(path) != wanted["sha256"]:
+                return f"{name} does not match its checksum"
+    return None
+
+
+def newest_valid(folder: Path, warn: Callable[[str], None]) -> Committed | None:
+    """The newest checkpoint whose files are what was committed; damaged ones are named and passed over."""
+    for checkpoint in committed(folder):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        warn(f"checkpoint {checkpoint.folder.name} is damaged ({problem}): using the one before")
+    return None
+
+
+def remove_uncommitted(folder: Path) -> None:
+    """Delete what killed attempts left half-written. Only safe while nobody writes here."""
+    for path in folder.glob("step-*"):
+        if not (path / COMMIT).exists():
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".staging-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class CheckpointWriter:
+    """One rank's side of saving. At most one checkpoint is in flight; `save` waits for the one before.
+
+    `attempt`: the same short text on all ranks, new per start, so that no folder is ever written twice.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        keep: int,
+        attempt: str,
+        on_commit: Callable[[Committed], None] = lambda _: None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.rank, self.world_size = folder, rank, world_size
+        self.keep, self.attempt, self.on_commit = keep, attempt, on_commit
+        self.best_step: int | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
+        """Let `write(folder)` put this rank's files into a staging folder, then commit in the background.
+
+        `write` is collective and blocks; hashing, moving and committing do not. Returns the folder that
+        will hold the checkpoint. What goes wrong shows in `failed` and is raised by `wait`, not here:
+        the other ranks would wait for this one. Call `wait` before.
+        """
+        target = self.folder / f"step-{step:08d}-{self.attempt}"
+        staging = self._staging()
+        try:
+            write(staging)
+        except OSError as error:
+            self._error = error
+            shutil.rmtree(staging, ignore_errors=True)
+            return target
+        facts = {"step": step, "world_size": self.world_size, "time": time.time(), **facts}
+        self._thread = threading.Thread(
+            target=self._finish, args=(staging, target, facts), name=f"checkpoint-{step}", daemon=True
+        )
+        self._thread.start()
+        return target
+
+    def failed(self) -> bool:
+        """Whether the background part went wrong; `wait` raises it."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Wait until nothing is in flight; raises CheckpointError for a failure since the last call."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(_cannot_write(self.folder, error)) from error
+
+    def _staging(self) -> Path:
+        """A folder on fast local disk; beside the target where that is the same file system anyway."""
+        same = os.stat(tempfile.gettempdir()).st_dev == os.stat(self.folder).st_dev
+        parent = str(self.folder) if same else None
+        return Path(tempfile.mkdtemp(prefix=f".staging-{self.rank:05d}-", dir=parent))
+
+    def _finish(self, staging: Path, target: Path, facts: dict[str, Any]) -> None:
+        try:
+            publish(staging, target, self.rank)
+            if self.rank == 0:
+                self._commit(target, facts)
+        except BaseException as error:  # noqa: BLE001, carried to the training thread
+            self._error = error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _commit(self, target: Path, facts: dict[str, Any]) -> None:
+        lists = [target / f"files-{rank:05d}.json" for rank in range(self.world_size)]
+        deadline = time.monotonic() + 600
+        while not all(path.exists() for path in lists):
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"not all ranks wrote their part of {target.name} in 600 s")
+            time.sleep(POLL_S)
+        write_json(target / COMMIT, facts)
+        fsync_dir(self.folder)
+        self.on_commit(Committed(target, facts))
+        retain(self.folder, self.keep, self.best_step)
+
+
+def publish(staging: Path, target: Path, rank: int) -> None:
+    """Move a rank's files into the checkpoint, durable, and list them with their checksums."""
+    listed: dict[str, dict[str, Any]] = {}
+    for source in sorted(p for p in staging.rglob("*") if p.is_file()):
+        name = source.relative_to(staging).as_posix()
+        listed[name] = {"sha256": sha256_of(source), "bytes": source.stat().st_size}
+        destination = target / name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(source, destination)
+        with open(destination, "rb+") as handle:
+            os.fsync(handle.fileno())
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / f"files-{rank:05d}.json", listed)
+
+
+def retain(folder: Path, keep: int, best_step: int | None) -> None:
+    """Delete committed checkpoints but the newest `keep` and the best. The marker goes first."""
+    kept: Sequence[Committed] = committed(folder)
+    for checkpoint in kept[keep:]:
+        if checkpoint.step != best_step:
+            (checkpoint.folder / COMMIT).unlink(missing_ok=True)
+            shutil.rmtree(checkpoint.folder, ignore_errors=True)
+
+
+def _cannot_write(folder: Path, error: BaseException) -> str:
+    return (
+        f"a checkpoint could not be written to {folder}: {error}. "
+        "Earlier committed checkpoints are intact. Free space or mend the folder, then run the same command to go on."
+    )

@@ -1,0 +1,317 @@
+"""One trial in the workers of one process group. Re-entrant: nothing outlives the call."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.errors import CheckpointError
+from orchestrator.model.build import build_model
+from orchestrator.model.config import load_tokenizer
+from orchestrator.plan.plan import Plan
+from orchestrator.report.records import RecordWriter, append_event
+from orchestrator.run_folder import RunFolder
+from orchestrator.train import engine as zero
+from orchestrator.train.checkpoint import (
+    CheckpointWriter,
+    Committed,
+    newest_valid,
+    remove_uncommitted,
+)
+from orchestrator.train.evaluate import Evaluator
+from orchestrator.train.feed import open_source, stream_steps
+
+Status = Literal["finished", "stopped", "out_of_time", "diverged", "storage_failed"]
+
+
+@dataclass
+class Progress:
+    """Where a trial stands; saved with every checkpoint."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    best: dict[str, Any] | None = None
+    last_eval: dict[str, Any] | None = None
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a trial ended. `message` says what happened and what to do, where it did not finish."""
+
+    status: Status
+    step: int
+    best: dict[str, Any] | None
+    last_eval: dict[str, Any] | None
+    message: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def run_trial(plan: Plan, folder: RunFolder) -> Result:
+    """Train to the plan's last step, from the newest valid checkpoint. Collective.
+
+    Returns the same Result on all ranks. Raises what the cluster did (a lost peer), so that Ray Train
+    restarts the group; what the job itself did wrong comes back as a status.
+    """
+    trial = Trial(plan, folder)
+    try:
+        trial.restore()
+        return trial.train()
+    finally:
+        trial.close()
+
+
+class Trial:
+    """The verbs of training, in the order of the loop."""
+
+    def __init__(self, plan: Plan, folder: RunFolder) -> None:
+        self.plan, self.folder = plan, folder
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.started_at = time.monotonic()
+        self.progress = Progress()
+        self.stepped = False
+        attempt = _broadcast(uuid.uuid4().hex[:6])
+        self._event("model", attempt=attempt)
+        zero.seed_everything(plan.spec.seed, self.rank)
+        model = build_model(plan.spec, plan.labels)
+        zero.seed_everything(plan.spec.seed, self.rank)
+        tokenizer = load_tokenizer(plan.spec)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = self.pad_id
+        self._event("engine")
+        self.engine = zero.open_engine(plan, model)
+        self.evaluate = Evaluator(plan, self.pad_id) if plan.eval_data else None
+        self.steps = RecordWriter(folder.steps) if self.rank == 0 else None
+        self.evals = RecordWriter(folder.evals) if self.rank == 0 else None
+        spec = plan.spec.checkpoint
+        self.writer = CheckpointWriter(
+            folder.checkpoints, self.rank, self.world_size, spec.keep, attempt, self._committed
+        )
+
+    def restore(self) -> None:
+        """Continue from the newest valid checkpoint, if there is one."""
+        self._event("load")
+        found: Committed | None = None
+        if self.rank == 0:
+            remove_uncommitted(self.folder.checkpoints)
+            found = newest_valid(
+                self.folder.checkpoints, lambda text: self._event("warning", text=text)
+            )
+        found = _broadcast(found)
+        if found is not None:
+            zero.load_shards(self.engine, found.folder, self.rank)
+            self.progress = Progress(**found.facts["progress"])
+            self.writer.best_step = (self.progress.best or {}).get("step")
+        self._event("stream", step=self.progress.step)
+
+    def train(self) -> Result:
+        """The loop. Every decision is taken from figures that all ranks share."""
+        plan, progress = self.plan, self.progress
+        source = open_source(plan, plan.train_data, plan.global_rows, for_training=True)
+        batches = stream_steps(source, plan.global_rows, progress.step, plan.total_steps)
+        resumed_at_s, wanted = progress.elapsed_s, time.perf_counter()
+        for batch in batches:
+            got = time.perf_counter()
+            lr = zero.set_learning_rate(self.engine, plan, progress.step)
+            skipped_before = self.engine.skipped_steps
+            loss_sum = zero.train_step(self.engine, plan, batch, self.pad_id)
+            pulse = self._pulse(loss_sum, batch.tokens)
+            norm = zero.gradient_norm(self.engine)
+            progress.elapsed_s = resumed_at_s + time.monotonic() - self.started_at
+            loss = pulse.loss_sum / max(batch.denominator, 1)
+            if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
+                return self._result("diverged", self._divergence(loss, norm, lr))
+            progress.step += 1
+            self._record(loss, lr, norm, pulse.tokens, wait_s=got - wanted, step_s=time.perf_counter() - wanted)
+            stopping = pulse.stop or pulse.late
+            try:
+                if pulse.storage_failed:
+                    self._check_storage()
+                improved = self._evaluate_if_due(stopping)
+                self._save_if_due(improved or stopping)
+            except CheckpointError as error:
+                return self._result("storage_failed", str(error))
+            if stopping and progress.step < plan.total_steps:
+                return self._result("stopped" if pulse.stop else "out_of_time", self._how_to_go_on())
+            wanted = time.perf_counter()
+        return self._result("finished")
+
+    def close(self) -> None:
+        """Give back everything the trial held."""
+        for writer in (self.steps, self.evals):
+            if writer:
+                writer.close()
+        zero.close_engine(self.engine)
+
+    def _pulse(self, loss_sum: float, tokens: int) -> Pulse:
+        """Sum over ranks, once per step: the loss, and every reason to stop."""
+        stop = self.rank == 0 and self.folder.stop_request.exists()
+        limit = self.plan.spec.stop.max_time_s
+        late = self.rank == 0 and limit is not None and self.progress.elapsed_s >= limit
+        figures = torch.tensor(
+            [loss_sum, tokens, stop, late, self.writer.failed()],
+            dtype=torch.float64,
+            device=self.engine.device,
+        )
+        dist.all_reduce(figures)
+        total, all_tokens, any_stop, any_late, any_failed = figures.tolist()
+        return Pulse(total, int(all_tokens), any_stop > 0, any_late > 0, any_failed > 0)
+
+    def _diverged(self, loss: float, norm: float | None, skipped: bool) -> bool:
+        """A non-finite loss or gradient, or too many updates that DeepSpeed skipped without a word."""
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self._event("warning", text=f"step {self.progress.step}: update skipped, gradient not finite")
+        broken = not math.isfinite(loss) or (norm is not None and not math.isfinite(norm) and not skipped)
+        return broken or self.progress.skipped_in_a_row >= self.plan.spec.faults.max_skipped_steps
+
+    def _evaluate_if_due(self, stopping: bool) -> bool:
+        """Evaluate at the plan's steps; returns whether the result is the best so far."""
+        step, plan = self.progress.step, self.plan
+        if self.evaluate is None or stopping:
+            return False
+        if step % plan.eval_every_steps and step != plan.total_steps:
+            return False
+        started = time.perf_counter()
+        metrics = self.evaluate(self.engine, self.engine.device)
+        record = {"step": step, "eval_s": round(time.perf_counter() - started, 3), **metrics}
+        self.progress.last_eval = record
+        if self.evals:
+            self.evals.write(time=time.time(), **record)
+            self.evals.flush()
+        best = self.progress.best
+        sign = 1 if plan.spec.task.higher_is_better(plan.metric) else -1
+        if best is not None and sign * metrics[plan.metric] <= sign * best[plan.metric]:
+            return False
+        self.progress.best = record
+        self.writer.best_step = step
+        return True
+
+    def _save_if_due(self, anyway: bool) -> None:
+        step, plan = self.progress.step, self.plan
+        last = step == plan.total_steps
+        if not (anyway or last or step % plan.checkpoint_every_steps == 0):
+            return
+        if self.steps:
+            self.steps.flush()
+        started = time.perf_counter()
+        self._check_storage()
+        self.writer.save(
+            step,
+            lambda staging: zero.save_shards(self.engine, staging, self.rank),
+            {"stage": plan.stage, "progress": vars(self.progress)},
+        )
+        if plan.spec.checkpoint.mode == "sync" or anyway or last:
+            self._check_storage()
+        self._event("save", step=step, stall_s=round(time.perf_counter() - started, 4))
+
+    def _check_storage(self) -> None:
+        """Wait for the checkpoint in flight; a failure on any rank is raised on all."""
+        problem = ""
+        try:
+            self.writer.wait()
+        except CheckpointError as error:
+            problem = str(error)
+        problems: list[Any] = [None] * self.world_size
+        dist.all_gather_object(problems, problem)
+        if any(problems):
+            raise CheckpointError(next(p for p in problems if p))
+
+    def _result(self, status: Status, message: str = "") -> Result:
+        if status != "storage_failed":
+            try:
+                self._check_storage()
+            except CheckpointError as error:
+                status, message = "storage_failed", str(error)
+        progress = self.progress
+        facts = {"peak_rss_bytes": _peak_memory_bytes(self.engine.device), "elapsed_s": progress.elapsed_s}
+        return Result(status, progress.step, progress.best, progress.last_eval, message, facts)
+
+    def _divergence(self, loss: float, norm: float | None, lr: float) -> str:
+        shown = f", gradient norm {norm:.3g}" if norm is not None else ""
+        return (
+            f"training diverged at step {self.progress.step + 1}: loss {loss:.4g}{shown}, learning rate {lr:.3g}. "
+            "Lower optimizer.lr, lengthen the warm-up or lower gradient_clipping."
+        )
+
+    def _how_to_go_on(self) -> str:
+        return (
+            f"stopped at step {self.progress.step} of {self.plan.total_steps} with a committed checkpoint; "
+            "run the same command again to go on"
+        )
+
+    def _record(
+        self, loss: float, lr: float, norm: float | None, tokens: int, wait_s: float, step_s: float
+    ) -> None:
+        if self.steps is None:
+            return
+        self.steps.write(
+            step=self.progress.step,
+            time=time.time(),
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens=tokens,
+            rows=self.plan.global_rows,
+            step_s=round(step_s, 5),
+            wait_s=round(wait_s, 5),
+            memory_bytes=_memory_bytes(self.engine.device),
+        )
+        if not self.stepped:
+            self.stepped = True
+            self.steps.flush()
+            self._event("first_step", step=self.progress.step)
+
+    def _committed(self, checkpoint: Committed) -> None:
+        self._event("commit", step=checkpoint.step, folder=checkpoint.folder.name)
+
+    def _event(self, kind: str, **facts: Any) -> None:
+        if self.rank == 0:
+            append_event(self.folder.events, kind, **facts)
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What all ranks know after a step."""
+
+    loss_sum: float
+    tokens: int
+    stop: bool
+    late: bool
+    storage_failed: bool
+
+
+def _broadcast(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Memory in use now: the GPU's allocator, or this process's resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    with open("/proc/self/statm", encoding="ascii") as handle:
+        return int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """The largest of all ranks' peaks."""
+    if device.type == "cuda":
+        mine = torch.cuda.max_memory_allocated(device)
+    else:
+        mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figure = torch.tensor(mine, dtype=torch.int64, device=device)
+    dist.all_reduce(figure, op=dist.ReduceOp.MAX)
+    return int(figure)
+
+
