@@ -30,6 +30,12 @@ MEMORY_BYTES = 256 * 2**20
 """Object-store memory that Ray Data may fill ahead of the workers."""
 
 
+POSITION = ("row_id", "step", "rank", "denominator")
+"""Columns that say where a row of a block belongs."""
+COUNTS = ("length", "n_targets")
+"""Columns of prepared shards that are no features."""
+
+
 @dataclass(frozen=True)
 class StepRows:
     """One rank's share of one global batch.
@@ -169,18 +175,21 @@ def _verify(step: int, rank: int, due: int, mine: int) -> None:
 
 def unpack(table: pa.Table, rows_per_step: int) -> Iterator[tuple[StepRows, int, int]]:
     """Cut a block into steps: (rows, step, rank)."""
-    features = [n for n in table.column_names if n not in ("row_id", "step", "rank", "denominator", "length", "n_targets")]  # fmt: skip
-    columns = {name: _row_arrays(table.column(name)) for name in features}
-    ids, steps, ranks, totals = (
-        table.column(n).to_numpy() for n in ("row_id", "step", "rank", "denominator")
-    )
+    ids, steps, ranks, totals = (table.column(name).to_numpy() for name in POSITION)
+    rows = unpack_rows(table)
     for start in range(0, table.num_rows, rows_per_step):
-        span = range(start, start + rows_per_step)
-        rows = [{name: get(i) for name, get in columns.items()} for i in span]
-        row_ids = ids[span.start : span.stop]
-        weights = (row_ids != PADDING).astype(np.float32)
+        span = slice(start, start + rows_per_step)
+        weights = (ids[span] != PADDING).astype(np.float32)
         step = int(steps[start])
-        yield StepRows(step, rows, weights, row_ids, int(totals[start])), step, int(ranks[start])
+        mine = StepRows(step, rows[span], weights, ids[span], int(totals[start]))
+        yield mine, step, int(ranks[start])
+
+
+def unpack_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Feature arrays per row, views into the table."""
+    names = [n for n in table.column_names if n not in (*POSITION, *COUNTS)]
+    columns = {name: _row_arrays(table.column(name)) for name in names}
+    return [{name: get(i) for name, get in columns.items()} for i in range(table.num_rows)]
 
 
 def _row_arrays(column: pa.ChunkedArray) -> Callable[[int], Any]:

@@ -25,6 +25,11 @@ TRAIN_SETTINGS = {
 }
 
 
+def attached_address() -> str | None:
+    """The address of the cluster this process belongs to; None where it is on its own."""
+    return os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> Iterator[Any]:
     """A connected `ray` module.
@@ -42,9 +47,8 @@ def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> I
         yield ray
         return
     _quiet(log_file)
-    address = os.environ.get("RAY_ADDRESS")
     environment = {"env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS}}
-    if address:
+    if attached_address():
         ray.init(address="auto", runtime_env=environment, log_to_driver=False, logging_level="ERROR")
     else:
         ray.init(

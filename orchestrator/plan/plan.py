@@ -115,8 +115,8 @@ def make_plan(
         run_dir=run_dir,
         model=model,
         labels=labels,
-        train_data=_data_facts(train),
-        eval_data=_data_facts(prepared["eval"]) if "eval" in prepared else None,
+        train_data=data_facts(train),
+        eval_data=data_facts(prepared["eval"]) if "eval" in prepared else None,
         num_workers=workers,
         gpus_per_worker=gpus,
         cpus_per_worker=cpus,
@@ -144,7 +144,8 @@ def make_plan(
     )
 
 
-def _data_facts(prepared: Prepared) -> DataFacts:
+def data_facts(prepared: Prepared) -> DataFacts:
+    """A prepared split in the words of the plan."""
     manifest = prepared.manifest
     names = ("rows", "tokens", "target_tokens", "longest_tokens", "truncated_rows", "bad_rows")
     return DataFacts(folder=str(prepared.folder), **{n: getattr(manifest, n) for n in names})

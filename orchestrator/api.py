@@ -1,0 +1,93 @@
+"""The verbs as functions: what the command line calls, and Python users too."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.prepare import Prepared, Split, find_prepared
+from orchestrator.data.prepare import prepare as _prepare
+from orchestrator.errors import OrchestratorError
+from orchestrator.launch.measure import evaluate_export
+from orchestrator.launch.run import Outcome, plan_job, train
+from orchestrator.launch.session import ray_session
+from orchestrator.plan import Cluster, Plan, this_machine
+from orchestrator.report.html import write_report
+from orchestrator.run_folder import RunFolder, read_json
+from orchestrator.spec import JobSpec
+from orchestrator.train.export import export_run, load_exported, load_plan
+
+__all__ = [
+    "Outcome", "Plan", "evaluate", "export", "find_run", "make_plan", "predict", "prepare",
+    "report", "train",
+]  # fmt: skip
+
+
+def make_plan(spec: JobSpec, cluster: Cluster | None = None) -> Plan:
+    """What would run. Prepares the data first where it is not ready.
+
+    `cluster`: `describe_cluster("8xH100x4")`; default: the Ray cluster in RAY_ADDRESS, else this machine.
+    Raises PlanError where the job cannot fit, DataError for rows that cannot be used.
+    """
+    return plan_job(spec, cluster)
+
+
+def prepare(spec: JobSpec) -> dict[Split, Prepared]:
+    """Tokenise, pack and shard the job's rows, once per fingerprint. Raises DataError."""
+    ready = find_prepared(spec)
+    if ready is not None:
+        return ready
+    with ray_session(this_machine().cpus):
+        return _prepare(spec)
+
+
+def find_run(run: str | Path, storage: str | Path = "runs") -> RunFolder:
+    """A run by name below `storage`, or by path. Raises OrchestratorError where there is none."""
+    for root in (Path(storage) / run, Path(run)):
+        if (root / "plan.json").exists():
+            return RunFolder(root.absolute())
+    raise OrchestratorError(f"{run}: no such run below {storage}/. `orchestrator runs` lists them.")
+
+
+def evaluate(
+    folder: RunFolder, data: Sequence[str], num_workers: int | None = None
+) -> dict[str, Any]:
+    """Exact metrics of the run's exported model on other files of the same columns."""
+    plan = load_plan(folder)
+    exported = export(folder, folder.export) if not folder.export.exists() else folder.export
+    return evaluate_export(plan, exported, tuple(data), folder.root / "eval" / "metrics.json", num_workers)
+
+
+def predict(folder: RunFolder, texts: Sequence[str], batch_rows: int = 32) -> list[dict[str, Any]]:
+    """One prediction per text, in order."""
+    from orchestrator.model.config import max_length_tokens
+
+    exported = export(folder, folder.export) if not folder.export.exists() else folder.export
+    plan, model, tokenizer = load_exported(exported)
+    out: list[dict[str, Any]] = []
+    for start in range(0, len(texts), batch_rows):
+        chunk = texts[start : start + batch_rows]
+        out += plan.spec.task.predict(model, tokenizer, chunk, max_length_tokens(plan.spec))
+    return out
+
+
+def export(folder: RunFolder, target: Path) -> Path:
+    """The run's best committed checkpoint as a Hugging Face folder at `target`.
+
+    Raises CheckpointError where no valid checkpoint exists, OrchestratorError where `target` is taken.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise OrchestratorError(f"{target} exists and is not empty. Name another folder.")
+    if folder.export.exists() and target != folder.export:
+        shutil.copytree(folder.export, target, dirs_exist_ok=True)
+        return target
+    outcome = read_json(folder.outcome) or {}
+    figures = {k: outcome.get(k) for k in ("best", "last_eval")}
+    return export_run(load_plan(folder), folder, target, {**figures, "baseline": read_json(folder.baseline)})
+
+
+def report(folder: RunFolder) -> Path:
+    """(Re)write the run's HTML report; returns its path."""
+    return write_report(folder)

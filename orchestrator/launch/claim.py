@@ -1,0 +1,104 @@
+"""Whose run folder is it: start, continue or refuse, and never two drivers at once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import RunExistsError
+from orchestrator.plan.plan import Plan
+from orchestrator.run_folder import RunFolder, read_json, write_atomically, write_json
+from orchestrator.spec import dump_spec
+
+MAY_CHANGE = (
+    "name", "storage", "tracking", "checkpoint", "faults", "evaluation", "stop.max_time_s",
+    "data.prepared_dir", "resources.cpus_per_worker",
+)  # fmt: skip
+"""Fields that do not touch the mathematics: a run may be continued with other values."""
+MUST_MATCH = ("num_workers", "stage", "bf16", "global_rows", "micro_rows", "total_steps", "labels")
+"""Derived figures that a checkpoint depends on."""
+
+
+@contextmanager
+def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
+    """The run folder, ready for a launch, locked against a second driver.
+
+    Raises RunExistsError where another process trains this run, or where its checkpoints belong to a
+    job that differs in more than MAY_CHANGE.
+    """
+    folder = RunFolder(Path(plan.run_dir))
+    folder.root.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if fresh:
+            _put_aside(folder)
+        elif folder.plan.exists():
+            _must_fit(folder, plan)
+        write_atomically(folder.spec, dump_spec(plan.spec))
+        write_json(folder.plan, plan.model_dump(mode="json"))
+        folder.stop_request.unlink(missing_ok=True)
+        yield folder
+
+
+@contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """The lock dies with its process, so a killed driver leaves nothing to clean up."""
+    path = folder.root.with_name(f".{folder.name}.lock")
+    with open(path, "w", encoding="ascii") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunExistsError(
+                f"{folder.root}: another process is training this run. Wait for it, stop it, or use name=…"
+            ) from error
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def _put_aside(folder: RunFolder) -> None:
+    """`--fresh` never overwrites: what was there moves to a dated folder beside it."""
+    if folder.plan.exists():
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder.root.rename(folder.root.with_name(f"{folder.name}.before-{stamp}"))
+        folder.root.mkdir()
+
+
+def _must_fit(folder: RunFolder, plan: Plan) -> None:
+    old: dict[str, Any] = read_json(folder.plan)
+    new = plan.model_dump(mode="json")
+    changed = [
+        f"{name}: {_at(old['spec'], name)!r} → {_at(new['spec'], name)!r}"
+        for name in _differences(old["spec"], new["spec"])
+    ]
+    changed += [f"{k}: {old[k]!r} → {new[k]!r}" for k in MUST_MATCH if old.get(k) != new[k]]
+    if Path(old["train_data"]["folder"]).name != Path(new["train_data"]["folder"]).name:
+        changed.append("the content of the training data")
+    if changed:
+        raise RunExistsError(
+            f"{folder.root} holds a run of another job; it differs in:\n  "
+            + "\n  ".join(changed)
+            + "\nUse another name=…, put the old values back, or start over with --fresh (keeps the old folder)."
+        )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted paths at which two specs differ, without those that may change."""
+    if path in MAY_CHANGE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [
+            d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))
+        ]
+    return [] if old == new else [path]
+
+
+def _at(value: Any, path: str) -> Any:
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value

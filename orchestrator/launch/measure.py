@@ -1,0 +1,59 @@
+"""Exact metrics of an exported model on any data, by the run's own number of workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.prepare import prepare_split
+from orchestrator.launch.session import ray_session
+from orchestrator.plan import Plan, this_machine
+from orchestrator.plan.plan import data_facts
+from orchestrator.run_folder import read_json, write_json
+
+
+def evaluate_export(
+    plan: Plan, exported: Path, data: tuple[str, ...], out: Path, num_workers: int | None = None
+) -> dict[str, Any]:
+    """Prepare `data` as the run's evaluation rows were, and measure. Writes `out`, returns the metrics.
+
+    Raises DataError for rows that cannot be used.
+    """
+    machine = this_machine()
+    with ray_session(machine.cpus, machine.gpus):
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        prepared = prepare_split(plan.spec, "eval", plan.labels, paths=data)
+        plan = plan.model_copy(update={"eval_data": data_facts(prepared)})
+        on_gpu = plan.on_gpu and machine.gpus > 0
+        TorchTrainer(
+            measure_worker,
+            train_loop_config={
+                "plan": plan.model_dump_json(), "exported": str(exported), "out": str(out)
+            },  # fmt: skip
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers or plan.num_workers, use_gpu=on_gpu
+            ),
+            run_config=RunConfig(name="eval", storage_path=str(out.parent / "ray")),
+        ).fit()
+    metrics: dict[str, Any] = read_json(out)
+    return metrics
+
+
+def measure_worker(config: dict[str, Any]) -> None:
+    """One worker of an evaluation."""
+    import torch
+
+    from orchestrator.train.evaluate import Evaluator
+    from orchestrator.train.export import load_exported
+
+    plan = Plan.model_validate_json(config["plan"])
+    torch.set_num_threads(plan.cpus_per_worker)
+    _, model, tokenizer = load_exported(Path(config["exported"]))
+    device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    metrics = Evaluator(plan, tokenizer.pad_token_id or 0)(model.to(device), device)
+    if os.environ["RANK"] == "0":
+        write_json(Path(config["out"]), metrics)

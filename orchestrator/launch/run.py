@@ -1,0 +1,204 @@
+"""A run from job to report: prepare, plan, train, export."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
+from orchestrator.errors import TrainingError
+from orchestrator.launch.claim import claimed
+from orchestrator.launch.session import attached_address, ray_session
+from orchestrator.launch.workers import make_trainer
+from orchestrator.plan import Cluster, Plan, make_plan, this_machine
+from orchestrator.plan.cluster import live_cluster
+from orchestrator.report.html import write_report
+from orchestrator.report.progress import ProgressView
+from orchestrator.report.records import append_event
+from orchestrator.report.tracking import Tracker
+from orchestrator.run_folder import RunFolder, read_json, write_json
+from orchestrator.spec import JobSpec
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind. `status` is `finished`, `stopped` or `out_of_time`."""
+
+    folder: RunFolder
+    plan: Plan
+    status: str
+    message: str
+    best: dict[str, Any] | None
+    baseline: dict[str, Any] | None
+    export: Path | None
+    report: Path
+
+
+def plan_job(spec: JobSpec, cluster: Cluster | None = None) -> Plan:
+    """The plan of a job, its data prepared first where it is not: counts in a plan are counts, not guesses."""
+    prepared = find_prepared(spec)
+    if prepared is None or (cluster is None and attached_address()):
+        with ray_session(this_machine().cpus):
+            prepared = prepare(spec)
+            cluster = cluster or _cluster()
+    return make_plan(spec, cluster or this_machine(), prepared)
+
+
+def _cluster() -> Cluster:
+    return live_cluster() if attached_address() else this_machine()
+
+
+def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) -> Outcome:
+    """Run a job to its end, or on from where it stopped.
+
+    `fresh` puts an earlier run of that name aside. Raises what prepare, make_plan and claimed raise,
+    and TrainingError where training diverged, storage failed or restarts ran out.
+    """
+    console = console or Console(quiet=True)
+    machine = this_machine()
+    with ray_session(machine.cpus, machine.gpus):
+        prepared = _prepared(spec, console)
+        plan = make_plan(spec, _cluster(), prepared)
+        with claimed(plan, fresh) as folder:
+            outcome = read_json(folder.outcome)
+            if outcome is None or outcome["status"] != "finished":
+                outcome = launch(plan, folder, console)
+            return finish(plan, folder, outcome, console)
+
+
+def _prepared(spec: JobSpec, console: Console) -> dict[Split, Prepared]:
+    done = prepare(spec)
+    for split, one in done.items():
+        m = one.manifest
+        how = "found ready" if one.was_ready else "prepared"
+        console.print(f"[dim]{split}: {m.rows:,} rows, {m.tokens:,} tokens, {how}[/]", highlight=False)
+        if m.bad_rows:
+            console.print(f"[yellow]{m.bad_rows} bad rows skipped; see {one.folder}/manifest.json[/]")
+    return done
+
+
+def launch(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any]:
+    """Train in a worker group until it ends; returns the outcome that the workers left.
+
+    Raises TrainingError.
+    """
+    folder.outcome.unlink(missing_ok=True)
+    append_event(folder.events, "launch", workers=plan.num_workers, total_steps=plan.total_steps)
+    fit = _FitThread(plan)
+    tracking = plan.spec.tracking
+    tracker = Tracker(folder, tracking.mlflow, tracking.project or plan.spec.name)
+    with (
+        ProgressView(folder, plan.total_steps, plan.metric, console) as view,
+        _stop_on_signals(folder, view),
+    ):
+        fit.start()
+        while fit.is_alive():
+            tracker.update(view.update())
+            time.sleep(POLL_S)
+        tracker.update(view.update())
+    tracker.close()
+    outcome: dict[str, Any] | None = read_json(folder.outcome)
+    if outcome is None:
+        raise TrainingError(_lost(folder, fit.error)) from fit.error
+    append_event(folder.events, "end", status=outcome["status"], step=outcome["step"])
+    if outcome["status"] in ("diverged", "storage_failed"):
+        raise TrainingError(f"{outcome['message']}\n{_last_good(folder)}")
+    return outcome
+
+
+class _FitThread(threading.Thread):
+    """`TrainController.fit()` off the main thread, which keeps the signals and the screen."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(name="fit", daemon=True)
+        self.plan = plan
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            make_trainer(self.plan, uuid.uuid4().hex[:8]).fit()
+        except BaseException as error:  # noqa: BLE001, shown by launch
+            self.error = error
+
+
+@contextmanager
+def _stop_on_signals(folder: RunFolder, view: ProgressView) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the workers to commit and leave; a second one quits at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if folder.stop_request.exists():
+            raise KeyboardInterrupt
+        folder.stop_request.touch()
+        view.say(
+            f"[yellow]{signal.Signals(number).name}: finishing the step and committing a checkpoint "
+            "(once more quits at once)[/]"
+        )
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _lost(folder: RunFolder, error: BaseException | None) -> str:
+    """Why the worker group is gone for good, in its own last words."""
+    text = str(error).strip() if error else "the workers left without a result"
+    lines = [line for line in text.splitlines() if line.strip()]
+    shown = "\n  ".join(lines[-12:])
+    return f"training failed:\n  {shown}\n{_last_good(folder)}\nLogs: {folder.logs}"
+
+
+def _last_good(folder: RunFolder) -> str:
+    from orchestrator.train.checkpoint import committed
+
+    found = committed(folder.checkpoints)
+    if not found:
+        return "No checkpoint had been committed."
+    return (
+        f"Last committed checkpoint: step {found[0].step} ({found[0].folder}). "
+        "The same command goes on from there."
+    )
+
+
+def finish(plan: Plan, folder: RunFolder, outcome: dict[str, Any], console: Console) -> Outcome:
+    """Baseline, export and report of a run that ended well."""
+    baseline = _baseline(plan, folder, console)
+    exported: Path | None = folder.export if folder.export.exists() else None
+    if outcome["status"] == "finished" and exported is None:
+        from orchestrator.train.export import export_run
+
+        figures = {k: outcome[k] for k in ("best", "last_eval")} | {"baseline": baseline}
+        exported = export_run(plan, folder, folder.export, figures)
+    report = write_report(folder)
+    return Outcome(
+        folder, plan, outcome["status"], outcome["message"], outcome["best"], baseline, exported, report
+    )
+
+
+def _baseline(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any] | None:
+    if plan.spec.evaluation.baseline_rows is None or plan.eval_data is None:
+        return None
+    found: dict[str, Any] | None = read_json(folder.baseline)
+    if found is None:
+        console.print("[dim]fitting the frozen-feature baseline …[/]")
+        from orchestrator.train.baseline import frozen_feature_baseline
+
+        found = frozen_feature_baseline(plan)
+        write_json(folder.baseline, found)
+    return found

@@ -1,0 +1,110 @@
+"""What the terminal shows while a run is under way: one live line, and lines that stay."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from orchestrator.report.records import Tail
+from orchestrator.run_folder import RunFolder
+
+PLAIN_EVERY_S = 10.0
+"""Seconds between lines where the output is no terminal."""
+SMOOTHING = 0.9
+
+
+class ProgressView:
+    """Follows the records of a run and shows them; `update` is called a few times a second."""
+
+    def __init__(self, folder: RunFolder, total_steps: int, metric: str, console: Console) -> None:
+        self.console, self.metric, self.total_steps = console, metric, total_steps
+        self._steps, self._evals, self._events = (
+            Tail(path, from_end=True) for path in (folder.steps, folder.evals, folder.events)
+        )
+        self._step, self._loss, self._rate, self._memory = 0, 0.0, 0.0, 0
+        self._plain_at = time.monotonic()
+        self._starts = 0
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+        )
+        self._task = self._bar.add_task("starting", total=total_steps, figures="")
+
+    def __enter__(self) -> ProgressView:
+        if self.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.update()
+        if self.console.is_terminal:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False)
+
+    def update(self) -> list[dict[str, Any]]:
+        """Show what is new; returns the new step records for whoever tracks them."""
+        steps = self._steps.read()
+        for record in steps:
+            self._absorb(record)
+        for event in self._events.read():
+            self._show_event(event)
+        for record in self._evals.read():
+            self._show_eval(record)
+        if steps:
+            self._show_step()
+        return steps
+
+    def _absorb(self, record: dict[str, Any]) -> None:
+        first = self._step == 0
+        self._step, self._memory = record["step"], record["memory_bytes"]
+        rate = record["tokens"] / max(record["step_s"], 1e-9)
+        keep = 0.0 if first else SMOOTHING
+        self._loss = keep * self._loss + (1 - keep) * record["loss"]
+        self._rate = keep * self._rate + (1 - keep) * rate
+
+    def _show_step(self) -> None:
+        figures = (
+            f"loss {self._loss:.4f}  {self._rate:,.0f} tokens/s  {self._memory / 2**30:.1f} GiB/worker"
+        )
+        self._bar.update(self._task, description="training", completed=self._step, figures=figures)
+        if not self.console.is_terminal and time.monotonic() - self._plain_at >= PLAIN_EVERY_S:
+            self._plain_at = time.monotonic()
+            self.say(f"step {self._step}/{self.total_steps}  {figures}")
+
+    def _show_eval(self, record: dict[str, Any]) -> None:
+        shown = [self.metric, *(k for k in ("loss", "perplexity") if k in record and k != self.metric)]
+        figures = "  ".join(f"{name} {record[name]:.4f}" for name in shown)
+        self.say(f"[cyan]step {record['step']}[/]  held-out {figures}  ({record['eval_s']:.1f} s)")
+
+    def _show_event(self, event: dict[str, Any]) -> None:
+        match event["kind"]:
+            case "imports":
+                self._starts += 1
+                if self._starts > 1:
+                    self.say("[yellow]a worker was lost: the group starts again[/]")
+                self._bar.update(self._task, description="starting workers")
+            case "model":
+                self._bar.update(self._task, description="loading model")
+            case "stream":
+                if event.get("step"):
+                    self.say(f"resumed at step {event['step']}")
+                self._bar.update(self._task, description="opening stream", completed=event.get("step", 0))
+            case "warning":
+                self.say(f"[yellow]warning:[/] {event['text']}")
+            case "commit":
+                self.say(f"[dim]checkpoint {event['folder']}[/]")

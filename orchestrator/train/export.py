@@ -1,0 +1,183 @@
+"""Committed checkpoint → Hugging Face folder: weights, tokenizer, config, model card."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.errors import CheckpointError, OrchestratorError
+from orchestrator.model.build import build_model
+from orchestrator.model.config import load_tokenizer, max_length_tokens
+from orchestrator.plan.plan import Plan
+from orchestrator.run_folder import RunFolder, read_json, write_json
+from orchestrator.spec.model import LoraTuning
+from orchestrator.train.checkpoint import Committed, committed, damage, newest_valid
+from orchestrator.train.engine import TAG
+
+DETAILS = "orchestrator.json"
+"""What `eval` and `predict` need beside the model: the plan it came from, and its figures."""
+
+
+def load_plan(folder: RunFolder) -> Plan:
+    """The plan of a run; raises OrchestratorError where there is no such run."""
+    data = read_json(folder.plan)
+    if data is None:
+        raise OrchestratorError(
+            f"{folder.root}: no run there. `orchestrator runs` lists what there is; "
+            "--storage says where to look."
+        )
+    return Plan.model_validate(data)
+
+
+def best_checkpoint(folder: RunFolder, best_step: int | None) -> Committed:
+    """The valid checkpoint of the best evaluation, else the newest valid one.
+
+    Raises CheckpointError where there is none.
+    """
+    for checkpoint in committed(folder.checkpoints):
+        if checkpoint.step == best_step and damage(checkpoint) is None:
+            return checkpoint
+    newest = newest_valid(folder.checkpoints, lambda _: None)
+    if newest is None:
+        raise CheckpointError(f"{folder.checkpoints}: no valid checkpoint to export. Train first.")
+    return newest
+
+
+def checkpoint_state(checkpoint: Committed, only_trainable: bool) -> dict[str, torch.Tensor]:
+    """Full fp32 weights by name, put together from all ranks' shards."""
+    if checkpoint.facts["stage"] == 0:
+        path = checkpoint.folder / TAG / "mp_rank_00_model_states.pt"
+        state: dict[str, torch.Tensor] = torch.load(path, weights_only=False)["module"]
+        return state
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        state = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.folder), tag=TAG, exclude_frozen_parameters=only_trainable
+        )
+    return state
+
+
+def load_weights(plan: Plan, checkpoint: Committed) -> Any:
+    """The trained model on CPU, in the precision it was trained in, adapters still apart."""
+    model = build_model(plan.spec, plan.labels)
+    only_trainable = any(not p.requires_grad for p in model.parameters())
+    state = checkpoint_state(checkpoint, only_trainable)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    lost = trainable.intersection(missing)
+    if lost or unexpected:
+        raise CheckpointError(
+            f"{checkpoint.folder} does not fit the model: missing {sorted(lost)[:3]}, "
+            f"unexpected {list(unexpected)[:3]}"
+        )
+    return model.to(torch.bfloat16) if plan.bf16 else model
+
+
+def export_run(plan: Plan, folder: RunFolder, target: Path, figures: dict[str, Any]) -> Path:
+    """Write the best checkpoint of a run as a folder that `from_pretrained` loads.
+
+    `figures`: step, best, last_eval, baseline, as the model card shows them. The folder appears
+    complete or not at all.
+    """
+    checkpoint = best_checkpoint(folder, (figures.get("best") or {}).get("step"))
+    model = load_weights(plan, checkpoint)
+    if isinstance(plan.spec.tuning, LoraTuning) and plan.spec.tuning.merge_on_export:
+        model = model.merge_and_unload()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        model.save_pretrained(temporary)
+        load_tokenizer(plan.spec).save_pretrained(temporary)
+        write_json(
+            temporary / DETAILS,
+            {"plan": plan.model_dump(mode="json"), "step": checkpoint.step, **figures},
+        )
+        (temporary / "README.md").write_text(
+            model_card(plan, checkpoint.step, figures), encoding="utf-8"
+        )
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def load_exported(folder: Path) -> tuple[Plan, Any, Any]:
+    """(plan, model in evaluation mode, tokenizer) of an exported folder."""
+    import transformers
+
+    details = read_json(folder / DETAILS)
+    if details is None:
+        raise OrchestratorError(f"{folder}: not a model exported by orchestrator ({DETAILS} is missing)")
+    plan = Plan.model_validate(details["plan"])
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        model: Any = PeftModel.from_pretrained(build_base(plan), str(folder))
+    else:
+        model = getattr(transformers, plan.spec.task.auto_class).from_pretrained(folder)
+    return plan, model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def build_base(plan: Plan) -> Any:
+    """The untouched model that an adapter belongs to."""
+    from orchestrator.spec.model import FullTuning
+
+    return build_model(plan.spec.model_copy(update={"tuning": FullTuning()}), plan.labels)
+
+
+def model_card(plan: Plan, step: int, figures: dict[str, Any]) -> str:
+    """The exported folder's README: what it is, how it was made, how good it is."""
+    spec = plan.spec
+    best = figures.get("best") or {}
+    scores = {k: v for k, v in best.items() if isinstance(v, float) and k != "eval_s"}
+    base = spec.model.pretrained or f"a new {plan.model.model_type}"
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {'text-classification' if spec.task.type == 'text_classification' else 'text-generation'}",
+        "---",
+        "",
+        f"# {spec.name}",
+        "",
+        f"Fine-tuned from `{base}` for {spec.task.type.replace('_', ' ')}; weights of step {step} "
+        f"of {plan.total_steps}.",
+        "",
+    ]
+    if scores:
+        lines += [
+            f"## Held-out figures ({best.get('rows', '?')} rows)",
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *(f"| {name} | {value:.4f} |" for name, value in scores.items()),
+            "",
+        ]
+    if baseline := figures.get("baseline"):
+        lines += [
+            f"Baseline ({baseline['name']}, {baseline['train_rows']} training rows): "
+            + ", ".join(f"{k} {v:.4f}" for k, v in baseline["metrics"].items()),
+            "",
+        ]
+    lines += [
+        "## How it was made",
+        "",
+        f"- training rows {plan.train_data.rows:,} ({plan.train_data.tokens:,} tokens), "
+        f"{plan.total_steps} steps of {plan.global_rows} rows, seed {spec.seed}",
+        f"- {spec.tuning.type} tuning, {plan.model.trainable:,} of {plan.model.parameters:,} parameters trained",
+        f"- {spec.optimizer.type}, peak learning rate {spec.optimizer.lr:g}, {spec.schedule.type} schedule, "
+        f"{plan.warmup_steps} warm-up steps, {'bf16' if plan.bf16 else 'fp32'}",
+        f"- {plan.num_workers} workers, DeepSpeed ZeRO stage {plan.stage}",
+        f"- rows are cut to {max_length_tokens(spec)} tokens",
+        "",
+    ]
+    return "\n".join(lines)
