@@ -15,7 +15,7 @@ from orchestrator.launch.run import Outcome, plan_job, train
 from orchestrator.launch.session import ray_session
 from orchestrator.plan import Cluster, Plan, this_machine
 from orchestrator.report.html import write_report
-from orchestrator.run_folder import RunFolder, read_json
+from orchestrator.run_folder import RunFolder, find_run, read_json
 from orchestrator.spec import JobSpec
 from orchestrator.train.export import export_run, load_exported, load_plan
 
@@ -41,14 +41,6 @@ def prepare(spec: JobSpec) -> dict[Split, Prepared]:
         return ready
     with ray_session(this_machine().cpus):
         return _prepare(spec)
-
-
-def find_run(run: str | Path, storage: str | Path = "runs") -> RunFolder:
-    """A run by name below `storage`, or by path. Raises OrchestratorError where there is none."""
-    for root in (Path(storage) / run, Path(run)):
-        if (root / "plan.json").exists():
-            return RunFolder(root.absolute())
-    raise OrchestratorError(f"{run}: no such run below {storage}/. `orchestrator runs` lists them.")
 
 
 def evaluate(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import OrchestratorError
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the new one, never a torn one."""
@@ -116,3 +118,11 @@ def list_runs(storage: Path) -> list[RunFolder]:
     """Every run below `storage`, oldest first."""
     found = [path.parent for path in storage.glob("*/plan.json")]
     return [RunFolder(path) for path in sorted(found, key=lambda p: p.stat().st_mtime)]
+
+
+def find_run(run: str | Path, storage: str | Path = "runs") -> RunFolder:
+    """A run by name below `storage`, or by path. Raises OrchestratorError where there is none."""
+    for root in (Path(storage) / run, Path(run)):
+        if (root / "plan.json").exists():
+            return RunFolder(root.absolute())
+    raise OrchestratorError(f"{run}: no such run below {storage}/. `orchestrator runs` lists them.")

@@ -209,7 +209,7 @@ def scan_piece(work: PieceWork) -> dict[str, Any]:
     labels = {
         str(item.row[column])
         for item in read_piece(work.piece, work.spec.task.columns)
-        if isinstance(item.row, dict) and item.row.get(column) is not None
+        if isinstance(item.row, dict) and item.row.get(column) not in (None, "")
     }
     return {"labels": sorted(labels)[:2000]}
 
@@ -243,8 +243,9 @@ def _split_of(work: PieceWork, key: int) -> Split:
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(spec: JobSpec) -> Any:
-    return load_tokenizer(spec)
+def _tokenizer(fingerprint: str, spec_json: str) -> Any:
+    """Kept between the pieces of a worker process, until the tokenizer's files change."""
+    return load_tokenizer(JobSpec.model_validate_json(spec_json))
 
 
 class ShardWriter:
@@ -255,6 +256,7 @@ class ShardWriter:
 
         self.work = work
         self.task = work.spec.task
+        self.tokenizer = _tokenizer(tokenizer_fingerprint(work.spec), work.spec.model_dump_json())
         self.max_length = max_length_tokens(work.spec)
         kinds = {"int": pa.int64(), "ints": pa.list_(pa.int32())}
         fields = [pa.field(n, kinds[k]) for n, k in self.task.features().items()]
@@ -277,7 +279,7 @@ class ShardWriter:
         """Encode raw rows and write what fills a shard."""
         if not rows:
             return
-        encoded = self.task.encode(rows, _tokenizer(self.work.spec), self.max_length, self.work.labels)
+        encoded = self.task.encode(rows, self.tokenizer, self.max_length, self.work.labels)
         good: list[EncodedRow] = []
         for row, number in zip(encoded, numbers, strict=True):
             if isinstance(row, BadRow):
@@ -303,7 +305,7 @@ class ShardWriter:
         ) else 0  # fmt: skip
         return {
             "shards": self.shards,
-            "bad": [{"file": piece.file.url, "row": first_line + n, "why": w} for n, w in self.bad],
+            "bad": [{"file": piece.file.url, "row": first_line + n, "why": w} for n, w in sorted(self.bad)],
             **{
                 name: getattr(self, name)
                 for name in ("input_rows", "bad_rows", "truncated", "rows", "tokens", "targets", "longest")

@@ -179,10 +179,11 @@ def read_piece(piece: Piece, columns: Sequence[str]) -> Iterator[RawItem]:
 
 
 def line_number_at(file: SourceFile, offset: int) -> int:
-    """How many lines lie before byte `offset`; only error messages need it."""
+    """How many lines begin before byte `offset` > 0, so that the next one is number 1 of a piece that
+    starts there; only error messages need it."""
     filesystem, path = open_filesystem(file.url)
     with filesystem.open(path, "rb") as handle:
-        lines = 0
+        lines, offset = 1, offset - 1
         while offset > 0 and (chunk := handle.read(min(offset, 2**22))):
             lines += chunk.count(b"\n")
             offset -= len(chunk)

@@ -109,13 +109,13 @@ def describe_cluster(text: str) -> Cluster:
     `:cpus=…,memory_gib=…` behind it says otherwise. Raises PlanError for anything else.
     """
     body, _, tail = text.partition(":")
-    match = re.fullmatch(r"(\d+)x([A-Za-z0-9]+?)x(\d+)|(\d+)cpux(\d+)", body)
+    match = re.fullmatch(r"([1-9]\d*)x([A-Za-z0-9]+?)x([1-9]\d*)|([1-9]\d*)cpux([1-9]\d*)", body)
     if not match:
         raise PlanError(
             f"--cluster {text!r} is not understood. Write GPUSxTYPExNODES, as in 8xH100x4, "
             "or CPUScpuxNODES, as in 16cpux2; `:cpus=64,memory_gib=512` may follow."
         )
-    options = {k: float(v) for k, _, v in (o.partition("=") for o in tail.split(",") if o)}
+    options = _options(tail, text)
     if match[4]:
         cpus, count, gpus, name = float(match[4]), int(match[5]), 0.0, None
         memory = options.get("memory_gib", cpus * 4)
@@ -132,8 +132,20 @@ def describe_cluster(text: str) -> Cluster:
     return Cluster(source=f"described {text}", nodes=(node,) * count)
 
 
+def _options(tail: str, text: str) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for option in filter(None, tail.split(",")):
+        match = re.fullmatch(r"(cpus|memory_gib)=(\d+(?:\.\d+)?)", option)
+        if not match or float(match[2]) == 0:
+            raise PlanError(
+                f"--cluster {text!r}: {option!r} is not understood. Write cpus=64 or memory_gib=512."
+            )
+        out[match[1]] = float(match[2])
+    return out
+
+
 def _gpu_memory(name: str | None) -> int:
-    for known, gib in GPU_MEMORY_GIB.items():
+    for known, gib in sorted(GPU_MEMORY_GIB.items(), key=lambda kv: -len(kv[0])):  # L40S before L4
         if name and known.lower() in name.lower():
             return gib * GIB
     raise PlanError(

@@ -161,10 +161,10 @@ def _workers(
         gpus = 1.0 if cluster.gpus else 0.0
         reasons["gpus_per_worker"] = f"{cluster.source} has {cluster.gpus:g} GPUs"
     count = wanted.num_workers
-    if count == "auto":
-        count = int(cluster.gpus // gpus) if gpus else min(2, max(1, int(cluster.cpus)))
-        reasons["num_workers"] = "one per GPU" if gpus else "two on CPU, one where there is one core"
     most = int(sum(n.gpus // gpus for n in cluster.nodes)) if gpus else int(cluster.cpus)
+    if count == "auto":
+        count = max(1, most if gpus else min(2, most))
+        reasons["num_workers"] = "one per GPU" if gpus else "two on CPU, one where there is one core"
     if count > most:
         what = f"{gpus:g} GPU each" if gpus else "a CPU each"
         raise PlanError(
@@ -356,6 +356,9 @@ def _group_by_length(spec: JobSpec, reasons: dict[str, str]) -> bool:
     wanted = spec.data.order.group_by_length
     if wanted != "auto":
         return wanted
+    if spec.data.order.shuffle == "none":
+        reasons["group_by_length"] = "data.order.shuffle is none: rows stay in the order of the files"
+        return False
     packed = spec.task.fixed_length and getattr(spec.task, "packing", False)
     reasons["group_by_length"] = "rows are packed to one length" if packed else "less padding"
     return not packed

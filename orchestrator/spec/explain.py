@@ -56,7 +56,8 @@ def _problem(field: str, details: list[ErrorDetails], data: dict[str, Any]) -> P
             return Problem(field, "needs a `type`", _purpose(field, data))
         case _:
             why = " or ".join(dict.fromkeys(_sentence(d) for d in details))
-            return Problem(field, why, _literal_hint(detail), detail["input"])
+            hints = [hint for hint in map(_literal_hint, details) if hint]
+            return Problem(field, why, hints[0] if hints else "", detail["input"])
 
 
 def _sentence(detail: ErrorDetails) -> str:

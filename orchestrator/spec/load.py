@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,42 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.rules import broken_rules
 
 
+STAND_INS: dict[str, Any] = {
+    "name": "job",
+    "task": {"type": "causal_lm"},
+    "model": {"pretrained": "org/model"},
+    "data": {"train": "memory://"},
+}
+"""Required fields with values that break no rule, for the search for further problems."""
+FLOAT = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
+"""Numbers with an exponent. PyYAML reads only those with a dot and a sign: `1e-4` would be text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text `1e-4`, as `_UniqueKeys` reads the bare one as a number."""
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """PyYAML's safe loader keeps the last of two equal keys; a job file must not hide one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *defaults` is no key; what it brings may be overridden
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # the safe loader refuses it by line and column
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+for _yaml in (_UniqueKeys, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -65,7 +89,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             )
             continue
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506, a SafeLoader
         except yaml.YAMLError:
             problems.append(Problem(key, "its value is not valid YAML", "quote it", text))
             continue
@@ -102,24 +126,27 @@ def _rules_beside(
 ) -> list[Problem]:
     """Rules across fields that break beside the broken fields.
 
-    The broken fields are put back to their defaults, so that one typo does not hide the rest.
+    The broken fields are put back to their defaults, and sections of an unknown kind too, so that
+    one typo does not hide the rest.
     """
     repaired = data
     for problem in found:
-        repaired = _without(repaired, problem.field.split("."))
+        repaired = _without(repaired, problem.field.removesuffix(".type").split("."))
+    if "task" not in repaired:  # its metrics are not known
+        repaired = _without(repaired, ["evaluation"])
+    repaired = {**STAND_INS, **repaired}
+    repaired["data"] = {**STAND_INS["data"], **repaired["data"]}
     try:
         spec = JobSpec.model_validate(repaired)
     except ValidationError:
         return []
-    broken = {problem.field for problem in found}
-    return [problem for problem in broken_rules(spec) if problem.field not in broken]
+    broken = [f"{problem.field}." for problem in found]
+    return [p for p in broken_rules(spec) if not any(b.startswith(f"{p.field}.") for b in broken)]
 
 
-def _without(data: Any, path: list[str]) -> Any:
-    if not isinstance(data, dict):
-        return data
+def _without(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
     head, *rest = path
-    if rest:
+    if rest and isinstance(data.get(head), dict):
         return {k: (_without(v, rest) if k == head else v) for k, v in data.items()}
     return {k: v for k, v in data.items() if k != head}
 
@@ -134,6 +161,5 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
 
 def dump_spec(spec: JobSpec) -> str:
     """The spec as YAML that `load_spec` reads back to an equal value; unset fields stay unset."""
-    return yaml.safe_dump(
-        spec.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
-    )
+    data = spec.model_dump(mode="json", exclude_unset=True)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -116,6 +116,10 @@ def text_problem(value: Any, column: str) -> str | None:
         return f"column {column!r} must be text, got {type(value).__name__}: {value!r}"
     if not value.strip():
         return f"column {column!r} is empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair: "\\ud83d"
+        return f"column {column!r} is no text: lone surrogate at character {error.start}"
     return None
 
 

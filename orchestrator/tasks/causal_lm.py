@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Tag
@@ -236,8 +236,7 @@ def _pack_stream(
     out: list[EncodedRow] = []
     held: list[EncodedRow] = []
     room = max_length
-    for row in rows:
-        ids, targets = row["input_ids"], row["is_target"]
+    for ids, targets in _documents(rows):
         while ids:
             piece = _row(ids[:room], targets[:room])
             held.append(piece)
@@ -247,6 +246,15 @@ def _pack_stream(
                 out.append(_join(held))
                 held, room = [], max_length
     return out, [_join(held)] if held else []
+
+
+def _documents(rows: Sequence[EncodedRow]) -> Iterator[tuple[list[int], list[int]]]:
+    """(token ids, targets) of each document; rows that were kept back hold several."""
+    for row in rows:
+        stop = 0
+        for length in row["doc_lengths"]:
+            start, stop = stop, stop + length
+            yield row["input_ids"][start:stop], row["is_target"][start:stop]
 
 
 def _pack_whole(rows: Sequence[EncodedRow], max_length: int) -> list[EncodedRow]:

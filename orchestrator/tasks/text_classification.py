@@ -92,8 +92,8 @@ class TextClassification(Task):
             if column and (why := text_problem(row.get(column), column)):
                 return BadRow(why)
         label = row.get(self.label_column)
-        if label is None:
-            return BadRow(f"column {self.label_column!r} is missing or null")
+        if label is None or label == "":
+            return BadRow(f"column {self.label_column!r} is missing, null or empty")
         if str(label) not in index:
             known = ", ".join(list(index)[:10])
             return BadRow(f"unknown label {label!r}; the job knows: {known}")

@@ -1,0 +1,39 @@
+# Needs Python 3.11 with venv, nothing else. `make demo` is the place to start.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test chaos lint docs clean
+
+setup: $(VENV)/.ready
+
+# torch first and by its exact version: pip then never looks at newer builds.
+$(VENV)/.ready: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: make PYTHON=python3 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev,demo]'
+	touch $@
+
+demo: setup
+	$(BIN)/python jobs/fetch.py quickstart
+	$(BIN)/orchestrator plan jobs/quickstart.yaml
+	$(BIN)/orchestrator train jobs/quickstart.yaml
+
+test: setup
+	$(BIN)/python -m pytest -m 'not chaos'
+
+chaos: setup
+	$(BIN)/python -m pytest -m chaos --timeout 3600 -s
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/orchestrator schema --markdown > docs/reference.md
+	$(BIN)/orchestrator schema > docs/job.schema.json
+
+clean:
+	rm -rf $(VENV) runs prepared jobs/data

@@ -1,0 +1,234 @@
+"""The command line: each verb is a few lines over a function that Python users call too."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.spec import JobSpec, load_spec
+
+if TYPE_CHECKING:
+    from orchestrator.launch.run import Outcome
+
+app = typer.Typer(
+    help="Fine-tune Hugging Face models on Ray: one YAML says what.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+err = Console(stderr=True)
+
+Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]…", help="Fields set on the command line: optimizer.lr=3e-5"),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its folder.", show_default=False)]
+Storage = Annotated[Path, typer.Option(help="Folder of all runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; expected errors end with their message, not with a traceback."""
+    try:
+        app(standalone_mode=True)
+    except OrchestratorError as error:
+        err.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _load(job: Path, overrides: list[str] | None) -> JobSpec:
+    return load_spec(job, overrides or [])
+
+
+def _quiet_libraries() -> None:
+    """Third-party chatter that tells a user nothing; set before the libraries are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@app.command()
+def check(job: Job, overrides: Overrides = None) -> None:
+    """Every problem of a job file at once."""
+    spec = _load(job, overrides)
+    out.print(f"[green]ok[/] {spec.name}: {spec.task.type}, {spec.tuning.type} tuning", highlight=False)
+
+
+@app.command()
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option(help="Plan for 8xH100x4 (GPUs × type × nodes) or 16cpux2.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What would run: each number with its reason. Prepares the data if it is not ready."""
+    spec = _load(job, overrides)
+    _quiet_libraries()
+    from orchestrator.api import make_plan
+    from orchestrator.plan import describe_cluster
+    from orchestrator.plan.show import show_plan
+
+    made = make_plan(spec, describe_cluster(cluster) if cluster else None)
+    if as_json:
+        print(made.model_dump_json(indent=2))
+    else:
+        out.print(show_plan(made))
+
+
+@app.command()
+def prepare(job: Job, overrides: Overrides = None) -> None:
+    """Tokenise and shard the data, once per fingerprint."""
+    spec = _load(job, overrides)
+    _quiet_libraries()
+    from orchestrator.api import prepare as run
+
+    for split, done in run(spec).items():
+        m = done.manifest
+        how = "ready" if done.was_ready else "prepared"
+        out.print(
+            f"[bold]{split}[/] {how}: {m.rows:,} rows, {m.tokens:,} tokens, {m.truncated_rows:,} truncated, "
+            f"{m.bad_rows:,} bad → {done.folder}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        for record in m.bad_row_examples:
+            out.print(f"  [yellow]{record.file}, row {record.row}: {_escaped(record.why)}[/]", highlight=False)
+
+
+@app.command()
+def train(
+    job: Job,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on where a run of this name stopped, or start over (the old folder is kept aside).")
+    ] = True,
+) -> None:  # fmt: skip
+    """Run the job; the same command again goes on where it stopped."""
+    spec = _load(job, overrides)
+    _quiet_libraries()
+    from orchestrator.api import train as run
+
+    outcome = run(spec, fresh=not resume, console=out)
+    out.print(_final_table(outcome))
+    if outcome.message:
+        out.print(outcome.message, highlight=False)
+    if outcome.status == "stopped":
+        raise typer.Exit(130)
+
+
+def _final_table(outcome: Outcome) -> Table:
+    table = Table(title=f"{outcome.folder.name}: {outcome.status}", show_header=False, title_justify="left")
+    metric, best, baseline = outcome.plan.metric, outcome.best, outcome.baseline
+    if best:
+        table.add_row(f"best {metric}", f"{best[metric]:.4f} at step {best['step']} ({best['rows']} held-out rows)")
+    if baseline:
+        name = f"{baseline['name']}, {baseline['train_rows']:,} rows"
+        table.add_row(f"baseline {metric}", f"{baseline['metrics'][metric]:.4f} ({name})")
+    if outcome.export:
+        table.add_row("model", str(outcome.export))
+    table.add_row("report", str(outcome.report))
+    return table
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run,
+    data: Annotated[list[str], typer.Option(help="Files, globs or URLs with the run's columns.")],
+    storage: Storage = Path("runs"),
+    num_workers: Annotated[int | None, typer.Option(help="Default: the run's own number.")] = None,
+) -> None:
+    """Exact metrics of a run's model on new data, as JSON."""
+    _quiet_libraries()
+    from orchestrator.api import evaluate as measure
+    from orchestrator.api import find_run
+
+    print(json.dumps(measure(find_run(run, storage), data, num_workers), indent=2))
+
+
+@app.command()
+def predict(run: Run, storage: Storage = Path("runs")) -> None:
+    """Predictions for the texts on standard input, one per line, as JSON lines."""
+    _quiet_libraries()
+    from orchestrator.api import find_run
+    from orchestrator.api import predict as run_model
+
+    texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for prediction in run_model(find_run(run, storage), texts):
+        print(json.dumps(prediction, ensure_ascii=False))
+
+
+@app.command()
+def export(
+    run: Run,
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the model.")],
+    storage: Storage = Path("runs"),
+) -> None:
+    """A run's best model as a folder that transformers loads, with tokenizer and model card."""
+    _quiet_libraries()
+    from orchestrator.api import export as write
+    from orchestrator.api import find_run
+
+    out.print(str(write(find_run(run, storage), target)), soft_wrap=True)
+
+
+@app.command()
+def runs(storage: Storage = Path("runs")) -> None:
+    """A table of all runs."""
+    from orchestrator.report.runs import runs_table
+
+    out.print(runs_table(storage))
+
+
+@app.command()
+def report(run: Run, storage: Storage = Path("runs")) -> None:
+    """One self-contained HTML file with curves, plan, spec, predicted and measured."""
+    from orchestrator.report.html import write_report
+    from orchestrator.run_folder import find_run
+
+    out.print(str(write_report(find_run(run, storage))), soft_wrap=True)
+
+
+@app.command()
+def doctor(storage: Storage = Path("runs")) -> None:
+    """What this machine or cluster can do, each shortcoming with its fix."""
+    _quiet_libraries()
+    from orchestrator.launch.doctor import examine
+
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    findings = examine(storage)
+    for finding in findings:
+        table.add_row(marks[finding.level], finding.what, finding.found, finding.fix)
+    out.print(table)
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option(help="The reference page instead.")] = False,
+) -> None:
+    """JSON Schema of a job file, for editors."""
+    from orchestrator.spec.reference import json_schema, reference_page
+
+    print(reference_page() if markdown else json.dumps(json_schema(), indent=2))
