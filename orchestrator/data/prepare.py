@@ -28,7 +28,7 @@ from orchestrator.data.sources import (
     read_piece,
     split_into_pieces,
 )
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.model.config import load_tokenizer, max_length_tokens, tokenizer_fingerprint
 from orchestrator.run_folder import fsync_dir, write_json
 from orchestrator.spec import JobSpec
@@ -174,16 +174,27 @@ class PieceWork:
 
 
 def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
-    """Apply `function` to each piece through Ray Data, results in the order of the pieces."""
-    import ray
+    """Apply `function` to each piece through Ray Data, results in the order of the pieces.
 
-    context = ray.data.DataContext.get_current()
+    Raises the first error that a piece ends with.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True
     items = [{"work": w} for w in work]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    results = dataset.map(lambda item: {"out": json.dumps(function(item["work"]))}).take_all()
-    return [json.loads(r["out"]) for r in results]
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        dataset = dataset.map(lambda item: {"out": json.dumps(function(item["work"]))})
+    try:
+        return [json.loads(r["out"]) for r in dataset.take_all()]
+    except RayTaskError as error:
+        if isinstance(error.cause, OrchestratorError):
+            raise error.cause from None  # its words are for the user, Ray's traceback is not
+        raise
 
 
 def _scan_labels(spec: JobSpec, pieces: Sequence[Piece], keep: Split | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -18,6 +19,9 @@ PIECE_BYTES = 64 * 2**20
 """Text-like files are cut at line ends into pieces of about this size; each is one task."""
 FULL_HASH_BYTES = 2**30
 """Files up to this size are identified by content; larger ones by size, time and both ends."""
+
+UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error)
+"""What reading a damaged file raises: EOFError stands for a compressed one that was cut off."""
 
 FORMATS = {
     ".parquet": "parquet", ".pq": "parquet",
@@ -122,7 +126,11 @@ def split_into_pieces(files: Sequence[SourceFile]) -> list[Piece]:
     """Cut the files so that each piece is one task's work."""
     pieces: list[Piece] = []
     for i, file in enumerate(files):
-        for start, stop in _ranges(file):
+        try:
+            ranges = _ranges(file)
+        except UNREADABLE as error:
+            raise _unreadable(file, error) from error
+        for start, stop in ranges:
             pieces.append(Piece(len(pieces), i, file, start, stop))
     return pieces
 
@@ -174,8 +182,12 @@ def read_piece(piece: Piece, columns: Sequence[str]) -> Iterator[RawItem]:
             case _:
                 for number, key, line in _lines(piece):
                     yield RawItem(_decode(line, columns[0]), number, key)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{piece.file.url}: cannot be read as {piece.file.format}: {error}") from error
+    except UNREADABLE as error:
+        raise _unreadable(piece.file, error) from error
+
+
+def _unreadable(file: SourceFile, error: Exception) -> DataError:
+    return DataError(f"{file.url}: cannot be read as {file.format}: {error}")
 
 
 def line_number_at(file: SourceFile, offset: int) -> int:

@@ -112,7 +112,7 @@ def launch(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any]:
     if outcome is None:
         raise TrainingError(_lost(folder, fit.error)) from fit.error
     append_event(folder.events, "end", status=outcome["status"], step=outcome["step"])
-    if outcome["status"] in ("diverged", "storage_failed"):
+    if outcome["status"] in ("diverged", "storage_failed", "failed"):
         raise TrainingError(f"{outcome['message']}\n{_last_good(folder)}")
     return outcome
 

@@ -46,7 +46,6 @@ def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> I
     if ray.is_initialized():
         yield ray
         return
-    _quiet(log_file)
     environment = {"env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS}}
     if attached_address():
         ray.init(address="auto", runtime_env=environment, log_to_driver=False, logging_level="ERROR")
@@ -60,6 +59,7 @@ def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> I
             logging_level="ERROR",
             runtime_env=environment,
         )
+    _quiet(log_file)
     try:
         yield ray
     finally:
@@ -67,7 +67,13 @@ def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> I
 
 
 def _quiet(log_file: Path | None) -> None:
-    """Send Ray's, DeepSpeed's and our libraries' logging to a file; warnings of ours stay visible."""
+    """Send Ray's, DeepSpeed's and transformers' logging to a file, or nowhere.
+
+    Ray Data and Ray Train install their own handlers when they are imported, so that comes first.
+    """
+    import ray.data
+    import ray.train
+
     for name in ("ray", "ray.train", "ray.data", "deepspeed", "transformers"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -43,6 +43,8 @@ def work(config: dict[str, Any]) -> None:
     plan = Plan.model_validate_json(config["plan"])
     folder = RunFolder(Path(plan.run_dir))
     rank = int(os.environ["RANK"])
+    if Path(plan.work_dir).is_dir():  # Ray starts workers elsewhere; the job's paths are relative to it
+        os.chdir(plan.work_dir)
     if rank == 0:
         append_event(folder.events, "imports")
     _log_to(folder, rank)

@@ -76,7 +76,8 @@ def max_length_tokens(spec: JobSpec) -> int:
     """Longest row: the job's, or the model's limit, at most 512."""
     if spec.data.max_length_tokens != "auto":
         return spec.data.max_length_tokens
-    limit = _raw_config(spec).get("max_position_embeddings")
+    config = _raw_config(spec)
+    limit = config.get("max_position_embeddings") or config.get("n_positions")  # GPT-2's name for it
     return min(int(limit), DEFAULT_MAX_LENGTH_TOKENS) if limit else DEFAULT_MAX_LENGTH_TOKENS
 
 

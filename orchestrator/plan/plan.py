@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,8 @@ from orchestrator.values import Frozen
 
 MEMORY_SHARE = 0.85
 """Share of a worker's memory that the plan fills; the rest is for what the estimate does not know."""
+LORA_SHARE = 0.02
+"""Share of the weights that adapters train, for a first guess before they are counted."""
 DATA_CPUS = 2 * READ_CPUS
 """CPUs kept free for Ray Data; without them reads starve and the run hangs without a word."""
 Stage = Literal[0, 1, 2, 3]
@@ -45,6 +49,8 @@ class Plan(Frozen):
 
     spec: JobSpec
     cluster: Cluster
+    work_dir: str
+    """Where the job's relative paths start."""
     run_dir: str
     model: ModelFacts
     labels: tuple[str, ...]
@@ -107,11 +113,13 @@ def make_plan(
     steps_per_epoch = -(-train.manifest.rows // global_rows)
     total = _total_steps(spec, steps_per_epoch, reasons)
     eval_every = _eval_every(spec, prepared, steps_per_epoch, total, reasons)
-    run_dir = str((work_dir or Path.cwd()) / spec.storage / spec.name)
+    work_dir = work_dir or Path.cwd()
+    run_dir = str(work_dir / spec.storage / spec.name)
     size = checkpoint_bytes(model, setup)
     return Plan(
         spec=spec,
         cluster=cluster,
+        work_dir=str(work_dir),
         run_dir=run_dir,
         model=model,
         labels=labels,
@@ -251,7 +259,7 @@ def _fit(
         return sum(memory_bytes(model, setup(stage), rows, tokens_per_row).values())
 
     room = int(limit * MEMORY_SHARE)
-    fixed_rows = 1 if spec.batch.micro_rows == "auto" else spec.batch.micro_rows
+    fixed_rows = 1 if spec.batch.micro_rows == "auto" else min(spec.batch.micro_rows, per_worker)
     wanted = spec.zero.stage
     if wanted == "auto":
         lowest = _lowest_stage(spec)
@@ -261,9 +269,9 @@ def _fit(
     else:
         stage = wanted
     if total(stage, fixed_rows) > room:
-        raise PlanError(_too_big(spec, stage, total(stage, fixed_rows), room, workers, setup, model))
+        raise PlanError(_too_big(spec, model, setup(stage), fixed_rows, tokens_per_row, room))
     if spec.batch.micro_rows != "auto":
-        return stage, min(spec.batch.micro_rows, per_worker), setup(stage)
+        return stage, fixed_rows, setup(stage)
     rows = per_worker
     while total(stage, rows) > room:
         rows = -(-rows // 2)
@@ -291,27 +299,64 @@ def _optimizer_states(spec: JobSpec) -> int:
 
 
 def _too_big(
-    spec: JobSpec, stage: int, need: int, room: int, workers: int, setup: Any, model: ModelFacts
+    spec: JobSpec, model: ModelFacts, setup: MemorySetup, rows: int, tokens: int, room: int
 ) -> str:
-    fixes = []
-    if stage < 3 and workers > 1:
-        fixes.append("zero.stage=3")
-    if setup(stage).on_gpu and spec.zero.offload_optimizer == "none":
-        fixes.append("zero.offload_optimizer=cpu (stage 1 or higher)")
-    if not spec.gradient_checkpointing:
-        fixes.append("gradient_checkpointing=true")
-    if spec.tuning.type == "full":
-        fixes.append("tuning.type=lora")
-    if not setup(stage).bf16:
-        fixes.append("precision=bf16")
-    parts = memory_bytes(model, setup(stage), 1, 1)
-    states = sum(v for k, v in parts.items() if k not in ("activations", "logits", "runtime"))
-    if stage == 3 and states > room // 2:
-        fixes.append(f"resources.num_workers={workers * math.ceil(2 * states / room)}")
+    """Says what is missing and which change makes it fit: alone, or else which ones together."""
+
+    def need(helps: Sequence[_Change]) -> int:
+        changed = setup.model_copy(update={k: v for c in helps for k, v in c.setup.items()})
+        tuned = LORA_SHARE if any(c.lora for c in helps) else 1
+        facts = model.model_copy(update={"trainable": int(model.trainable * tuned)})
+        fewer = 1 if any(c.one_row for c in helps) else rows
+        return sum(memory_bytes(facts, changed, fewer, tokens).values())
+
+    changes = _changes(spec, setup, rows)
+    fixes = [change.text for change in changes if need([change]) <= room]
+    together = next((n for n in range(2, len(changes) + 1) if need(changes[:n]) <= room), 0)
+    if not fixes and together:
+        fixes = [" and ".join(change.text for change in changes[:together])]
+    if not fixes:
+        fixes = ["a smaller model, a shorter data.max_length_tokens or larger workers"]
     return (
-        f"one worker needs {need / GIB:.1f} GiB at ZeRO stage {stage} with the smallest micro-batch; "
-        f"{room / GIB:.1f} GiB are to be had. What helps: {', or '.join(fixes) or 'a shorter data.max_length_tokens'}."
+        f"one worker needs {need([]) / GIB:.1f} GiB at ZeRO stage {setup.stage} with {rows} row(s) of "
+        f"{tokens} tokens; {room / GIB:.1f} GiB are to be had. What helps: {', or '.join(fixes)}."
     )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change to the job that saves memory, and what it does to the estimate."""
+
+    text: str
+    setup: dict[str, Any] = field(default_factory=dict)
+    one_row: bool = False
+    lora: bool = False
+
+
+def _changes(spec: JobSpec, setup: MemorySetup, rows: int) -> list[_Change]:
+    """What the job can still save, the least intrusive first."""
+    highest = 3 if setup.world_size > 1 else max(1, setup.stage)
+    offload = {"offload_optimizer": True, "stage": setup.stage or highest}
+    staged = " zero.stage=auto" if spec.zero.stage == 0 else ""
+    pinned = spec.zero.stage != "auto" and setup.stage < highest and setup.world_size > 1
+    offers = (
+        (rows > 1, _Change("batch.micro_rows=auto", one_row=True)),
+        (
+            not spec.gradient_checkpointing,
+            _Change("gradient_checkpointing=true", {"gradient_checkpointing": True}),
+        ),
+        (not setup.bf16, _Change("precision=bf16", {"bf16": True})),
+        (
+            setup.on_gpu and not setup.offload_optimizer,
+            _Change(f"zero.offload_optimizer=cpu{staged}", offload),
+        ),
+        (pinned, _Change("zero.stage=auto", {"stage": highest})),
+        (
+            spec.tuning.type == "full" and spec.model.config is None,
+            _Change("tuning.type=lora", lora=True),
+        ),
+    )
+    return [change for possible, change in offers if possible]
 
 
 def _total_steps(spec: JobSpec, steps_per_epoch: int, reasons: dict[str, str]) -> int:

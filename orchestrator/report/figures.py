@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 MEASURED, EVALUATED, EXPECTED = "#2563eb", "#d97706", "#64748b"
-BASELINE, RESTART, CHECKPOINT = "#059669", "#dc2626", "#cbd5e1"
+BASELINE, RESTART, CHECKPOINT = "#059669", "#dc2626", "#94a3b8"
 LINES = (EVALUATED, "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 INK, GRID = "#334155", "#e2e8f0"
 MOST_POINTS = 2000
-"""Points drawn per line; longer ones keep the extremes of each stretch, so that spikes stay visible."""
+"""Points drawn per line; longer lines keep the extremes of each stretch, so that spikes show."""
 MOST_MARKS = 30
 """Checkpoint marks drawn at full height; more of them shrink to ticks at the foot of the chart."""
 MOST_CELL_LABELS = 12
@@ -59,7 +59,7 @@ def column(records: Sequence[Record], name: str) -> list[float | None]:
 
 
 def scalar_metrics(evals: Sequence[Record]) -> list[str]:
-    """Names of the metrics with at least one finite value, in the order they were first reported."""
+    """Names of the metrics with at least one finite value, in the order of first report."""
     names = dict.fromkeys(name for record in evals for name in record if name not in NOT_METRICS)
     return [n for n in names if any(v is not None for v in column(evals, n))]
 
@@ -87,8 +87,8 @@ def thinned(x: Sequence[float], y: Numbers) -> tuple[list[float], list[float | N
     kept: list[int] = []
     for start in range(0, len(x), stretch):
         there = [i for i in range(start, min(start + stretch, len(x))) if y[i] is not None]
-        ends = {min(there, key=lambda i: y[i] or 0), max(there, key=lambda i: y[i] or 0)} if there else {start}
-        kept.extend(sorted(ends))
+        there.sort(key=lambda i: y[i] or 0.0)
+        kept.extend(sorted({there[0], there[-1]} if there else {start}))
     return [x[i] for i in kept], [y[i] for i in kept]
 
 
@@ -106,7 +106,7 @@ def metric_charts(
 ) -> list[Chart]:
     """Every scalar metric but the loss: those between 0 and 1 together, each other one alone.
 
-    `best`: the name of the metric that chooses the model, and the best step. `baseline`: metric → value.
+    `best`: the metric that chooses the model and its best step. `baseline`: metric → value.
     """
     names = [n for n in scalar_metrics(evals) if n != "loss"]
     scores = [n for n in names if all(v is None or 0 <= v <= 1 for v in column(evals, n))]
@@ -135,7 +135,8 @@ def _metric_chart(
         traces += [_star(s, v) for s, v in at_best[:1] if v is not None]
     title = "Evaluation metrics" if len(names) > 1 else f"Evaluation: {names[0]}"
     key = "metrics" if len(names) > 1 else f"metric-{names[0]}"
-    return _chart(key, title, "On the evaluation rows, every row once.", traces, "", wide=len(names) > 1)
+    note = "On the evaluation rows, every row once."
+    return _chart(key, title, note, traces, "", wide=len(names) > 1)
 
 
 def throughput_chart(steps: Sequence[Record], marks: Marks) -> Chart | None:
@@ -144,28 +145,31 @@ def throughput_chart(steps: Sequence[Record], marks: Marks) -> Chart | None:
         tokens / seconds if tokens is not None and seconds else None
         for tokens, seconds in zip(column(steps, "tokens"), column(steps, "step_s"), strict=True)
     ]
-    note = "All workers together, padding not counted, waiting for data included; evaluations and saves are not."
-    x = _xs(steps)
-    chart = _chart("throughput", "Throughput", note, _raw_and_smooth(x, rates, "tokens/s"), "tokens/s")
+    note = "All workers, without padding. Waiting for data counts, evaluations and saves do not."
+    traces = _raw_and_smooth(_xs(steps), rates, "tokens/s")
+    chart = _chart("throughput", "Throughput", note, traces, "tokens/s")
     if chart:
         chart.figure["layout"]["shapes"] = _mark_shapes(marks)
     return chart
 
 
 def wait_chart(steps: Sequence[Record]) -> Chart | None:
-    """Seconds each step waited for its rows, on a logarithmic axis."""
+    """Milliseconds each step waited for its rows, on a logarithmic axis."""
     waits, whole = column(steps, "wait_s"), sum(v or 0 for v in column(steps, "step_s"))
     share = sum(v or 0 for v in waits) / whole if whole else 0.0
     note = f"Time a step waited for its rows: {share:.1%} of all step time."
-    shown = [v if v else None for v in waits]  # a logarithmic axis has no zero
+    shown = [1000 * v if v else None for v in waits]  # a logarithmic axis has no zero
     traces = _dots(_xs(steps), shown, "wait")
-    return _chart("wait", "Waiting for data", note, traces, "seconds", log=True)
+    return _chart("wait", "Waiting for data", note, traces, "ms", log=True)
 
 
 def rate_chart(steps: Sequence[Record]) -> Chart | None:
     """Learning rate per step."""
     traces = _line(_xs(steps), column(steps, "lr"), "learning rate", MEASURED, 2)
-    return _chart("lr", "Learning rate", "As set for each step.", traces, "")
+    chart = _chart("lr", "Learning rate", "As set for each step.", traces, "")
+    if chart:
+        chart.figure["layout"]["yaxis"]["exponentformat"] = "e"
+    return chart
 
 
 def norm_chart(steps: Sequence[Record], clipping: float | None) -> Chart | None:
@@ -182,7 +186,7 @@ def norm_chart(steps: Sequence[Record], clipping: float | None) -> Chart | None:
 def memory_chart(
     steps: Sequence[Record], predicted_bytes: float | None, peak_bytes: float | None
 ) -> Chart | None:
-    """Memory in use after each step, in GiB, against the plan's prediction and the measured peak."""
+    """Memory in use after each step, in GiB, against the predicted and the measured peak."""
     x, y = _xs(steps), [v / GIB if v is not None else None for v in column(steps, "memory_bytes")]
     traces = _line(x, y, "in use", MEASURED, 2)
     if predicted_bytes and traces:
@@ -204,18 +208,22 @@ def confusion_chart(record: Record, labels: Sequence[str]) -> Chart | None:
     if not counts or any(len(row) != len(counts) for row in counts):
         return None
     names = [labels[i] if i < len(labels) else str(i) for i in range(len(counts))]
-    shares = [[(finite(n) or 0) / max(sum(finite(m) or 0 for m in row), 1) for n in row] for row in counts]
+    totals = [max(sum(finite(n) or 0 for n in row), 1) for row in counts]
+    shares = [
+        [(finite(n) or 0) / total for n in row] for row, total in zip(counts, totals, strict=True)
+    ]
     heat = go.Heatmap(
-        z=shares, customdata=counts, zmin=0, zmax=1, xgap=2, ygap=2,
+        z=shares, text=counts, zmin=0, zmax=1, xgap=2, ygap=2,
         colorscale=[[0, "#f1f5f9"], [1, MEASURED]], colorbar={"tickformat": ".0%", "thickness": 10},
-        hovertemplate="true: %{y}<br>predicted: %{x}<br>%{customdata} rows, %{z:.1%}<extra></extra>",
-        texttemplate="%{customdata}" if len(counts) <= MOST_CELL_LABELS else None,
+        hovertemplate="true: %{y}<br>predicted: %{x}<br>%{text} rows, %{z:.1%}<extra></extra>",
+        texttemplate="%{text}" if len(counts) <= MOST_CELL_LABELS else None,
     )  # fmt: skip
-    note = f"Evaluation at step {record.get('step', '?')}. Colour: share of the rows of that true label."
+    note = f"Evaluation at step {record.get('step', '?')}. Colour: share of the true label's rows."
     chart = _built("confusion", "Confusion matrix", note, [heat], "", height_px=_tall(names))
-    chart.figure["layout"]["xaxis"].update(title={"text": "predicted"}, **_named(names))
-    chart.figure["layout"]["yaxis"].update(title={"text": "true"}, autorange="reversed", **_named(names))
-    chart.figure["layout"]["hovermode"] = "closest"
+    layout, axis = chart.figure["layout"], _named(names)
+    layout["xaxis"].update(axis, title={"text": "predicted"})
+    layout["yaxis"].update(axis, title={"text": "true"}, autorange="reversed")
+    layout["hovermode"] = "closest"
     return chart
 
 
@@ -233,8 +241,8 @@ def per_label_chart(record: Record) -> Chart | None:
         text=[f"{v:.3f}" if v is not None else "–" for v in values],
         hovertemplate="%{y}: %{x:.4f}<extra></extra>",
     )  # fmt: skip
-    which = "the weakest label first" if len(ordered) == len(scores) else f"the {MOST_BARS} weakest labels"
-    note = f"Evaluation at step {record.get('step', '?')}, {which}."
+    which = "The weakest first" if len(scores) <= MOST_BARS else f"The {MOST_BARS} weakest"
+    note = f"{which}; evaluation at step {record.get('step', '?')}."
     chart = _built("f1", "F1 per label", note, [bar], "", height_px=_tall(names))
     chart.figure["layout"]["yaxis"].update(autorange="reversed", **_named(names))
     chart.figure["layout"]["xaxis"].update(title={"text": "F1"}, range=[0, 1.02])
@@ -247,7 +255,7 @@ def _named(names: Sequence[str]) -> dict[str, Any]:
 
     plotly reads some HTML in texts; escaped, a name shows as it was written.
     """
-    short = [name if len(name) <= 24 else name[:23] + "…" for name in names]
+    short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
     ticks = {"tickvals": list(range(len(names))), "ticktext": [html.escape(name) for name in short]}
     return {"tickmode": "array", "showgrid": False, **ticks}
 
@@ -262,7 +270,8 @@ def _xs(records: Sequence[Record]) -> list[float]:
 
 
 def _raw_and_smooth(x: Sequence[float], y: Numbers, name: str) -> list[Any]:
-    return [*_line(x, y, name, MEASURED, 1, opacity=0.3), *_line(x, smoothed(y), f"{name}, mean", MEASURED, 2)]
+    raw = _line(x, y, name, MEASURED, 1, opacity=0.4)
+    return raw + _line(x, smoothed(y), f"{name}, mean", MEASURED, 2)
 
 
 def _line(
@@ -274,8 +283,8 @@ def _line(
         return []
     thin_x, thin_y = thinned(x, y)
     mode = "lines" if len(thin_x) > 1 else "markers"
-    line, marker = {"color": colour, "width": width}, {"color": colour}
-    return [go.Scatter(x=thin_x, y=thin_y, name=name, mode=mode, line=line, marker=marker, opacity=opacity)]
+    trace = go.Scatter(x=thin_x, y=thin_y, name=name, mode=mode, opacity=opacity)
+    return [trace.update(line={"color": colour, "width": width}, marker={"color": colour})]
 
 
 def _dots(x: Sequence[float], y: Numbers, name: str) -> list[Any]:
@@ -304,22 +313,26 @@ def _level(x: Sequence[float], y: float, name: str, colour: str, dash: str = "da
 def _star(x: float, y: float) -> Any:
     import plotly.graph_objects as go
 
-    marker = {"symbol": "star", "size": 14, "color": EVALUATED, "line": {"color": "white", "width": 1}}
+    marker = {"symbol": "star", "size": 14, "color": EVALUATED}
     return go.Scatter(x=[x], y=[y], name="best", mode="markers", marker=marker, hoverinfo="skip")
 
 
 def _mark_shapes(marks: Marks) -> list[dict[str, Any]]:
-    short = len(marks.checkpoints) > MOST_MARKS
+    height = 0.05 if len(marks.checkpoints) > MOST_MARKS else 1
+    dotted, solid = (
+        {"color": CHECKPOINT, "width": 1, "dash": "dot"},
+        {"color": RESTART, "width": 1.5},
+    )
     kinds = (
-        ("checkpoint", marks.checkpoints, {"color": CHECKPOINT, "width": 1.5, "dash": "dot"}, 0.05 if short else 1),
-        ("restart", marks.restarts, {"color": RESTART, "width": 1.5}, 1),
+        ("checkpoint", marks.checkpoints, dotted, height),
+        ("restart", marks.restarts, solid, 1),
     )
     return [
         {
-            "type": "line", "x0": step, "x1": step, "y0": 0, "y1": height, "yref": "paper",
+            "type": "line", "x0": step, "x1": step, "y0": 0, "y1": top, "yref": "paper",
             "line": line, "layer": "below", "name": name, "legendgroup": name, "showlegend": i == 0,
         }
-        for name, found, line, height in kinds
+        for name, found, line, top in kinds
         for i, step in enumerate(found)
     ]  # fmt: skip
 
@@ -341,7 +354,7 @@ def _built(
     import plotly.graph_objects as go
 
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "automargin": True}
-    logarithmic = {"type": "log", "dtick": 1, "exponentformat": "SI"} if log else {}
+    logarithmic = {"type": "log", "dtick": 1, "exponentformat": "none"} if log else {}
     layout = go.Layout(
         template="none", autosize=True, hovermode="x unified",
         font={"family": "system-ui, sans-serif", "size": 12, "color": INK},

@@ -56,7 +56,7 @@ def _problem(field: str, details: list[ErrorDetails], data: dict[str, Any]) -> P
             return Problem(field, "needs a `type`", _purpose(field, data))
         case _:
             why = " or ".join(dict.fromkeys(_sentence(d) for d in details))
-            hints = [hint for hint in map(_literal_hint, details) if hint]
+            hints = [hint for hint in map(_hint, details) if hint]
             return Problem(field, why, hints[0] if hints else "", detail["input"])
 
 
@@ -69,8 +69,10 @@ def _sentence(detail: ErrorDetails) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _literal_hint(detail: ErrorDetails) -> str:
+def _hint(detail: ErrorDetails) -> str:
     value = detail["input"]
+    if detail["type"] == "string_type" and isinstance(value, bool | int | float):
+        return "put it in quotes, or YAML takes it for a number or for true or false"
     if detail["type"] != "literal_error" or not isinstance(value, str):
         return ""
     options = detail["ctx"]["expected"].replace(" or ", ", ").split(", ")

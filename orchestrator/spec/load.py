@@ -15,7 +15,6 @@ from orchestrator.spec.explain import problems_from
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.rules import broken_rules
 
-
 STAND_INS: dict[str, Any] = {
     "name": "job",
     "task": {"type": "causal_lm"},

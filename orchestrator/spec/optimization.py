@@ -63,11 +63,11 @@ class ConstantSchedule(Warmup):
 
 
 class LinearSchedule(Warmup):
-    """Warm-up, then a straight line down to `min_lr_ratio` of the peak at the last step."""
+    """Warm-up, then a straight line down to `min_lr_ratio` of the peak, reached as the last step ends."""
 
     type: Literal["linear"] = "linear"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the peak rate at the last step."""
+    """Share of the peak rate that is left when the last step ends; no step is spent at rate 0."""
 
 
 class CosineSchedule(Warmup):
@@ -75,7 +75,7 @@ class CosineSchedule(Warmup):
 
     type: Literal["cosine"]
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the peak rate at the last step."""
+    """Share of the peak rate that is left when the last step ends; no step is spent at rate 0."""
 
 
 ScheduleSpec = Annotated[

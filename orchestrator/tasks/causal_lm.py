@@ -315,25 +315,31 @@ def _chat(messages: Any, column: str, tokenizer: Any) -> tuple[list[int], list[i
     return _templated(turns, tokenizer)
 
 
-def _templated(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
+def _templated(
+    messages: list[dict[str, str]], tokenizer: Any
+) -> tuple[list[int], list[int]] | BadRow:
     """Each assistant turn is what the template adds after its generation prompt."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    import jinja2
+
+    def render(turns: list[dict[str, str]], prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+
     spans: list[tuple[int, int]] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(
-            messages[:i], tokenize=False, add_generation_prompt=True
-        )
-        after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not (text.startswith(after.rstrip()) and after.startswith(before)):
-            raise ValueError(
-                "the chat template rewrites earlier turns, so the answer's tokens cannot be told"
-            )
-        spans.append((len(before), len(after.rstrip("\n"))))
+    try:
+        text = render(messages)
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = render(messages[:i], prompt=True), render(messages[: i + 1])
+            if not (text.startswith(after.rstrip()) and after.startswith(before)):
+                return BadRow("the chat template rewrites earlier turns: no telling what is learnt")
+            spans.append((len(before), len(after.rstrip("\n"))))
+    except jinja2.TemplateError as error:  # as in "roles must alternate"
+        return BadRow(f"the chat template refuses it: {error}")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # Tokenizers that trim their offsets give a token of spaces an empty span at its end.
     targets = [
-        int(any(start >= a and end <= b and end > start for a, b in spans))
+        int(any(a <= start and end <= b and (start < end or a < start) for a, b in spans))
         for start, end in encoded["offset_mapping"]
     ]
     return list(encoded["input_ids"]), targets

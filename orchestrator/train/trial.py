@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
 from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.plan import Plan
@@ -28,8 +28,9 @@ from orchestrator.train.checkpoint import (
 )
 from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.feed import open_source, stream_steps
+from orchestrator.train.group import broadcast, together
 
-Status = Literal["finished", "stopped", "out_of_time", "diverged", "storage_failed"]
+Status = Literal["finished", "stopped", "out_of_time", "diverged", "storage_failed", "failed"]
 
 
 @dataclass
@@ -59,9 +60,12 @@ def run_trial(plan: Plan, folder: RunFolder) -> Result:
     """Train to the plan's last step, from the newest valid checkpoint. Collective.
 
     Returns the same Result on all ranks. Raises what the cluster did (a lost peer), so that Ray Train
-    restarts the group; what the job itself did wrong comes back as a status.
+    restarts the group; what the job itself did wrong comes back as a status: trying again is no use.
     """
-    trial = Trial(plan, folder)
+    try:
+        trial = Trial(plan, folder)
+    except OrchestratorError as error:
+        return Result("failed", 0, None, None, str(error))
     try:
         trial.restore()
         return trial.train()
@@ -78,12 +82,12 @@ class Trial:
         self.started_at = time.monotonic()
         self.progress = Progress()
         self.stepped = False
-        attempt = _broadcast(uuid.uuid4().hex[:6])
+        attempt = broadcast(uuid.uuid4().hex[:6])
         self._event("model", attempt=attempt)
         zero.seed_everything(plan.spec.seed, self.rank)
-        model = build_model(plan.spec, plan.labels)
+        model = together(lambda: build_model(plan.spec, plan.labels))
         zero.seed_everything(plan.spec.seed, self.rank)
-        tokenizer = load_tokenizer(plan.spec)
+        tokenizer = together(lambda: load_tokenizer(plan.spec))
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = self.pad_id
@@ -106,7 +110,7 @@ class Trial:
             found = newest_valid(
                 self.folder.checkpoints, lambda text: self._event("warning", text=text)
             )
-        found = _broadcast(found)
+        found = broadcast(found)
         if found is not None:
             zero.load_shards(self.engine, found.folder, self.rank)
             self.progress = Progress(**found.facts["progress"])
@@ -216,15 +220,7 @@ class Trial:
 
     def _check_storage(self) -> None:
         """Wait for the checkpoint in flight; a failure on any rank is raised on all."""
-        problem = ""
-        try:
-            self.writer.wait()
-        except CheckpointError as error:
-            problem = str(error)
-        problems: list[Any] = [None] * self.world_size
-        dist.all_gather_object(problems, problem)
-        if any(problems):
-            raise CheckpointError(next(p for p in problems if p))
+        together(self.writer.wait)
 
     def _result(self, status: Status, message: str = "") -> Result:
         if status != "storage_failed":
@@ -289,11 +285,6 @@ class Pulse:
     late: bool
     storage_failed: bool
 
-
-def _broadcast(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -1,0 +1,124 @@
+"""The house: a room imports only rooms below it, and heavy libraries only where they are used."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "orchestrator"
+FLOORS = {
+    "errors": 0, "values": 0,
+    "run_folder": 1,
+    "tasks": 2, "report": 2,
+    "spec": 3,
+    "model": 4,
+    "data": 5,
+    "plan": 6,
+    "train": 7,
+    "launch": 8, "sweep": 8,
+    "top": 9,
+}  # fmt: skip
+TOP = ("__init__", "__main__", "api", "cli")
+HEAVY = {"torch", "ray", "deepspeed", "transformers"}
+LIGHT_ROOMS = {"errors", "values", "run_folder", "tasks", "report", "spec"}
+DEEPSPEED_FILES = {"train/engine.py", "train/export.py"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement's module, and where it stands."""
+
+    file: str
+    line: int
+    module: str
+    at_import_time: bool
+
+
+def room_of(module: str) -> str:
+    """The room of `orchestrator.…`: its first part; the verbs at the top share one."""
+    _, _, rest = module.partition(".")
+    first = rest.partition(".")[0] or "__init__"
+    return "top" if first in TOP else first
+
+
+def room_of_file(file: str) -> str:
+    """The room of a file, by its path inside the package."""
+    return room_of("orchestrator." + file.removesuffix(".py").replace("/", "."))
+
+
+def imports() -> Iterator[Import]:
+    """Every import in the package: at the top, inside functions, for type checkers only."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield from imports_of(path)
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """Every import in one file."""
+    file = path.relative_to(PACKAGE).as_posix()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    late = {id(n) for node in ast.walk(tree) if _runs_later(node) for n in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are written in full"
+            modules = [node.module or ""]
+            if node.module == "orchestrator":
+                modules = [f"orchestrator.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            yield Import(file, node.lineno, module, id(node) not in late)
+
+
+def _runs_later(node: ast.AST) -> bool:
+    """Function bodies, and blocks that only type checkers read."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return True
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def test_every_module_has_a_floor() -> None:
+    rooms = {room_of_file(p.relative_to(PACKAGE).as_posix()) for p in PACKAGE.rglob("*.py")}
+    assert rooms <= set(FLOORS)
+    assert {"spec", "tasks", "data", "plan", "model", "train", "launch"} <= rooms
+
+
+def test_a_room_imports_only_rooms_below_it() -> None:
+    upward = []
+    for one in imports():
+        if one.module.partition(".")[0] != "orchestrator":
+            continue
+        here = room_of_file(one.file)
+        there = room_of(one.module)
+        if there != here and FLOORS[there] >= FLOORS[here]:
+            upward.append(f"{one.file}:{one.line} ({here}) imports {one.module}")
+    assert upward == []
+
+
+def test_deepspeed_is_imported_in_two_files_only() -> None:
+    users = {one.file for one in imports() if one.module.partition(".")[0] == "deepspeed"}
+    assert "train/engine.py" in users
+    assert users <= DEEPSPEED_FILES
+
+
+def test_light_rooms_and_the_command_line_import_nothing_heavy_when_loaded() -> None:
+    found = [
+        f"{one.file}:{one.line} imports {one.module}"
+        for one in imports()
+        if one.at_import_time
+        and one.module.partition(".")[0] in HEAVY
+        and (
+            room_of_file(one.file) in LIGHT_ROOMS
+            or one.file in ("cli.py", "__init__.py", "__main__.py")
+        )
+    ]
+    assert found == []
+
+
+def test_the_scan_sees_late_and_type_only_imports() -> None:
+    found = {(one.module, one.at_import_time) for one in imports_of(PACKAGE / "tasks" / "base.py")}
+    assert ("torch", False) in found, "imports inside functions and under TYPE_CHECKING"
+    assert ("orchestrator.errors", True) in found
