@@ -89,7 +89,7 @@ def write_run(folder: RunFolder, plan: dict[str, Any] | None = None) -> None:
     evals = [evaluation(10, 0.875, time=1010.5), evaluation(20, 0.85, time=1020.5)]
     write_records(folder.evals, evals)
     outcome = {"status": "finished", "step": 20, "best": evaluation(10, 0.875), "message": ""}
-    facts = {"peak_rss_bytes": 3 * 2**29, "elapsed_s": 75.0}
+    facts = {"peak_memory_bytes": 3 * 2**29, "elapsed_s": 75.0}
     write_json(folder.outcome, outcome | {"facts": facts})
 
 

@@ -108,12 +108,20 @@ def launch(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any]:
             time.sleep(POLL_S)
         tracker.update(view.update())
     tracker.close()
+    return _outcome(folder, fit.error)
+
+
+def _outcome(folder: RunFolder, error: BaseException | None) -> dict[str, Any]:
+    """How the workers ended; where that is no success, the report is written before the error is raised."""
     outcome: dict[str, Any] | None = read_json(folder.outcome)
     if outcome is None:
-        raise TrainingError(_lost(folder, fit.error)) from fit.error
+        outcome = {"status": "lost", "step": 0, "best": None, "last_eval": None, "facts": {}}
+        outcome["message"] = _lost(folder, error)
+        write_json(folder.outcome, outcome)
     append_event(folder.events, "end", status=outcome["status"], step=outcome["step"])
-    if outcome["status"] in ("diverged", "storage_failed", "failed"):
-        raise TrainingError(f"{outcome['message']}\n{_last_good(folder)}")
+    if outcome["status"] in ("diverged", "storage_failed", "failed", "lost"):
+        write_report(folder)
+        raise TrainingError(f"{outcome['message']}\n{_last_good(folder)}") from error
     return outcome
 
 
@@ -161,7 +169,7 @@ def _lost(folder: RunFolder, error: BaseException | None) -> str:
     text = str(error).strip() if error else "the workers left without a result"
     lines = [line for line in text.splitlines() if line.strip()]
     shown = "\n  ".join(lines[-12:])
-    return f"training failed:\n  {shown}\n{_last_good(folder)}\nLogs: {folder.logs}"
+    return f"training failed:\n  {shown}\nLogs: {folder.logs}"
 
 
 def _last_good(folder: RunFolder) -> str:

@@ -39,6 +39,11 @@ class Cluster(Frozen):
     def gpus(self) -> float:
         return sum(n.gpus for n in self.nodes)
 
+    @property
+    def is_described(self) -> bool:
+        """It exists in words only: nothing but these figures is known of it."""
+        return self.source.startswith("described")
+
     def __str__(self) -> str:
         kinds: dict[str, int] = {}
         for node in self.nodes:

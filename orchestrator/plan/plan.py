@@ -70,6 +70,9 @@ class Plan(Frozen):
     total_steps: int
     warmup_steps: int
     eval_every_steps: int
+    metric: str
+    """Names the best model."""
+    higher_is_better: bool
     checkpoint_every_steps: int
     checkpoint_bytes: int
     optimizer_class: str
@@ -82,11 +85,6 @@ class Plan(Frozen):
     @property
     def on_gpu(self) -> bool:
         return self.gpus_per_worker > 0
-
-    @property
-    def metric(self) -> str:
-        """The metric that names the best model."""
-        return self.spec.evaluation.metric or self.spec.task.default_metric
 
 
 def make_plan(
@@ -113,6 +111,7 @@ def make_plan(
     steps_per_epoch = -(-train.manifest.rows // global_rows)
     total = _total_steps(spec, steps_per_epoch, reasons)
     eval_every = _eval_every(spec, prepared, steps_per_epoch, total, reasons)
+    metric = spec.evaluation.metric or spec.task.default_metric
     work_dir = work_dir or Path.cwd()
     run_dir = str(work_dir / spec.storage / spec.name)
     size = checkpoint_bytes(model, setup)
@@ -139,6 +138,8 @@ def make_plan(
         total_steps=total,
         warmup_steps=warmup_steps(spec.schedule, total),
         eval_every_steps=eval_every,
+        metric=metric,
+        higher_is_better=spec.task.higher_is_better(metric),
         checkpoint_every_steps=_checkpoint_every(spec, total, reasons),
         checkpoint_bytes=size,
         optimizer_class=_optimizer_class(spec, gpus > 0, reasons),
@@ -198,9 +199,9 @@ def _precision(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str, 
     names = {n.gpu_name or "" for n in cluster.nodes if n.gpus}
     old = [n for n in names if any(k in n.upper() for k in ("V100", "T4", "P100"))]
     if gpus and not old:
-        reasons["precision"] = "these GPUs compute in bf16"
+        reasons["bf16"] = "these GPUs compute in bf16"
         return True
-    reasons["precision"] = f"{old[0]} has no bf16" if old else "CPU workers: fp32 is exact, bf16 no faster"
+    reasons["bf16"] = f"{old[0]} has no bf16" if old else "CPU workers: fp32 is exact, bf16 no faster"
     return False
 
 
@@ -220,11 +221,11 @@ def _memory_limit(
     cluster: Cluster, workers: int, gpus: float, reasons: dict[str, str]
 ) -> int:
     if gpus:
-        reasons["memory_limit"] = f"memory of the smallest GPU × {gpus:g}"
+        reasons["memory_limit_bytes"] = f"memory of the smallest GPU × {gpus:g}"
         return int(min(n.gpu_memory_bytes for n in cluster.nodes if n.gpus) * min(gpus, 1))
     per_node = -(-workers // len(cluster.nodes))
     smallest = min(n.memory_bytes for n in cluster.nodes)
-    reasons["memory_limit"] = f"{smallest / GIB:.1f} GiB per node shared by {per_node} worker(s)"
+    reasons["memory_limit_bytes"] = f"{smallest / GIB:.1f} GiB per node shared by {per_node} worker(s)"
     return smallest // per_node
 
 
@@ -457,7 +458,7 @@ def _warnings(
         )
     free = shutil.disk_usage(_existing_parent(Path(run_dir))).free
     need = checkpoint * (spec.checkpoint.keep + 2)
-    if need > free:
+    if need > free and not cluster.is_described:  # this machine's disk says nothing about its disk
         raise PlanError(
             f"checkpoints need up to {need / GIB:.2f} GiB ({spec.checkpoint.keep} kept, the best, one being written); "
             f"{run_dir} has {free / GIB:.2f} GiB free. Free some, lower checkpoint.keep, or set storage."

@@ -91,7 +91,7 @@ def _where(plan: Plan) -> Iterator[Row]:
     yield "workers", f"{plan.num_workers} ({device}, {plan.cpus_per_worker} CPUs each)", reasons.get("num_workers", "resources.num_workers")
     yield "rows per worker and step", str(rows_per_rank(plan.global_rows, plan.num_workers)), ""
     yield "ZeRO stage", str(plan.stage), reasons.get("stage", "zero.stage")
-    yield "precision", "bf16, fp32 master weights" if plan.bf16 else "fp32", reasons.get("precision", "precision")
+    yield "precision", "bf16, fp32 master weights" if plan.bf16 else "fp32", reasons.get("bf16", "precision")
     if "reduce_bucket_size" in plan.deepspeed["zero_optimization"]:
         buckets = plan.deepspeed["zero_optimization"]["reduce_bucket_size"]
         yield "bucket", f"{buckets:,} elements", "a quarter of the trainable ones, 0.5 to 50 million"
@@ -102,7 +102,7 @@ def _memory(plan: Plan) -> Iterator[Row]:
         if size:
             yield name, f"{size / GIB:.2f} GiB", ""
     total = sum(plan.memory_bytes.values())
-    yield "total", f"{total / GIB:.2f} GiB", f"of {plan.memory_limit_bytes / GIB:.1f} GiB: {plan.reasons['memory_limit']}"
+    yield "total", f"{total / GIB:.2f} GiB", f"of {plan.memory_limit_bytes / GIB:.1f} GiB: {plan.reasons['memory_limit_bytes']}"
 
 
 def _files(plan: Plan) -> Iterator[Row]:

@@ -189,7 +189,7 @@ def headline(run: Run) -> list[Figure]:
     if (elapsed := finite(facts.get("elapsed_s"))) is not None:
         words = "start-ups included, lost steps not"
         out.append(Figure("training time", duration(elapsed), words))
-    if (peak := finite(facts.get("peak_rss_bytes"))) is not None:
+    if (peak := finite(facts.get("peak_memory_bytes"))) is not None:
         out.append(Figure("peak memory", bytes_text(peak), "the largest worker"))
     return out
 
@@ -241,7 +241,7 @@ def charts(run: Run) -> list[figures.Chart]:
     shown = best or (run.evals[-1] if run.evals else {})
     labels = [str(label) for label in run.plan.get("labels") or []]
     clipping = finite((run.plan.get("spec") or {}).get("gradient_clipping"))
-    peak = finite((run.outcome.get("facts") or {}).get("peak_rss_bytes"))
+    peak = finite((run.outcome.get("facts") or {}).get("peak_memory_bytes"))
     baseline = run.baseline.get("metrics") or {}
     drawn = [
         figures.loss_chart(run.steps, run.evals),
@@ -268,7 +268,7 @@ def _marks(run: Run) -> figures.Marks:
 
 def comparisons(run: Run) -> list[Comparison]:
     """What the plan predicted beside what was measured; a dash where either is unknown."""
-    peak = finite((run.outcome.get("facts") or {}).get("peak_rss_bytes"))
+    peak = finite((run.outcome.get("facts") or {}).get("peak_memory_bytes"))
     size = finite(run.plan.get("checkpoint_bytes"))
     on_disk = float(run.checkpoint[1]) if run.checkpoint else None
     planned, done = finite(run.plan.get("total_steps")), float(steps_done(run))
@@ -317,8 +317,7 @@ def starts(run: Run) -> list[Start]:
 
 def time_spent(run: Run) -> list[tuple[str, float]]:
     """Seconds by what they went to; parts that took nothing are left out."""
-    counted = {r["step"]: id(r) for r in run.all_steps}.values()
-    kept = [r for r in run.all_steps if id(r) in set(counted)]
+    kept = list({r["step"]: r for r in run.all_steps}.values())
     waited = _total(kept, "wait_s")
     parts = {
         "training": _total(kept, "step_s") - waited,

@@ -73,7 +73,7 @@ class ProgressView:
         first = self._step == 0
         self._step, self._memory = record["step"], record["memory_bytes"]
         rate = record["tokens"] / max(record["step_s"], 1e-9)
-        keep = 0.0 if first else SMOOTHING
+        keep = 0.0 if first or self._loss != self._loss else SMOOTHING  # NaN is not carried on
         self._loss = keep * self._loss + (1 - keep) * record["loss"]
         self._rate = keep * self._rate + (1 - keep) * rate
 
@@ -87,8 +87,8 @@ class ProgressView:
             self.say(f"step {self._step}/{self.total_steps}  {figures}")
 
     def _show_eval(self, record: dict[str, Any]) -> None:
-        shown = [self.metric, *(k for k in ("loss", "perplexity") if k in record and k != self.metric)]
-        figures = "  ".join(f"{name} {record[name]:.4f}" for name in shown)
+        shown = [self.metric, *(k for k in ("loss", "perplexity") if k != self.metric)]
+        figures = "  ".join(f"{name} {record[name]:.4f}" for name in shown if name in record)
         self.say(f"[cyan]step {record['step']}[/]  held-out {figures}  ({record['eval_s']:.1f} s)")
 
     def _show_event(self, event: dict[str, Any]) -> None:

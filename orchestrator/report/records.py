@@ -16,8 +16,7 @@ class RecordWriter:
     """Appends records to one file; buffered, so that a training step pays microseconds."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._file: TextIO = _open_to_append(path)
         self._flushed_at = time.monotonic()
 
     def write(self, **record: Any) -> None:
@@ -38,9 +37,19 @@ class RecordWriter:
 
 def append_event(path: Path, kind: str, **facts: Any) -> None:
     """Append one event with the time of day."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as handle:
+    with _open_to_append(path) as handle:
         handle.write(json.dumps({"time": time.time(), "kind": kind, **facts}) + "\n")
+
+
+def _open_to_append(path: Path) -> TextIO:
+    """Open at the end; a line that a killed writer left torn is ended first, so that it harms no other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as handle:
+        if handle.tell():
+            handle.seek(-1, 2)
+            if handle.read(1) != b"\n":
+                handle.write(b"\n")
+    return open(path, "a", encoding="utf-8")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -192,9 +192,7 @@ class Trial:
         if self.evals:
             self.evals.write(time=time.time(), **record)
             self.evals.flush()
-        best = self.progress.best
-        sign = 1 if plan.spec.task.higher_is_better(plan.metric) else -1
-        if best is not None and sign * metrics[plan.metric] <= sign * best[plan.metric]:
+        if not is_better(metrics[plan.metric], self.progress.best, plan):
             return False
         self.progress.best = record
         self.writer.best_step = step
@@ -229,7 +227,7 @@ class Trial:
             except CheckpointError as error:
                 status, message = "storage_failed", str(error)
         progress = self.progress
-        facts = {"peak_rss_bytes": _peak_memory_bytes(self.engine.device), "elapsed_s": progress.elapsed_s}
+        facts = {"peak_memory_bytes": _peak_memory_bytes(self.engine.device), "elapsed_s": progress.elapsed_s}
         return Result(status, progress.step, progress.best, progress.last_eval, message, facts)
 
     def _divergence(self, loss: float, norm: float | None, lr: float) -> str:
@@ -273,6 +271,15 @@ class Trial:
     def _event(self, kind: str, **facts: Any) -> None:
         if self.rank == 0:
             append_event(self.folder.events, kind, **facts)
+
+
+def is_better(value: float, best: dict[str, Any] | None, plan: Plan) -> bool:
+    """Whether `value` of the plan's metric beats the best so far; what is not finite never does."""
+    if not math.isfinite(value):
+        return False
+    if best is None:
+        return True
+    return value > best[plan.metric] if plan.higher_is_better else value < best[plan.metric]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,195 @@
+"""The mathematics do not depend on how the work is cut: real DeepSpeed workers against plain torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from group import losses, named, plan_of, probe, run_trials
+
+from orchestrator.data.manifest import read_manifest
+from orchestrator.data.order import PADDING
+from orchestrator.data.shards import open_shards
+from orchestrator.data.stream import unpack_rows
+from orchestrator.model.build import build_model, parameter_groups
+from orchestrator.plan import Plan
+from orchestrator.plan.schedule import lr_factor
+from orchestrator.run_folder import RunFolder
+from orchestrator.spec import JobSpec
+from orchestrator.train.checkpoint import committed, newest_valid
+from orchestrator.train.export import best_checkpoint, export_run, load_exported
+
+STEPS = 30
+ROWS = 203  # no multiple of anything: every epoch ends in a partial batch
+
+
+def job(models: tiny.Tiny, folder: Path, name: str, **fields: Any) -> JobSpec:
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(ROWS))
+    held_out = tiny.write_csv(folder / "eval.csv", tiny.labelled(31, seed=1))
+    settings = {
+        "name": name,
+        "batch": {"global_rows": 8},
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"type": "cosine", "warmup_steps": 5},
+        "stop": {"max_steps": STEPS},
+        "checkpoint": {"every_steps": 15},
+        "evaluation": {"every_steps": "end"},
+        "resources": {"num_workers": 2},
+        "data": {"eval": str(held_out)},
+        **fields,
+    }
+    return tiny.job(models.bert, train, folder, **settings)
+
+
+def zero_stage(plan: Plan, stage: int) -> Plan:
+    """The plan at another ZeRO stage."""
+    spec = plan.spec.model_copy(update={"zero": plan.spec.zero.model_copy(update={"stage": stage})})
+    return plan_of(spec.model_copy(update={"name": f"{plan.spec.name}-zero{stage}"}))
+
+
+def plain_loop(plan: Plan) -> list[float]:
+    """The same training in one process with nothing but torch; loss per step."""
+    spec, data = plan.spec, plan.train_data
+    manifest = read_manifest(Path(data.folder))
+    assert manifest is not None
+    reader = open_shards(data.folder, manifest)
+    from orchestrator.data.order import Order
+
+    order = Order(
+        tuple(s.rows for s in manifest.shards),
+        plan.global_rows,
+        spec.seed,
+        "full",
+        lengths=reader.column("length") if plan.group_by_length else None,
+    )
+    model = build_model(spec, plan.labels)
+    model.train()
+    groups = parameter_groups(model, spec.optimizer.lr, spec.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(groups)
+    out = []
+    for step in range(plan.total_steps):
+        ids = order.batch(step)
+        rows = unpack_rows(reader.take(ids[ids != PADDING]))
+        batch = spec.task.collate(rows, np.ones(len(rows)), 0)
+        targets = reader.column("n_targets")[ids[ids != PADDING]].sum()
+        loss = spec.task.loss_sum(model, batch) / targets
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), spec.gradient_clipping or 1e9)
+        for group in optimizer.param_groups:
+            group["lr"] = spec.optimizer.lr * lr_factor(spec.schedule, step, plan.total_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        out.append(float(loss.detach()))
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
+    """Finished trials on two workers, all in one worker group: every ZeRO stage, then stage 2 again."""
+    folder = tmp_path_factory.mktemp("pair")
+    base = plan_of(job(models, folder, "classify"))
+    plans = {f"zero{stage}": zero_stage(base, stage) for stage in range(4)}
+    plans["again"] = named(plans["zero2"], "again")
+    plans["accumulating"] = plan_of(
+        job(models, folder, "accumulating", batch={"global_rows": 8, "micro_rows": 2})
+    )
+    plans["lora"] = plan_of(
+        job(models, folder, "lora", tuning={"type": "lora"}, zero={"stage": 3})
+    )
+    plans["one-row"] = plan_of(
+        job(
+            models,
+            folder,
+            "one-row",
+            stop={"max_steps": 1},
+            schedule={"type": "constant"},
+            data={"eval": str(tiny.write_csv(folder / "one.csv", tiny.labelled(1)))},
+        )
+    )
+    for plan in plans.values():
+        Path(plan.run_dir).mkdir(parents=True, exist_ok=True)
+    results = run_trials(list(plans.values()))
+    assert [r["status"] for r in results] == ["finished"] * len(plans)
+    return plans
+
+
+@pytest.fixture(scope="module")
+def reference(pair: dict[str, Plan]) -> list[float]:
+    return plain_loop(pair["zero0"])
+
+
+@pytest.mark.parametrize("trial", ["zero0", "zero1", "zero2", "zero3", "accumulating"])
+def test_two_workers_follow_a_plain_torch_loop(
+    trial: str, pair: dict[str, Plan], reference: list[float]
+) -> None:
+    got = losses(pair[trial])
+    assert len(got) == STEPS
+    assert reference[0] > 1.02 * min(reference)  # it learns, so agreement says something
+    np.testing.assert_allclose(got, reference, rtol=1e-4)
+
+
+def test_one_worker_with_twice_the_accumulation_follows_it_too(
+    ray: Any, models: tiny.Tiny, tmp_path: Path, reference: list[float]
+) -> None:
+    spec = job(
+        models,
+        tmp_path,
+        "alone",
+        batch={"global_rows": 8, "micro_rows": 4},
+        resources={"num_workers": 1},
+    )
+    plan = plan_of(spec)
+    assert (plan.num_workers, plan.accumulation) == (1, 2)
+    Path(plan.run_dir).mkdir(parents=True)
+    run_trials([plan])
+    np.testing.assert_allclose(losses(plan), reference, rtol=1e-4)
+
+
+def test_a_trial_is_bit_identical_whatever_ran_before_it_in_its_workers(
+    pair: dict[str, Plan],
+) -> None:
+    assert losses(pair["again"]) == losses(pair["zero2"])
+
+
+@pytest.mark.parametrize(("trial", "rows"), [("zero2", 31), ("one-row", 1)])
+def test_evaluation_counts_every_row_once(
+    trial: str, rows: int, pair: dict[str, Plan]
+) -> None:
+    folder = RunFolder(Path(pair[trial].run_dir))
+    record = newest_valid(folder.checkpoints, print)
+    assert record is not None
+    metrics = record.facts["progress"]["last_eval"]
+    assert metrics["rows"] == rows
+    assert sum(map(sum, metrics["confusion"])) == rows
+
+
+@pytest.mark.parametrize("trial", ["zero0", "zero1", "zero2", "zero3", "lora"])
+def test_export_gives_the_engines_logits(trial: str, pair: dict[str, Plan]) -> None:
+    plan = pair[trial]
+    folder = RunFolder(Path(plan.run_dir))
+    step = plan.total_steps
+    assert best_checkpoint(folder, step).step == step
+    export_run(plan, folder, folder.export, {"best": {"step": step}})
+    _, model, tokenizer = load_exported(folder.export)
+    engine_logits = torch.load(folder.root / "logits.pt")
+    torch.testing.assert_close(probe(model, plan), engine_logits, rtol=1e-5, atol=1e-6)
+    assert tokenizer("the film was great")["input_ids"]
+
+
+def test_a_lora_checkpoint_holds_the_adapter_and_not_the_base(pair: dict[str, Plan]) -> None:
+    plan, full = pair["lora"], pair["zero3"]
+    sizes = [
+        sum(f.stat().st_size for f in committed(RunFolder(Path(p.run_dir)).checkpoints)[0].folder.rglob("*.pt"))
+        for p in (plan, full)
+    ]
+    assert sizes[0] < sizes[1] / 2
+
+
+def test_old_checkpoints_go_and_the_newest_stay(pair: dict[str, Plan]) -> None:
+    folder = RunFolder(Path(pair["zero1"].run_dir))
+    assert [c.step for c in committed(folder.checkpoints)] == [30, 15]
+    assert not list(folder.checkpoints.glob(".staging-*"))

@@ -1,0 +1,208 @@
+"""Killed at a bad moment, a run goes on as if nothing had happened: to the last bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+import tiny
+
+from orchestrator.report.records import read_steps
+from orchestrator.run_folder import RunFolder, read_json
+from orchestrator.spec import JobSpec
+from orchestrator.train.checkpoint import committed
+
+STEPS = 60
+EVERY = 8  # an epoch has 13 steps: checkpoints fall mid-epoch and, at 104, would on a boundary
+
+
+def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
+    """Dropout on, a partial last batch in each epoch, several epochs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
+    settings = {
+        "name": f"zero{stage}",
+        "batch": {"global_rows": 16},
+        "optimizer": {"lr": 1e-3},
+        "zero": {"stage": stage},
+        "stop": {"max_steps": STEPS},
+        "checkpoint": {"every_steps": EVERY},
+        "resources": {"num_workers": 2},
+        "model": {"dropout": 0.1},
+        **fields,
+    }
+    return tiny.job(models.bert, train, folder, **settings)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, Any]]:
+    """Final states by ZeRO stage; filled as tests ask."""
+    return _References(models, tmp_path_factory.mktemp("whole"))
+
+
+class _References(dict[int, dict[str, Any]]):
+    def __init__(self, models: tiny.Tiny, folder: Path) -> None:
+        super().__init__()
+        self.models, self.folder = models, folder
+
+    def __missing__(self, stage: int) -> dict[str, Any]:
+        run = faults.LiveRun(job(self.models, self.folder / str(stage), stage))
+        assert run.finish() == 0, run.output()
+        self[stage] = faults.final_state(run.folder)
+        return self[stage]
+
+
+def check_whole(run: faults.LiveRun, want: dict[str, Any]) -> None:
+    """The run finished, with the weights, optimizer and random state of the uninterrupted one."""
+    outcome = read_json(run.folder.outcome)
+    assert outcome["status"] == "finished", run.output()
+    got = faults.final_state(run.folder)
+    assert got["step"] == STEPS
+    faults.assert_identical(got["files"], want["files"])
+    assert [r["step"] for r in read_steps(run.folder.steps)] == list(range(1, STEPS + 1))
+
+
+def test_a_killed_worker_and_then_a_killed_driver_change_nothing(
+    models: tiny.Tiny, tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]
+) -> None:
+    spec = job(models, tmp_path, 2)
+    run = faults.LiveRun(spec)
+    run.wait_until(lambda: run.step() >= EVERY + 5)
+    run.kill_worker(1)
+    run.wait_until(lambda: len(run.events("first_step")) == 2)
+    resumed_at = run.events("stream")[1]["step"]
+    assert resumed_at > 0, "the second attempt started from nothing"
+    run.wait_until(lambda: run.step() >= 3 * EVERY + 5)
+    run.kill_everything()
+    again = faults.LiveRun(spec)
+    assert again.finish() == 0, again.output()
+    assert again.events("stream")[-1]["step"] >= EVERY
+    check_whole(again, uninterrupted[2])
+
+
+def test_damaged_checkpoints_are_passed_over_on_resume(
+    models: tiny.Tiny, tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]
+) -> None:
+    spec = job(models, tmp_path, 2)
+    run = faults.LiveRun(spec)
+    run.wait_until(lambda: len(committed(run.folder.checkpoints)) >= 2 and run.step() > 2 * EVERY)
+    run.kill_everything()
+    broken = faults.damage_newest(run.folder, faults.flip_bit)
+    for snapshot in run.folder.root.glob("ray/**/*snapshot*.json"):
+        snapshot.write_text("")  # Ray's own state torn as well
+    again = faults.LiveRun(spec)
+    assert again.finish() == 0, again.output()
+    assert f"{broken.name} is damaged" in again.output()
+    check_whole(again, uninterrupted[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_commits_a_checkpoint_and_says_how_to_go_on(
+    number: signal.Signals, models: tiny.Tiny, tmp_path: Path
+) -> None:
+    spec = job(models, tmp_path, 1, checkpoint={"every_steps": 1000}, stop={"max_steps": 4000})
+    run = faults.LiveRun(spec)
+    run.wait_until(lambda: run.step() >= 5)
+    run.signal(number)
+    assert run.finish(60) == 130, run.output()
+    (last,) = committed(run.folder.checkpoints)
+    assert last.step >= 5
+    assert f"stopped at step {last.step} of 4000" in run.output()
+    assert "run the same command again" in " ".join(run.output().split())
+
+
+def test_divergence_stops_with_step_rate_and_the_last_good_checkpoint(
+    models: tiny.Tiny, tmp_path: Path
+) -> None:
+    spec = job(
+        models,
+        tmp_path,
+        1,
+        optimizer={"type": "sgd", "lr": 1e30},
+        schedule={"type": "constant"},
+        gradient_clipping=None,
+        checkpoint={"every_steps": 1},
+    )
+    run = faults.LiveRun(spec)
+    assert run.finish() == 1
+    text = " ".join(run.output().split())
+    assert "diverged at step" in text
+    assert "learning rate 1e+30" in text
+    assert "Lower optimizer.lr" in text
+    for checkpoint in committed(run.folder.checkpoints):
+        state = faults.final_state(RunFolder(run.folder.root))
+        assert checkpoint.step <= state["step"]
+
+
+def test_a_second_driver_of_the_same_run_is_refused(models: tiny.Tiny, tmp_path: Path) -> None:
+    spec = job(models, tmp_path, 1, stop={"max_steps": 4000})
+    run = faults.LiveRun(spec)
+    run.wait_until(lambda: run.step() >= 1)
+    second = faults.LiveRun(spec)
+    assert second.finish(60) == 2
+    assert "another process is training this run" in " ".join(second.output().split())
+    run.kill_everything()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_random_kills_change_nothing(
+    stage: int, models: tiny.Tiny, tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]
+) -> None:
+    """Seven kills a stage: workers and whole clusters, at random steps and at the worst moments."""
+    rng = random.Random(stage)
+    spec = job(models, tmp_path, stage)
+    moments = ["step", "step", "step", "writing", "committed", "boundary", "step"]
+    run = faults.LiveRun(spec)
+    for count, moment in enumerate(moments):
+        before = run.step()
+        target = min(before + rng.randint(1, 8), STEPS - 3)
+        if run.process.poll() is not None or before >= STEPS - 3:
+            run = faults.LiveRun(spec, "--fresh")
+            target = rng.randint(EVERY, 2 * EVERY)
+        wait_for(run, moment, target)
+        killed_at, whole = run.step(), rng.random() < 0.4
+        commits = [c.step for c in committed(run.folder.checkpoints)]
+        if whole:
+            run.kill_everything()
+            run = faults.LiveRun(spec)
+        else:
+            run.kill_worker(rng.randrange(2))
+        starts = len(run.events("first_step"))
+        started = time.monotonic()
+        run.wait_until(lambda n=starts: len(run.events("first_step")) > n)
+        resumed = run.events("stream")[-1]["step"]
+        print(
+            f"| {stage} | {count + 1} | {'driver and Ray' if whole else 'worker'} | {moment} | {killed_at} | "
+            f"{resumed} | {time.monotonic() - started:.1f} |"
+        )
+        assert not commits or resumed >= max(commits)
+    assert run.finish() == 0, run.output()
+    check_whole(run, uninterrupted[stage])
+
+
+def wait_for(run: faults.LiveRun, moment: str, step: int) -> None:
+    """Wait for the worst moment after `step`."""
+    run.wait_until(lambda: run.step() >= step)
+    saves, commits = len(run.events("save")), len(run.events("commit"))
+    match moment:
+        case "writing":  # files are there, the marker is not
+            run.wait_until(
+                lambda: any(
+                    not (p / "COMMIT.json").exists() for p in run.folder.checkpoints.glob("step-*")
+                )
+                or run.step() >= STEPS - 3
+            )
+        case "committed":  # save() has just returned
+            run.wait_until(lambda: len(run.events("save")) > saves or run.step() >= STEPS - 3)
+        case "boundary":
+            run.wait_until(lambda: run.step() % 13 == 0 or run.step() >= STEPS - 3)
+        case _:
+            assert commits >= 0
