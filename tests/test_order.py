@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -150,6 +151,17 @@ def test_grouping_by_length_lowers_padding_and_keeps_the_order_random(shuffle: s
     assert padding_share(grouped, lengths) < 0.12
     longest = [int(lengths[grouped.batch(s)].max()) for s in range(POOL_BATCHES)]
     assert longest != sorted(longest), "batches of a pool are shuffled, not served by length"
+
+
+def test_the_batches_of_a_pool_do_not_overlap_in_length() -> None:
+    lengths = np.random.default_rng(0).permutation(1233)  # the last pool has a short batch
+    order = Order((1233,), 10, 1, "full", lengths=lengths)
+    for pool in range(3):
+        stop = min((pool + 1) * POOL_BATCHES, order.steps_per_epoch)
+        batches = [order.batch(s) for s in range(pool * POOL_BATCHES, stop)]
+        own = [lengths[b[b != PADDING]] for b in batches]
+        spans = sorted((int(o.min()), int(o.max())) for o in own)
+        assert all(high < low for (_, high), (low, _) in pairwise(spans))
 
 
 def test_grouping_stays_inside_its_pool() -> None:

@@ -176,11 +176,11 @@ def test_the_default_batch_is_capped_by_the_data(spec: JobSpec) -> None:
 def test_every_number_that_was_chosen_has_a_reason(spec: JobSpec) -> None:
     auto = make_plan(spec, LAPTOP, prepared(eval_rows=9))
     chosen = {
-        "num_workers", "gpus_per_worker", "cpus_per_worker", "precision", "global_rows", "stage",
-        "micro_rows", "memory_limit", "total_steps", "eval_every_steps", "group_by_length",
+        "num_workers", "gpus_per_worker", "cpus_per_worker", "bf16", "global_rows", "stage",
+        "micro_rows", "memory_limit_bytes", "total_steps", "eval_every_steps", "group_by_length",
         "checkpoint_every_steps", "optimizer_class",
     }  # fmt: skip
-    assert chosen <= set(auto.reasons)
+    assert chosen <= set(auto.reasons) <= set(Plan.model_fields)
     assert all(auto.reasons.values())
     said = make_plan(
         changed(
@@ -192,7 +192,7 @@ def test_every_number_that_was_chosen_has_a_reason(spec: JobSpec) -> None:
         LAPTOP,
         prepared(eval_rows=9),
     )  # fmt: skip
-    assert set(said.reasons) == {"memory_limit"}, "what the job says needs no reason"
+    assert set(said.reasons) == {"memory_limit_bytes"}, "what the job says needs no reason"
 
 
 def test_rows_are_grouped_by_length_unless_that_gains_nothing_or_the_order_is_fixed(
@@ -340,6 +340,12 @@ def test_a_job_that_is_too_big_is_told_changes_that_fit(
         assert fixes
         plan = make_plan(changed(job, *fixes), where, data)
         assert sum(plan.memory_bytes.values()) <= plan.memory_limit_bytes
+
+
+def test_a_stage_that_is_too_low_is_told_to_be_left_to_the_plan(spec: JobSpec, sized: Any) -> None:
+    sized(7 * 10**9)
+    with pytest.raises(PlanError, match=r"(helps: |or )zero\.stage=auto"):
+        make_plan(changed(spec, "zero.stage=0"), describe_cluster("8xH100x1"), prepared())
 
 
 def test_what_no_setting_helps_is_said_to_need_another_model_or_machine(

@@ -17,8 +17,8 @@ from orchestrator.run_folder import RunFolder, read_json
 from orchestrator.spec import JobSpec
 from orchestrator.train.checkpoint import committed
 
-STEPS = 60
-EVERY = 8  # an epoch has 13 steps: checkpoints fall mid-epoch and, at 104, would on a boundary
+STEPS = 240
+EVERY = 16  # an epoch has 13 steps: checkpoints fall mid-epoch and, at 208, on a boundary
 
 
 def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
@@ -163,10 +163,10 @@ def test_random_kills_change_nothing(
     run = faults.LiveRun(spec)
     for count, moment in enumerate(moments):
         before = run.step()
-        target = min(before + rng.randint(1, 8), STEPS - 3)
-        if run.process.poll() is not None or before >= STEPS - 3:
+        target = min(before + rng.randint(1, 40), STEPS - 40)
+        if run.process.poll() is not None or before >= STEPS - 40:
             run = faults.LiveRun(spec, "--fresh")
-            target = rng.randint(EVERY, 2 * EVERY)
+            target = rng.randint(EVERY, 3 * EVERY)
         wait_for(run, moment, target)
         killed_at, whole = run.step(), rng.random() < 0.4
         commits = [c.step for c in committed(run.folder.checkpoints)]

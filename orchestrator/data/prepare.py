@@ -187,8 +187,9 @@ def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
     context.raise_original_map_exception = True
     items = [{"work": w} for w in work]
     with ray.data.DataContext.current(context):
-        dataset = ray.data.from_items(items, override_num_blocks=len(items))
-        dataset = dataset.map(lambda item: {"out": json.dumps(function(item["work"]))})
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
+            lambda item: {"out": json.dumps(function(item["work"]))}
+        )
     try:
         return [json.loads(r["out"]) for r in dataset.take_all()]
     except RayTaskError as error:

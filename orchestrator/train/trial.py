@@ -7,7 +7,7 @@ import os
 import resource
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -210,7 +210,7 @@ class Trial:
         self.writer.save(
             step,
             lambda staging: zero.save_shards(self.engine, staging, self.rank),
-            {"stage": plan.stage, "progress": vars(self.progress)},
+            {"stage": plan.stage, "progress": asdict(self.progress)},  # a copy: training goes on
         )
         if plan.spec.checkpoint.mode == "sync" or anyway or last:
             self._check_storage()
