@@ -55,7 +55,9 @@ def options(description: str, repetitions: int = 3) -> Options:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--repetitions", type=int, help="runs of each side; medians are reported")
     given = parser.parse_args()
-    return Options(given.quick, given.json, given.repetitions or (1 if given.quick else repetitions))
+    return Options(
+        given.quick, given.json, given.repetitions or (1 if given.quick else repetitions)
+    )
 
 
 def require_data() -> None:
@@ -208,7 +210,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(title: str, rows: Sequence[Sequence[str]], figures: dict[str, Any], given: Options) -> None:
+def report(
+    title: str, rows: Sequence[Sequence[str]], figures: dict[str, Any], given: Options
+) -> None:
     """Print a table of (what, figure, …) and write the figures where `--json` says."""
     table = Table(title=title, title_justify="left")
     head, *body = rows

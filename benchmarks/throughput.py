@@ -84,13 +84,13 @@ def main() -> None:
     show(measured, given)
 
 
-def packed_pair(
-    folder: Path, name: str, tokenizer: Path, steps: int, measured: Measured
-) -> None:
+def packed_pair(folder: Path, name: str, tokenizer: Path, steps: int, measured: Measured) -> None:
     """Ours, then the hand-written loop over the same rows."""
     job = causal_job(name, steps, llama(VOCABULARY), tokenizer) | {"zero": {"stage": 2}}
     ours = train(folder, job)
-    ranks = torchrun("handwritten.py", {"plan": str(ours.plan), "steps": steps}, folder / f"{name}-peer")
+    ranks = torchrun(
+        "handwritten.py", {"plan": str(ours.plan), "steps": steps}, folder / f"{name}-peer"
+    )
     measured.add("packed_ours", our_pace(ours, WARM_UP).median_rate)
     tokens = [sum(step) for step in zip(*(r["tokens"] for r in ranks), strict=True)]
     measured.add("packed_handwritten", pace(ranks[0]["times"], tokens, WARM_UP).median_rate)
@@ -110,17 +110,21 @@ def classification_pair(folder: Path, name: str, steps: int, measured: Measured)
 
 
 def causal_trio(folder: Path, name: str, steps: int, measured: Measured) -> None:
-    """Ours packed; Trainer with as many rows per step; Trainer with as many tokens per step."""
+    """Ours packed; Trainer with as many useful tokens per step; Trainer with as many rows per step.
+
+    With equal rows a step of Trainer's holds a fifth of the tokens, and its optimizer and all-reduce
+    weigh five times as much: the pair with equal tokens is the fair one.
+    """
     config = llama(vocabulary=vocabulary_of(MINILM))
     ours = train(folder, causal_job(name, steps, config, MINILM))
     measured.add("causal_lm_ours", our_pace(ours, WARM_UP).mean_rate)
     setup = {"task": "causal_lm", "config": config}
     rows = PACKED_ROWS // WORKERS
-    rate = trainer_rate(folder / f"{name}-peer", setup, rows, steps)
-    measured.add("causal_lm_trainer", rate)
     more = round(rows * SEQUENCE / tokens_per_document())
-    rate = trainer_rate(folder / f"{name}-peer-tokens", setup, more, steps)
-    measured.add("causal_lm_trainer_equal_tokens", rate)
+    rate = trainer_rate(folder / f"{name}-peer", setup, more, steps)
+    measured.add("causal_lm_trainer", rate)
+    rate = trainer_rate(folder / f"{name}-peer-rows", setup, rows, steps)
+    measured.add("causal_lm_trainer_equal_rows", rate)
 
 
 def trainer_rate(out: Path, setup: dict[str, Any], rows_per_device: int, steps: int) -> float:
@@ -214,8 +218,8 @@ def show(measured: Measured, given: Options) -> None:
     pairs = (
         ("vs_handwritten", "packed rows, hand-written DeepSpeed loop", "packed_ours", "packed_handwritten", "≥ 0.97"),
         ("classification_vs_trainer", "classification, Trainer", "classification_ours", "classification_trainer", "≥ 1.5"),
-        ("causal_lm_vs_trainer", "causal LM, Trainer, equal rows per step", "causal_lm_ours", "causal_lm_trainer", "≥ 1.5"),
-        ("causal_lm_vs_trainer_equal_tokens", "causal LM, Trainer, equal tokens per step", "causal_lm_ours", "causal_lm_trainer_equal_tokens", ""),
+        ("causal_lm_vs_trainer", "causal LM, Trainer, equal tokens per step", "causal_lm_ours", "causal_lm_trainer", "≥ 1.5"),
+        ("causal_lm_vs_trainer_equal_rows", "causal LM, Trainer, equal rows per step", "causal_lm_ours", "causal_lm_trainer_equal_rows", ""),
     )  # fmt: skip
     rows = [("against", "ours, tokens/s", "peer, tokens/s", "ratio", "target")]
     figures: dict[str, Any] = {}

@@ -49,7 +49,9 @@ def evaluate(
     """Exact metrics of the run's exported model on other files of the same columns."""
     plan = load_plan(folder)
     exported = export(folder, folder.export) if not folder.export.exists() else folder.export
-    return evaluate_export(plan, exported, tuple(data), folder.root / "eval" / "metrics.json", num_workers)
+    return evaluate_export(
+        plan, exported, tuple(data), folder.root / "eval" / "metrics.json", num_workers
+    )
 
 
 def predict(folder: RunFolder, texts: Sequence[str], batch_rows: int = 32) -> list[dict[str, Any]]:
@@ -77,7 +79,9 @@ def export(folder: RunFolder, target: Path) -> Path:
         return target
     outcome = read_json(folder.outcome) or {}
     figures = {k: outcome.get(k) for k in ("best", "last_eval")}
-    return export_run(load_plan(folder), folder, target, {**figures, "baseline": read_json(folder.baseline)})
+    return export_run(
+        load_plan(folder), folder, target, {**figures, "baseline": read_json(folder.baseline)}
+    )
 
 
 def report(folder: RunFolder) -> Path:

@@ -31,9 +31,13 @@ err = Console(stderr=True)
 Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value]…", help="Fields set on the command line: optimizer.lr=3e-5"),
+    typer.Argument(
+        metavar="[key=value]…", help="Fields set on the command line: optimizer.lr=3e-5"
+    ),
 ]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its folder.", show_default=False)]
+Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's name, or its folder.", show_default=False)
+]
 Storage = Annotated[Path, typer.Option(help="Folder of all runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -72,14 +76,18 @@ def _quiet_libraries() -> None:
 def check(job: Job, overrides: Overrides = None) -> None:
     """Every problem of a job file at once."""
     spec = _load(job, overrides)
-    out.print(f"[green]ok[/] {spec.name}: {spec.task.type}, {spec.tuning.type} tuning", highlight=False)
+    out.print(
+        f"[green]ok[/] {spec.name}: {spec.task.type}, {spec.tuning.type} tuning", highlight=False
+    )
 
 
 @app.command()
 def plan(
     job: Job,
     overrides: Overrides = None,
-    cluster: Annotated[str | None, typer.Option(help="Plan for 8xH100x4 (GPUs × type × nodes) or 16cpux2.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Plan for 8xH100x4 (GPUs × type × nodes) or 16cpux2.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What would run: each number with its reason. Prepares the data if it is not ready."""
@@ -112,7 +120,10 @@ def prepare(job: Job, overrides: Overrides = None) -> None:
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         for record in m.bad_row_examples:
-            out.print(f"  [yellow]{record.file}, row {record.row}: {_escaped(record.why)}[/]", highlight=False)
+            out.print(
+                f"  [yellow]{record.file}, row {record.row}: {_escaped(record.why)}[/]",
+                highlight=False,
+            )
 
 
 @app.command()
@@ -137,10 +148,15 @@ def train(
 
 
 def _final_table(outcome: Outcome) -> Table:
-    table = Table(title=f"{outcome.folder.name}: {outcome.status}", show_header=False, title_justify="left")
+    table = Table(
+        title=f"{outcome.folder.name}: {outcome.status}", show_header=False, title_justify="left"
+    )
     metric, best, baseline = outcome.plan.metric, outcome.best, outcome.baseline
     if best:
-        table.add_row(f"best {metric}", f"{best[metric]:.4f} at step {best['step']} ({best['rows']} held-out rows)")
+        table.add_row(
+            f"best {metric}",
+            f"{best[metric]:.4f} at step {best['step']} ({best['rows']} held-out rows)",
+        )
     if baseline:
         name = f"{baseline['name']}, {baseline['train_rows']:,} rows"
         table.add_row(f"baseline {metric}", f"{baseline['metrics'][metric]:.4f} ({name})")

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator
 class Frozen(BaseModel):
     """A value: never changes after it was read, refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def by_type(default: str) -> Discriminator:

@@ -106,7 +106,10 @@ def final_state(folder: RunFolder) -> dict[str, Any]:
     checkpoint: Committed | None = newest_valid(folder.checkpoints, lambda _: None)
     assert checkpoint is not None
     files = sorted(checkpoint.folder.rglob("*.pt"))
-    state = {f.relative_to(checkpoint.folder).as_posix(): torch.load(f, weights_only=False) for f in files}
+    state = {
+        f.relative_to(checkpoint.folder).as_posix(): torch.load(f, weights_only=False)
+        for f in files
+    }
     return {"step": checkpoint.step, "files": state}
 
 

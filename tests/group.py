@@ -74,7 +74,9 @@ def probe(model: Any, plan: Plan) -> Any:
     assert plan.eval_data is not None
     manifest = read_manifest(Path(plan.eval_data.folder))
     assert manifest is not None
-    rows = unpack_rows(open_shards(plan.eval_data.folder, manifest).take(np.arange(min(8, manifest.rows))))
+    rows = unpack_rows(
+        open_shards(plan.eval_data.folder, manifest).take(np.arange(min(8, manifest.rows)))
+    )
     batch = plan.spec.task.collate(rows, np.ones(len(rows)), 0)
     model.eval()
     with torch.no_grad():
@@ -93,5 +95,3 @@ def named(plan: Plan, name: str, **changes: Any) -> Plan:
     run_dir = str(Path(plan.run_dir).parent / name)
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     return plan.model_copy(update={"run_dir": run_dir, **changes})
-
-

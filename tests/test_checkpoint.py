@@ -24,7 +24,10 @@ def save(folder: Path, step: int, writers: list[CheckpointWriter], size: int = 1
     def one(writer: CheckpointWriter) -> None:
         writer.save(
             step,
-            lambda staging: (staging / f"part-{writer.rank}.pt").write_bytes(b"x" * size + bytes([step])) and None,
+            lambda staging: (
+                (staging / f"part-{writer.rank}.pt").write_bytes(b"x" * size + bytes([step]))
+                and None
+            ),
             {"stage": 2},
         )
         writer.wait()

@@ -97,9 +97,7 @@ def pair(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) 
     plans["accumulating"] = plan_of(
         job(models, folder, "accumulating", batch={"global_rows": 8, "micro_rows": 2})
     )
-    plans["lora"] = plan_of(
-        job(models, folder, "lora", tuning={"type": "lora"}, zero={"stage": 3})
-    )
+    plans["lora"] = plan_of(job(models, folder, "lora", tuning={"type": "lora"}, zero={"stage": 3}))
     plans["one-row"] = plan_of(
         job(
             models,
@@ -156,9 +154,7 @@ def test_a_trial_is_bit_identical_whatever_ran_before_it_in_its_workers(
 
 
 @pytest.mark.parametrize(("trial", "rows"), [("zero2", 31), ("one-row", 1)])
-def test_evaluation_counts_every_row_once(
-    trial: str, rows: int, pair: dict[str, Plan]
-) -> None:
+def test_evaluation_counts_every_row_once(trial: str, rows: int, pair: dict[str, Plan]) -> None:
     folder = RunFolder(Path(pair[trial].run_dir))
     record = newest_valid(folder.checkpoints, print)
     assert record is not None
@@ -183,7 +179,10 @@ def test_export_gives_the_engines_logits(trial: str, pair: dict[str, Plan]) -> N
 def test_a_lora_checkpoint_holds_the_adapter_and_not_the_base(pair: dict[str, Plan]) -> None:
     plan, full = pair["lora"], pair["zero3"]
     sizes = [
-        sum(f.stat().st_size for f in committed(RunFolder(Path(p.run_dir)).checkpoints)[0].folder.rglob("*.pt"))
+        sum(
+            f.stat().st_size
+            for f in committed(RunFolder(Path(p.run_dir)).checkpoints)[0].folder.rglob("*.pt")
+        )
         for p in (plan, full)
     ]
     assert sizes[0] < sizes[1] / 2

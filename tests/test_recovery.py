@@ -195,10 +195,13 @@ def wait_for(run: faults.LiveRun, moment: str, step: int) -> None:
     match moment:
         case "writing":  # files are there, the marker is not
             run.wait_until(
-                lambda: any(
-                    not (p / "COMMIT.json").exists() for p in run.folder.checkpoints.glob("step-*")
+                lambda: (
+                    any(
+                        not (p / "COMMIT.json").exists()
+                        for p in run.folder.checkpoints.glob("step-*")
+                    )
+                    or run.step() >= STEPS - 3
                 )
-                or run.step() >= STEPS - 3
             )
         case "committed":  # save() has just returned
             run.wait_until(lambda: len(run.events("save")) > saves or run.step() >= STEPS - 3)

@@ -77,7 +77,9 @@ def verify_shards(folder: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         path = folder / shard.file
         if not path.exists():
-            raise DataError(f"{path}: this shard is missing. Delete {folder} and run prepare again.")
+            raise DataError(
+                f"{path}: this shard is missing. Delete {folder} and run prepare again."
+            )
         if path.stat().st_size != shard.size_bytes or sha256_of(path) != shard.sha256:
             raise DataError(
                 f"{path}: its content does not match the manifest's checksum. "

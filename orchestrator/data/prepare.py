@@ -87,7 +87,13 @@ def prepare_split(
     labels = labels if labels is not None else getattr(spec.task, "labels", None)
     if ready := _find(spec, split, files, labels, held_out):
         return ready
-    return _make(spec, split if held_out else None, files, labels, _folder(spec, split, files, labels, held_out))
+    return _make(
+        spec,
+        split if held_out else None,
+        files,
+        labels,
+        _folder(spec, split, files, labels, held_out),
+    )
 
 
 def _find(
@@ -317,10 +323,21 @@ class ShardWriter:
         ) else 0  # fmt: skip
         return {
             "shards": self.shards,
-            "bad": [{"file": piece.file.url, "row": first_line + n, "why": w} for n, w in sorted(self.bad)],
+            "bad": [
+                {"file": piece.file.url, "row": first_line + n, "why": w}
+                for n, w in sorted(self.bad)
+            ],
             **{
                 name: getattr(self, name)
-                for name in ("input_rows", "bad_rows", "truncated", "rows", "tokens", "targets", "longest")
+                for name in (
+                    "input_rows",
+                    "bad_rows",
+                    "truncated",
+                    "rows",
+                    "tokens",
+                    "targets",
+                    "longest",
+                )
             },
         }
 
@@ -361,7 +378,9 @@ def _manifest(
         raise DataError(_bad_rows_message(total["bad_rows"], total["input_rows"], bad))
     if total["rows"] == 0:
         names = ", ".join(f.url for f in files)
-        raise DataError(f"{names}: no usable row ({total['input_rows']} read, {total['bad_rows']} bad).")
+        raise DataError(
+            f"{names}: no usable row ({total['input_rows']} read, {total['bad_rows']} bad)."
+        )
     return Manifest(
         fingerprint=fingerprint,
         inputs=tuple(f.url for f in files),
@@ -385,7 +404,7 @@ def _bad_rows_message(count: int, total: int, examples: Sequence[BadRowRecord]) 
     lines += [f"  {r.file}, row {r.row}: {r.why}" for r in examples]
     if count > len(examples):
         lines.append(f"  … and {count - len(examples)} more")
-    lines.append("Mend them, or set data.on_bad_row=skip: they are then counted and listed in the manifest.")
+    lines.append(
+        "Mend them, or set data.on_bad_row=skip: they are then counted and listed in the manifest."
+    )
     return "\n".join(lines)
-
-

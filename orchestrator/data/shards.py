@@ -16,7 +16,9 @@ from orchestrator.data.prepare import BATCH_ROWS
 class ShardReader:
     """Rows of one prepared data set by global row id (shards in manifest order)."""
 
-    def __init__(self, folder: str, shard_files: tuple[str, ...], shard_rows: tuple[int, ...]) -> None:
+    def __init__(
+        self, folder: str, shard_files: tuple[str, ...], shard_rows: tuple[int, ...]
+    ) -> None:
         self.folder = folder
         self.shard_files = shard_files
         self.starts = np.cumsum([0, *shard_rows])

@@ -92,7 +92,9 @@ def find_files(paths: str | Sequence[str], file_format: str) -> list[SourceFile]
         names = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
         files = [n for n in names if filesystem.isfile(n)]
         if not files:
-            raise DataError(f"{url}: no such file. Check the path (globs like data/*.parquet work).")
+            raise DataError(
+                f"{url}: no such file. Check the path (globs like data/*.parquet work)."
+            )
         scheme = url.partition("://")[0] + "://" if "://" in url else ""
         out += [_describe(filesystem, name, scheme, file_format) for name in files]
     return out
@@ -101,7 +103,9 @@ def find_files(paths: str | Sequence[str], file_format: str) -> list[SourceFile]
 def _describe(filesystem: Any, path: str, scheme: str, file_format: str) -> SourceFile:
     url = scheme + path
     if file_format == "auto":
-        suffixes = [s for s in PurePosixPath(path).suffixes if s not in (".gz", ".zst", ".bz2", ".xz")]
+        suffixes = [
+            s for s in PurePosixPath(path).suffixes if s not in (".gz", ".zst", ".bz2", ".xz")
+        ]
         file_format = FORMATS.get(suffixes[-1] if suffixes else "", "")
         if not file_format:
             raise DataError(
@@ -144,7 +148,9 @@ def _ranges(file: SourceFile) -> list[tuple[int, int]]:
             filesystem, path = open_filesystem(file.url)
             with filesystem.open(path, "rb") as handle:
                 metadata = pq.ParquetFile(handle).metadata
-                sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+                sizes = [
+                    metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)
+                ]
             return _group(sizes)
         case "jsonl" | "text" if not compressed:
             edges = [*range(0, file.size_bytes, PIECE_BYTES), file.size_bytes]
@@ -284,7 +290,8 @@ def _read_parquet(piece: Piece, columns: Sequence[str]) -> Iterator[RawItem]:
                 number += 1
                 try:
                     row: dict[str, Any] | BadRow = {
-                        name: batch.column(k)[i].as_py() for k, name in enumerate(batch.schema.names)
+                        name: batch.column(k)[i].as_py()
+                        for k, name in enumerate(batch.schema.names)
                     }
                 except UnicodeDecodeError:
                     row = BadRow("invalid UTF-8")

@@ -153,7 +153,9 @@ def split_for_workers(dataset: Any, world_size: int) -> list[Any]:
     return iterators
 
 
-def read_steps(iterator: Any, segment: Segment, rank: int, rows_per_step: int) -> Iterator[StepRows]:
+def read_steps(
+    iterator: Any, segment: Segment, rank: int, rows_per_step: int
+) -> Iterator[StepRows]:
     """A rank's steps of one segment; raises DataError where a block is not the one due."""
     due = segment[0]
     for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
@@ -208,7 +210,12 @@ def micro_batches(step: StepRows, micro_rows: int) -> Sequence[tuple[list[Any], 
     """(rows, weights) per forward pass, all of `micro_rows` rows; the last is filled up."""
     out = []
     for start in range(0, len(step.rows), micro_rows):
-        rows, weights = step.rows[start : start + micro_rows], step.weights[start : start + micro_rows]
+        rows, weights = (
+            step.rows[start : start + micro_rows],
+            step.weights[start : start + micro_rows],
+        )
         missing = micro_rows - len(rows)
-        out.append((rows + rows[:1] * missing, np.concatenate([weights, np.zeros(missing, np.float32)])))
+        out.append(
+            (rows + rows[:1] * missing, np.concatenate([weights, np.zeros(missing, np.float32)]))
+        )
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -14,7 +15,13 @@ from typing import Literal
 
 GIB = 2**30
 PACKAGES = ("ray", "deepspeed", "torch", "transformers", "pyarrow", "peft")
-TESTED = {"ray": "2.60", "deepspeed": "0.19", "torch": "2.13", "transformers": "5.23", "pyarrow": "26"}
+TESTED = {
+    "ray": "2.60",
+    "deepspeed": "0.19",
+    "torch": "2.13",
+    "transformers": "5.23",
+    "pyarrow": "26",
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,11 @@ class Finding:
 
 def examine(storage: Path = Path("runs")) -> list[Finding]:
     """Everything that is worth knowing before a job is launched here."""
-    checks = (_python, _versions, _combinations, _cpus, _memory, _shared_memory, _gpus, _compilers, _disk, _ray)
-    return [finding for check in checks for finding in (check(storage) if check is _disk else check())]  # type: ignore[operator]
+    checks = (
+        _python(), _versions(), _combinations(), _cpus(), _memory(), _shared_memory(), _gpus(),
+        _compilers(), _disk(storage), _ray(),
+    )  # fmt: skip
+    return [finding for check in checks for finding in check]
 
 
 def _python() -> Iterator[Finding]:
@@ -66,17 +76,27 @@ def _combinations() -> Iterator[Finding]:
             "pip install 'ray[default]': without it a head has no Jobs API, and Tune leaks placement groups",
         )  # fmt: skip
     if _version("ray") and not _version("aiohttp"):
-        yield Finding("aiohttp", "missing", "problem", "pip install aiohttp: ray.data.read_parquet of lists needs it")
+        yield Finding(
+            "aiohttp",
+            "missing",
+            "problem",
+            "pip install aiohttp: ray.data.read_parquet of lists needs it",
+        )
     if os.environ.get("OMP_NUM_THREADS") == "1":
         yield Finding(
-            "OMP_NUM_THREADS", "1", "note", "workers set their own thread count; unset it for other tools"
+            "OMP_NUM_THREADS",
+            "1",
+            "note",
+            "workers set their own thread count; unset it for other tools",
         )
 
 
 def _cpus() -> Iterator[Finding]:
     count = len(os.sched_getaffinity(0))
     level: Literal["ok", "note"] = "ok" if count >= 2 else "note"
-    yield Finding("CPUs", str(count), level, "" if count >= 2 else "two workers will share one core")
+    yield Finding(
+        "CPUs", str(count), level, "" if count >= 2 else "two workers will share one core"
+    )
 
 
 def _memory() -> Iterator[Finding]:
@@ -94,9 +114,16 @@ def _shared_memory() -> Iterator[Finding]:
         return
     usage = shutil.disk_usage("/dev/shm")
     small = usage.total < 2 * GIB
-    fix = "containers: run with --shm-size=4g (Kubernetes: an emptyDir with medium: Memory)" if small else ""
+    fix = (
+        "containers: run with --shm-size=4g (Kubernetes: an emptyDir with medium: Memory)"
+        if small
+        else ""
+    )
     yield Finding(
-        "/dev/shm", f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free", "problem" if small else "ok", fix
+        "/dev/shm",
+        f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free",
+        "problem" if small else "ok",
+        fix,
     )
 
 
@@ -123,12 +150,21 @@ def _gpus() -> Iterator[Finding]:
 def _compilers() -> Iterator[Finding]:
     import torch
 
-    for tool, why in (("g++", "DeepSpeedCPUAdam"), ("ninja", "DeepSpeed's compiled optimizers"), ("nvcc", "FusedAdam")):
+    for tool, why in (
+        ("g++", "DeepSpeedCPUAdam"),
+        ("ninja", "DeepSpeed's compiled optimizers"),
+        ("nvcc", "FusedAdam"),
+    ):
         path = shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
         if path:
             yield Finding(tool, path)
         elif tool != "nvcc" or torch.cuda.is_available():
-            yield Finding(tool, "not found", "note", f"only needed for {why}; torch's kernels are used instead")
+            yield Finding(
+                tool,
+                "not found",
+                "note",
+                f"only needed for {why}; torch's kernels are used instead",
+            )
 
 
 def _disk(storage: Path) -> Iterator[Finding]:
@@ -138,14 +174,22 @@ def _disk(storage: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free
     writable = os.access(place, os.W_OK)
     if not writable:
-        yield Finding(str(place), "not writable", "problem", "set storage=… to a folder you can write to")
+        yield Finding(
+            str(place), "not writable", "problem", "set storage=… to a folder you can write to"
+        )
     low = free < 5 * GIB
     fix = "checkpoints of a 1 B model take about 15 GiB each" if low else ""
     yield Finding(f"disk at {place}", f"{free / GIB:.1f} GiB free", "note" if low else "ok", fix)
     tmp = shutil.disk_usage("/tmp")
     full = tmp.free / tmp.total < 0.05
-    fix = "Ray stops placing objects on a disk that is 95 % full: free some, or set RAY_TMPDIR" if full else ""
-    yield Finding("disk at /tmp (Ray)", f"{tmp.free / GIB:.1f} GiB free", "problem" if full else "ok", fix)
+    fix = (
+        "Ray stops placing objects on a disk that is 95 % full: free some, or set RAY_TMPDIR"
+        if full
+        else ""
+    )
+    yield Finding(
+        "disk at /tmp (Ray)", f"{tmp.free / GIB:.1f} GiB free", "problem" if full else "ok", fix
+    )
 
 
 def _ray() -> Iterator[Finding]:
@@ -156,10 +200,15 @@ def _ray() -> Iterator[Finding]:
     import ray
 
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # noqa: BLE001, whatever it is, the sheet shows it
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        yield Finding("Ray cluster", first, "problem", f"RAY_ADDRESS={address}: start it or unset the variable")
+        yield Finding(
+            "Ray cluster",
+            first,
+            "problem",
+            f"RAY_ADDRESS={address}: start it or unset the variable",
+        )
         return
     from orchestrator.plan.cluster import live_cluster
 

@@ -31,7 +31,9 @@ def evaluate_export(
         TorchTrainer(
             measure_worker,
             train_loop_config={
-                "plan": plan.model_dump_json(), "exported": str(exported), "out": str(out)
+                "plan": plan.model_dump_json(),
+                "exported": str(exported),
+                "out": str(out),
             },  # fmt: skip
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
             scaling_config=ScalingConfig(

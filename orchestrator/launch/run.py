@@ -82,9 +82,13 @@ def _prepared(spec: JobSpec, console: Console) -> dict[Split, Prepared]:
     for split, one in done.items():
         m = one.manifest
         how = "found ready" if one.was_ready else "prepared"
-        console.print(f"[dim]{split}: {m.rows:,} rows, {m.tokens:,} tokens, {how}[/]", highlight=False)
+        console.print(
+            f"[dim]{split}: {m.rows:,} rows, {m.tokens:,} tokens, {how}[/]", highlight=False
+        )
         if m.bad_rows:
-            console.print(f"[yellow]{m.bad_rows} bad rows skipped; see {one.folder}/manifest.json[/]")
+            console.print(
+                f"[yellow]{m.bad_rows} bad rows skipped; see {one.folder}/manifest.json[/]"
+            )
     return done
 
 
@@ -195,7 +199,14 @@ def finish(plan: Plan, folder: RunFolder, outcome: dict[str, Any], console: Cons
         exported = export_run(plan, folder, folder.export, figures)
     report = write_report(folder)
     return Outcome(
-        folder, plan, outcome["status"], outcome["message"], outcome["best"], baseline, exported, report
+        folder,
+        plan,
+        outcome["status"],
+        outcome["message"],
+        outcome["best"],
+        baseline,
+        exported,
+        report,
     )
 
 

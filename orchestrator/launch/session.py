@@ -48,7 +48,12 @@ def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> I
         return
     environment = {"env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS}}
     if attached_address():
-        ray.init(address="auto", runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            address="auto",
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     else:
         ray.init(
             address="local",
@@ -56,7 +61,7 @@ def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> I
             num_gpus=int(gpus),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             runtime_env=environment,
         )
     _quiet(log_file)
@@ -71,8 +76,6 @@ def _quiet(log_file: Path | None) -> None:
 
     Ray Data and Ray Train install their own handlers when they are imported, so that comes first.
     """
-    import ray.data
-    import ray.train
 
     for name in ("ray", "ray.train", "ray.data", "deepspeed", "transformers"):
         logger = logging.getLogger(name)
@@ -83,5 +86,7 @@ def _quiet(log_file: Path | None) -> None:
         else:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(log_file)
-            handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+            handler.setFormatter(
+                logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
+            )
             logger.addHandler(handler)

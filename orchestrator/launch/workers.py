@@ -43,7 +43,9 @@ def work(config: dict[str, Any]) -> None:
     plan = Plan.model_validate_json(config["plan"])
     folder = RunFolder(Path(plan.run_dir))
     rank = int(os.environ["RANK"])
-    if Path(plan.work_dir).is_dir():  # Ray starts workers elsewhere; the job's paths are relative to it
+    if Path(
+        plan.work_dir
+    ).is_dir():  # Ray starts workers elsewhere; the job's paths are relative to it
         os.chdir(plan.work_dir)
     if rank == 0:
         append_event(folder.events, "imports")
@@ -69,5 +71,3 @@ def _log_to(folder: RunFolder, rank: int) -> None:
     root.addHandler(handler)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
-
-

@@ -115,7 +115,9 @@ def no_decay(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) <= 1 or name.endswith(".bias") or "norm" in name.lower()
 
 
-def parameter_groups(model: torch.nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: torch.nn.Module, lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """Trainable parameters for the optimizer, with decay and without."""
     groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():

@@ -32,9 +32,13 @@ def load_config(spec: JobSpec, labels: tuple[str, ...]) -> Any:
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
             extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-            config = AutoConfig.from_pretrained(model.pretrained, revision=model.revision, **extra)
+            config = AutoConfig.from_pretrained(
+                model.pretrained or "", revision=model.revision, **extra
+            )
     except (OSError, ValueError) as error:
-        raise OrchestratorError(_unavailable("model", model.pretrained or "model.config", error)) from error
+        raise OrchestratorError(
+            _unavailable("model", model.pretrained or "model.config", error)
+        ) from error
     for name, value in spec.task.config_overrides(labels).items():
         setattr(config, name, value)
     if model.dropout is not None:
@@ -77,7 +81,9 @@ def max_length_tokens(spec: JobSpec) -> int:
     if spec.data.max_length_tokens != "auto":
         return spec.data.max_length_tokens
     config = _raw_config(spec)
-    limit = config.get("max_position_embeddings") or config.get("n_positions")  # GPT-2's name for it
+    limit = config.get("max_position_embeddings") or config.get(
+        "n_positions"
+    )  # GPT-2's name for it
     return min(int(limit), DEFAULT_MAX_LENGTH_TOKENS) if limit else DEFAULT_MAX_LENGTH_TOKENS
 
 

@@ -153,6 +153,4 @@ def _gpu_memory(name: str | None) -> int:
     for known, gib in sorted(GPU_MEMORY_GIB.items(), key=lambda kv: -len(kv[0])):  # L40S before L4
         if name and known.lower() in name.lower():
             return gib * GIB
-    raise PlanError(
-        f"the memory of GPU {name!r} is not known. Known: {', '.join(GPU_MEMORY_GIB)}."
-    )
+    raise PlanError(f"the memory of GPU {name!r} is not known. Known: {', '.join(GPU_MEMORY_GIB)}.")

@@ -65,7 +65,10 @@ def memory_bytes(
         "master weights": 4 * model.trainable // (share if shards_optimizer else 1)
         if shards_optimizer or setup.bf16
         else 0,
-        "optimizer": 4 * setup.optimizer_states * model.trainable // (share if shards_optimizer else 1),
+        "optimizer": 4
+        * setup.optimizer_states
+        * model.trainable
+        // (share if shards_optimizer else 1),
     }
     if setup.on_gpu and setup.offload_optimizer:
         states["master weights"] = states["optimizer"] = 0
@@ -101,7 +104,9 @@ def activation_bytes(
     return model.layers * per_layer
 
 
-def _logit_bytes(model: ModelFacts, setup: MemorySetup, micro_rows: int, tokens_per_row: int) -> int:
+def _logit_bytes(
+    model: ModelFacts, setup: MemorySetup, micro_rows: int, tokens_per_row: int
+) -> int:
     """Logits, their fp32 copy and their gradient, where every position predicts."""
     if not setup.all_logits:
         return 0

@@ -160,20 +160,20 @@ def data_facts(prepared: Prepared) -> DataFacts:
     return DataFacts(folder=str(prepared.folder), **{n: getattr(manifest, n) for n in names})
 
 
-def _workers(
-    spec: JobSpec, cluster: Cluster, reasons: dict[str, str]
-) -> tuple[int, float, int]:
+def _workers(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -> tuple[int, float, int]:
     """(workers, GPUs each, CPUs each)."""
     wanted = spec.resources
     gpus = wanted.gpus_per_worker
-    if gpus == "auto":
+    if isinstance(gpus, str):
         gpus = 1.0 if cluster.gpus else 0.0
         reasons["gpus_per_worker"] = f"{cluster.source} has {cluster.gpus:g} GPUs"
     count = wanted.num_workers
     most = int(sum(n.gpus // gpus for n in cluster.nodes)) if gpus else int(cluster.cpus)
-    if count == "auto":
+    if isinstance(count, str):
         count = max(1, most if gpus else min(2, most))
-        reasons["num_workers"] = "one per GPU" if gpus else "two on CPU, one where there is one core"
+        reasons["num_workers"] = (
+            "one per GPU" if gpus else "two on CPU, one where there is one core"
+        )
     if count > most:
         what = f"{gpus:g} GPU each" if gpus else "a CPU each"
         raise PlanError(
@@ -181,7 +181,7 @@ def _workers(
             + (f"Set resources.num_workers={most}." if most else "Set resources.gpus_per_worker=0.")
         )
     cpus = wanted.cpus_per_worker
-    if cpus == "auto":
+    if isinstance(cpus, str):
         per_node = -(-count // len(cluster.nodes))
         cpus = max(1, int(min(n.cpus for n in cluster.nodes) // per_node))
         reasons["cpus_per_worker"] = f"{per_node} worker(s) share a node"
@@ -201,7 +201,9 @@ def _precision(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str, 
     if gpus and not old:
         reasons["bf16"] = "these GPUs compute in bf16"
         return True
-    reasons["bf16"] = f"{old[0]} has no bf16" if old else "CPU workers: fp32 is exact, bf16 no faster"
+    reasons["bf16"] = (
+        f"{old[0]} has no bf16" if old else "CPU workers: fp32 is exact, bf16 no faster"
+    )
     return False
 
 
@@ -217,15 +219,15 @@ def _global_rows(spec: JobSpec, rows: int, reasons: dict[str, str]) -> int:
     return min(usual, rows)
 
 
-def _memory_limit(
-    cluster: Cluster, workers: int, gpus: float, reasons: dict[str, str]
-) -> int:
+def _memory_limit(cluster: Cluster, workers: int, gpus: float, reasons: dict[str, str]) -> int:
     if gpus:
         reasons["memory_limit_bytes"] = f"memory of the smallest GPU × {gpus:g}"
         return int(min(n.gpu_memory_bytes for n in cluster.nodes if n.gpus) * min(gpus, 1))
     per_node = -(-workers // len(cluster.nodes))
     smallest = min(n.memory_bytes for n in cluster.nodes)
-    reasons["memory_limit_bytes"] = f"{smallest / GIB:.1f} GiB per node shared by {per_node} worker(s)"
+    reasons["memory_limit_bytes"] = (
+        f"{smallest / GIB:.1f} GiB per node shared by {per_node} worker(s)"
+    )
     return smallest // per_node
 
 
@@ -375,7 +377,11 @@ def _total_steps(spec: JobSpec, steps_per_epoch: int, reasons: dict[str, str]) -
 
 
 def _eval_every(
-    spec: JobSpec, prepared: dict[Split, Prepared], per_epoch: int, total: int, reasons: dict[str, str]
+    spec: JobSpec,
+    prepared: dict[Split, Prepared],
+    per_epoch: int,
+    total: int,
+    reasons: dict[str, str],
 ) -> int:
     """Steps between evaluations; 0 where there is nothing to evaluate on."""
     if "eval" not in prepared:
@@ -403,7 +409,9 @@ def _group_by_length(spec: JobSpec, reasons: dict[str, str]) -> bool:
     if wanted != "auto":
         return wanted
     if spec.data.order.shuffle == "none":
-        reasons["group_by_length"] = "data.order.shuffle is none: rows stay in the order of the files"
+        reasons["group_by_length"] = (
+            "data.order.shuffle is none: rows stay in the order of the files"
+        )
         return False
     packed = spec.task.fixed_length and getattr(spec.task, "packing", False)
     reasons["group_by_length"] = "rows are packed to one length" if packed else "less padding"
@@ -423,7 +431,12 @@ def _optimizer_class(spec: JobSpec, on_gpu: bool, reasons: dict[str, str]) -> st
     compiler = "nvcc" if on_gpu and not offloaded else "g++"
     if optimizer.implementation == "deepspeed":
         return name
-    if optimizer.implementation == "auto" and on_gpu and shutil.which(compiler) and shutil.which("ninja"):
+    if (
+        optimizer.implementation == "auto"
+        and on_gpu
+        and shutil.which(compiler)
+        and shutil.which("ninja")
+    ):
         reasons["optimizer_class"] = f"{compiler} and ninja are here to compile it"
         return name
     if optimizer.implementation == "auto":

@@ -33,7 +33,9 @@ def show_plan(plan: Plan) -> RenderableType:
 
 
 def _table(title: str, rows: Iterator[Row]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold cyan", box=None, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold cyan", box=None, pad_edge=False
+    )
     for header, style in (("", "bold"), ("", ""), ("", "dim")):
         table.add_column(header, style=style, overflow="fold")
     table.show_header = False
@@ -46,7 +48,11 @@ def _what(plan: Plan) -> Iterator[Row]:
     spec, model = plan.spec, plan.model
     source = spec.model.pretrained or "from its config, random weights"
     yield "model", f"{model.model_type}: {source}", ""
-    yield "parameters", f"{model.parameters:,}", f"{model.trainable:,} trainable, {model.frozen:,} frozen ({spec.tuning.type})"
+    yield (
+        "parameters",
+        f"{model.parameters:,}",
+        f"{model.trainable:,} trainable, {model.frozen:,} frozen ({spec.tuning.type})",
+    )
     yield "task", spec.task.type, f"labels: {', '.join(plan.labels)}" if plan.labels else ""
     yield "training rows", _rows(plan.train_data), plan.train_data.folder
     if plan.eval_data:
@@ -59,20 +65,49 @@ def _rows(data: DataFacts) -> str:
 
 def _how_long(plan: Plan) -> Iterator[Row]:
     spec, reasons = plan.spec, plan.reasons
-    yield "global batch", f"{plan.global_rows} rows per step", reasons.get("global_rows", "batch.global_rows")
+    yield (
+        "global batch",
+        f"{plan.global_rows} rows per step",
+        reasons.get("global_rows", "batch.global_rows"),
+    )
     product = f"{plan.micro_rows} × {plan.accumulation} × {plan.num_workers}"
     filled = plan.micro_rows * plan.accumulation * plan.num_workers - plan.global_rows
     padding = f"; {filled} places are filled with rows of weight 0" if filled else ""
-    yield "micro × accumulation × workers", product, reasons.get("micro_rows", "batch.micro_rows") + padding
-    yield "steps per epoch", f"{plan.steps_per_epoch:,}", f"{plan.train_data.rows:,} rows / {plan.global_rows}; the last batch is filled up, no row is lost"
+    yield (
+        "micro × accumulation × workers",
+        product,
+        reasons.get("micro_rows", "batch.micro_rows") + padding,
+    )
+    yield (
+        "steps per epoch",
+        f"{plan.steps_per_epoch:,}",
+        f"{plan.train_data.rows:,} rows / {plan.global_rows}; the last batch is filled up, no row is lost",
+    )
     yield "total steps", f"{plan.total_steps:,}", reasons.get("total_steps", "stop")
     optimizer = spec.optimizer
-    yield "optimizer", f"{optimizer.type}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}", f"{plan.optimizer_class}: {reasons.get('optimizer_class', 'optimizer.implementation')}"
-    yield "schedule", f"{spec.schedule.type}, {plan.warmup_steps} warm-up steps  {_sketch(plan)}", f"lr {optimizer.lr:g} → {optimizer.lr * lr_factor(spec.schedule, plan.total_steps - 1, plan.total_steps):.2g} at the last step"
+    yield (
+        "optimizer",
+        f"{optimizer.type}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
+        f"{plan.optimizer_class}: {reasons.get('optimizer_class', 'optimizer.implementation')}",
+    )
+    yield (
+        "schedule",
+        f"{spec.schedule.type}, {plan.warmup_steps} warm-up steps  {_sketch(plan)}",
+        f"lr {optimizer.lr:g} → {optimizer.lr * lr_factor(spec.schedule, plan.total_steps - 1, plan.total_steps):.2g} at the last step",
+    )
     order = spec.data.order
-    yield "order", f"shuffle {order.shuffle}, seed {spec.seed}", ("grouped by length: " if plan.group_by_length else "not grouped by length: ") + reasons.get("group_by_length", "data.order.group_by_length")
+    yield (
+        "order",
+        f"shuffle {order.shuffle}, seed {spec.seed}",
+        ("grouped by length: " if plan.group_by_length else "not grouped by length: ")
+        + reasons.get("group_by_length", "data.order.group_by_length"),
+    )
     if plan.eval_every_steps:
-        yield "evaluation", f"every {plan.eval_every_steps:,} steps", f"{reasons.get('eval_every_steps', 'evaluation.every_steps')}; best by {plan.metric}"
+        yield (
+            "evaluation",
+            f"every {plan.eval_every_steps:,} steps",
+            f"{reasons.get('eval_every_steps', 'evaluation.every_steps')}; best by {plan.metric}",
+        )
     else:
         yield "evaluation", "none", reasons.get("eval_every_steps", "")
 
@@ -81,20 +116,34 @@ def _sketch(plan: Plan, width: int = 24) -> str:
     """The schedule as a line of bars."""
     last = max(plan.total_steps - 1, 1)
     steps = [round(i * last / (width - 1)) for i in range(width)]
-    factors = [lr_factor(plan.spec.schedule, min(s, plan.total_steps - 1), plan.total_steps) for s in steps]
+    factors = [
+        lr_factor(plan.spec.schedule, min(s, plan.total_steps - 1), plan.total_steps) for s in steps
+    ]
     return "".join(BARS[min(int(f * len(BARS)), len(BARS) - 1)] for f in factors)
 
 
 def _where(plan: Plan) -> Iterator[Row]:
     reasons = plan.reasons
     device = f"{plan.gpus_per_worker:g} GPU, NCCL" if plan.on_gpu else "CPU, gloo"
-    yield "workers", f"{plan.num_workers} ({device}, {plan.cpus_per_worker} CPUs each)", reasons.get("num_workers", "resources.num_workers")
+    yield (
+        "workers",
+        f"{plan.num_workers} ({device}, {plan.cpus_per_worker} CPUs each)",
+        reasons.get("num_workers", "resources.num_workers"),
+    )
     yield "rows per worker and step", str(rows_per_rank(plan.global_rows, plan.num_workers)), ""
     yield "ZeRO stage", str(plan.stage), reasons.get("stage", "zero.stage")
-    yield "precision", "bf16, fp32 master weights" if plan.bf16 else "fp32", reasons.get("bf16", "precision")
+    yield (
+        "precision",
+        "bf16, fp32 master weights" if plan.bf16 else "fp32",
+        reasons.get("bf16", "precision"),
+    )
     if "reduce_bucket_size" in plan.deepspeed["zero_optimization"]:
         buckets = plan.deepspeed["zero_optimization"]["reduce_bucket_size"]
-        yield "bucket", f"{buckets:,} elements", "a quarter of the trainable ones, 0.5 to 50 million"
+        yield (
+            "bucket",
+            f"{buckets:,} elements",
+            "a quarter of the trainable ones, 0.5 to 50 million",
+        )
 
 
 def _memory(plan: Plan) -> Iterator[Row]:
@@ -102,13 +151,21 @@ def _memory(plan: Plan) -> Iterator[Row]:
         if size:
             yield name, f"{size / GIB:.2f} GiB", ""
     total = sum(plan.memory_bytes.values())
-    yield "total", f"{total / GIB:.2f} GiB", f"of {plan.memory_limit_bytes / GIB:.1f} GiB: {plan.reasons['memory_limit_bytes']}"
+    yield (
+        "total",
+        f"{total / GIB:.2f} GiB",
+        f"of {plan.memory_limit_bytes / GIB:.1f} GiB: {plan.reasons['memory_limit_bytes']}",
+    )
 
 
 def _files(plan: Plan) -> Iterator[Row]:
     count = -(-plan.total_steps // plan.checkpoint_every_steps)
-    yield "checkpoints", f"{count} × {plan.checkpoint_bytes / GIB:.2f} GiB", (
-        f"every {plan.checkpoint_every_steps:,} steps, {plan.reasons.get('checkpoint_every_steps', 'checkpoint.every_steps')}; "
-        f"{plan.spec.checkpoint.keep} newest and the best are kept"
+    yield (
+        "checkpoints",
+        f"{count} × {plan.checkpoint_bytes / GIB:.2f} GiB",
+        (
+            f"every {plan.checkpoint_every_steps:,} steps, {plan.reasons.get('checkpoint_every_steps', 'checkpoint.every_steps')}; "
+            f"{plan.spec.checkpoint.keep} newest and the best are kept"
+        ),
     )
     yield "run folder", plan.run_dir, ""

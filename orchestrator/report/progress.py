@@ -46,7 +46,10 @@ class ProgressView:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.update()
         if self.console.is_terminal:
@@ -78,9 +81,7 @@ class ProgressView:
         self._rate = keep * self._rate + (1 - keep) * rate
 
     def _show_step(self) -> None:
-        figures = (
-            f"loss {self._loss:.4f}  {self._rate:,.0f} tokens/s  {self._memory / 2**30:.1f} GiB/worker"
-        )
+        figures = f"loss {self._loss:.4f}  {self._rate:,.0f} tokens/s  {self._memory / 2**30:.1f} GiB/worker"
         self._bar.update(self._task, description="training", completed=self._step, figures=figures)
         if not self.console.is_terminal and time.monotonic() - self._plain_at >= PLAIN_EVERY_S:
             self._plain_at = time.monotonic()
@@ -103,7 +104,9 @@ class ProgressView:
             case "stream":
                 if event.get("step"):
                     self.say(f"resumed at step {event['step']}")
-                self._bar.update(self._task, description="opening stream", completed=event.get("step", 0))
+                self._bar.update(
+                    self._task, description="opening stream", completed=event.get("step", 0)
+                )
             case "warning":
                 self.say(f"[yellow]warning:[/] {event['text']}")
             case "commit":

@@ -39,9 +39,13 @@ class Tracker:
     def _write(self, group: str, record: dict[str, Any], figures: dict[str, Any]) -> None:
         present = {k: v for k, v in figures.items() if v is not None}
         for name, value in present.items():
-            self._board.add_scalar(f"{group}/{name}", value, record["step"], walltime=record["time"])
+            self._board.add_scalar(
+                f"{group}/{name}", value, record["step"], walltime=record["time"]
+            )
         if self._mlflow is not None:
-            self._mlflow.log_metrics({f"{group}.{k}": v for k, v in present.items()}, step=record["step"])
+            self._mlflow.log_metrics(
+                {f"{group}.{k}": v for k, v in present.items()}, step=record["step"]
+            )
 
 
 def _open_mlflow(folder: RunFolder, uri: str, project: str) -> Any:

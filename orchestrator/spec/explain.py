@@ -25,12 +25,12 @@ def problems_from(error: ValidationError, data: dict[str, Any]) -> list[Problem]
 def _field_path(detail: ErrorDetails, data: Any) -> str:
     """The location as the user wrote it, without the names pydantic adds for union members."""
     path: list[str] = []
-    here = data
+    here: Any = data
     for part in detail["loc"]:
-        if isinstance(here, dict) and part in here:
-            path.append(str(part))
-            here = here[part]
-        elif isinstance(here, list | tuple) and isinstance(part, int) and part < len(here):
+        inside = isinstance(here, dict) and part in here
+        if inside or (
+            isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)
+        ):
             path.append(str(part))
             here = here[part]
     if detail["type"] == "missing":

@@ -65,7 +65,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         why = getattr(error, "strerror", None) or str(error)
         raise SpecError([Problem(source, f"cannot be read: {why}")], source) from error
     try:
-        data = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506, a SafeLoader
+        data = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else source
@@ -88,7 +88,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             )
             continue
         try:
-            value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506, a SafeLoader
+            value = yaml.load(text, Loader=_UniqueKeys)
         except yaml.YAMLError:
             problems.append(Problem(key, "its value is not valid YAML", "quote it", text))
             continue

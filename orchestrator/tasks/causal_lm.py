@@ -289,7 +289,8 @@ def _instruction(
     if why:
         return BadRow(why)
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        turns = (("user", prompt), ("assistant", answer))
+        messages = [{"role": role, "content": str(content)} for role, content in turns]
         return _templated(messages, tokenizer)
     head = tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"]
     tail = _ended(

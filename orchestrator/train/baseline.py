@@ -31,7 +31,9 @@ def frozen_feature_baseline(plan: Plan) -> dict[str, Any]:
     assert plan.eval_data is not None
     model, pad_id = _encoder(plan)
     wanted = plan.spec.evaluation.baseline_rows
-    train_x, train_y = _features(plan, plan.train_data, model, pad_id, None if wanted == "all" else wanted)
+    train_x, train_y = _features(
+        plan, plan.train_data, model, pad_id, None if wanted == "all" else wanted
+    )
     eval_x, eval_y = _features(plan, plan.eval_data, model, pad_id, None)
     classifier = LogisticRegression(max_iter=2000).fit(train_x, train_y)
     scores = classifier.predict_proba(eval_x)
@@ -59,7 +61,9 @@ def _encoder(plan: Plan) -> tuple[Any, int]:
     import transformers
 
     model = transformers.AutoModel.from_pretrained(
-        plan.spec.model.pretrained, revision=plan.spec.model.revision, config=load_config(plan.spec, plan.labels)
+        plan.spec.model.pretrained or "",
+        revision=plan.spec.model.revision,
+        config=load_config(plan.spec, plan.labels),
     )
     tokenizer = load_tokenizer(plan.spec)
     return model.eval(), tokenizer.pad_token_id or 0

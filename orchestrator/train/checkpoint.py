@@ -133,7 +133,10 @@ class CheckpointWriter:
             return target
         facts = {"step": step, "world_size": self.world_size, "time": time.time(), **facts}
         self._thread = threading.Thread(
-            target=self._finish, args=(staging, target, facts), name=f"checkpoint-{step}", daemon=True
+            target=self._finish,
+            args=(staging, target, facts),
+            name=f"checkpoint-{step}",
+            daemon=True,
         )
         self._thread.start()
         return target

@@ -117,7 +117,9 @@ def load_exported(folder: Path) -> tuple[Plan, Any, Any]:
 
     details = read_json(folder / DETAILS)
     if details is None:
-        raise OrchestratorError(f"{folder}: not a model exported by orchestrator ({DETAILS} is missing)")
+        raise OrchestratorError(
+            f"{folder}: not a model exported by orchestrator ({DETAILS} is missing)"
+        )
     plan = Plan.model_validate(details["plan"])
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel

@@ -85,7 +85,7 @@ class Trial:
         attempt = broadcast(uuid.uuid4().hex[:6])
         self._event("model", attempt=attempt)
         zero.seed_everything(plan.spec.seed, self.rank)
-        model = together(lambda: build_model(plan.spec, plan.labels))
+        model: Any = together(lambda: build_model(plan.spec, plan.labels))
         zero.seed_everything(plan.spec.seed, self.rank)
         tokenizer = together(lambda: load_tokenizer(plan.spec))
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -135,7 +135,14 @@ class Trial:
             if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
                 return self._result("diverged", self._divergence(loss, norm, lr))
             progress.step += 1
-            self._record(loss, lr, norm, pulse.tokens, wait_s=got - wanted, step_s=time.perf_counter() - wanted)
+            self._record(
+                loss,
+                lr,
+                norm,
+                pulse.tokens,
+                wait_s=got - wanted,
+                step_s=time.perf_counter() - wanted,
+            )
             stopping = pulse.stop or pulse.late
             try:
                 if pulse.storage_failed:
@@ -145,7 +152,9 @@ class Trial:
             except CheckpointError as error:
                 return self._result("storage_failed", str(error))
             if stopping and progress.step < plan.total_steps:
-                return self._result("stopped" if pulse.stop else "out_of_time", self._how_to_go_on())
+                return self._result(
+                    "stopped" if pulse.stop else "out_of_time", self._how_to_go_on()
+                )
             wanted = time.perf_counter()
         return self._result("finished")
 
@@ -174,8 +183,12 @@ class Trial:
         """A non-finite loss or gradient, or too many updates that DeepSpeed skipped without a word."""
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
         if skipped:
-            self._event("warning", text=f"step {self.progress.step}: update skipped, gradient not finite")
-        broken = not math.isfinite(loss) or (norm is not None and not math.isfinite(norm) and not skipped)
+            self._event(
+                "warning", text=f"step {self.progress.step}: update skipped, gradient not finite"
+            )
+        broken = not math.isfinite(loss) or (
+            norm is not None and not math.isfinite(norm) and not skipped
+        )
         return broken or self.progress.skipped_in_a_row >= self.plan.spec.faults.max_skipped_steps
 
     def _evaluate_if_due(self, stopping: bool) -> bool:
@@ -227,7 +240,10 @@ class Trial:
             except CheckpointError as error:
                 status, message = "storage_failed", str(error)
         progress = self.progress
-        facts = {"peak_memory_bytes": _peak_memory_bytes(self.engine.device), "elapsed_s": progress.elapsed_s}
+        facts = {
+            "peak_memory_bytes": _peak_memory_bytes(self.engine.device),
+            "elapsed_s": progress.elapsed_s,
+        }
         return Result(status, progress.step, progress.best, progress.last_eval, message, facts)
 
     def _divergence(self, loss: float, norm: float | None, lr: float) -> str:
@@ -293,7 +309,6 @@ class Pulse:
     storage_failed: bool
 
 
-
 def _memory_bytes(device: torch.device) -> int:
     """Memory in use now: the GPU's allocator, or this process's resident set."""
     if device.type == "cuda":
@@ -311,5 +326,3 @@ def _peak_memory_bytes(device: torch.device) -> int:
     figure = torch.tensor(mine, dtype=torch.int64, device=device)
     dist.all_reduce(figure, op=dist.ReduceOp.MAX)
     return int(figure)
-
-

@@ -1,0 +1,204 @@
+"""Seconds from the death of a worker to the next new step: ours against a stock Ray Train loop.
+
+Each run trains MiniLM (ZeRO 2, two workers) in a Ray of its own, is left alone until it is half an
+interval past a checkpoint, loses one worker to SIGKILL, and ends with the first step that it had not
+reached before. Both sides write the same records, so the phases mean the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from common import (
+    HERE,
+    MINILM,
+    REVIEWS,
+    THREADS,
+    Options,
+    classification_job,
+    end,
+    median,
+    options,
+    report,
+    require_data,
+    run_folder,
+    start,
+    tail,
+    train_command,
+    workspace,
+)
+
+from orchestrator.report.records import read_records
+
+T = TypeVar("T")
+PHASES = {
+    "notice_and_regroup": "imports",
+    "imports": "model",
+    "model": "engine",
+    "engine": "load",
+    "load": "stream",
+    "stream_and_first_step": "first_step",
+}
+"""Phase → the event that ends it. The first one begins with the kill."""
+WAIT_S = 300
+MANY_STEPS = 100_000
+
+
+@dataclass(frozen=True)
+class Side:
+    """One command, and where it writes a line per step and per event."""
+
+    command: list[str]
+    steps: Path
+    events: Path
+    log: Path
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What one kill cost."""
+
+    new_step_s: float
+    """Kill → the first step that had not been reached before."""
+    first_step_s: float
+    """Kill → the first step of any number."""
+    split: dict[str, float]
+    steps_lost: int
+
+
+def main() -> None:
+    given = options(__doc__ or "")
+    require_data()
+    interval = 6 if given.quick else 20
+    results: dict[str, list[Recovery]] = {"ours": [], "stock": []}
+    with workspace() as folder:
+        for i in range(given.repetitions):
+            for name, make in (("ours", our_side), ("stock", stock_side)):
+                place = folder / f"{name}-{i}"
+                place.mkdir()
+                results[name].append(kill_one_worker(make(place, interval), interval))
+    show(results, interval, given)
+
+
+def our_side(folder: Path, interval: int) -> Side:
+    job = classification_job("ours", MANY_STEPS)
+    job |= {"zero": {"stage": 2}, "checkpoint": {"every_steps": interval}}
+    run = run_folder(folder, job)
+    return Side(train_command(folder, job), run.steps, run.events, folder / "log")
+
+
+def stock_side(folder: Path, interval: int) -> Side:
+    figures = [str(n) for n in (interval, MANY_STEPS, THREADS)]
+    command = [sys.executable, str(HERE / "stock.py"), str(folder), *figures, str(MINILM), str(REVIEWS)]
+    return Side(command, folder / "steps.jsonl", folder / "events.jsonl", folder / "log")
+
+
+def kill_one_worker(side: Side, interval: int) -> Recovery:
+    """One run: past a checkpoint, kill, back to a new step, end."""
+    process = start(side.command, side.log)
+    try:
+        kill_at = interval + interval // 2
+        wait_for(lambda: last_step(side) >= kill_at, process, side)
+        victim = worker_pids(process)[-1]
+        killed = time.time()
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: first_new_step(side, killed), process, side)
+        return measure(side, killed)
+    finally:
+        end(process)
+
+
+def worker_pids(process: subprocess.Popen[bytes]) -> list[int]:
+    """Ray Train's workers below a process."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if any("RayTrainWorker" in part for part in child.cmdline()):
+                found.append(child.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(look: Callable[[], T], process: subprocess.Popen[bytes], side: Side) -> T:
+    """Poll until `look` finds something; leaves the benchmark where the run ends or takes too long."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        if found := look():
+            return found
+        if process.poll() is not None or time.monotonic() > deadline:
+            end(process)
+            sys.exit(f"{' '.join(side.command)}\nended early or took too long:\n{tail(side.log)}")
+        time.sleep(0.1)
+
+
+def last_step(side: Side) -> int:
+    return max((r["step"] for r in read_records(side.steps)), default=0)
+
+
+def first_new_step(side: Side, killed: float) -> dict[str, Any] | None:
+    """The record of the first step beyond all that ended before the kill."""
+    records = read_records(side.steps)
+    reached = max(r["step"] for r in records if r["time"] <= killed)
+    return next((r for r in records if r["time"] > killed and r["step"] > reached), None)
+
+
+def measure(side: Side, killed: float) -> Recovery:
+    """Seconds by phase, from the records after the kill.
+
+    A survivor may still end the step it was in: records that came before the group's restart are no
+    sign of recovery.
+    """
+    events = [e for e in read_records(side.events) if e["time"] > killed]
+    at = {kind: next(e for e in events if e["kind"] == kind) for kind in PHASES.values()}
+    reached = max(r["step"] for r in read_records(side.steps) if r["time"] < at["imports"]["time"])
+    after = [r for r in read_records(side.steps) if r["time"] >= at["imports"]["time"]]
+    new = next(r for r in after if r["step"] > reached)
+    moments = [killed, *(at[kind]["time"] for kind in PHASES.values())]
+    gaps = [b - a for a, b in itertools.pairwise(moments)]
+    return Recovery(
+        new_step_s=new["time"] - killed,
+        first_step_s=moments[-1] - killed,
+        split={phase: round(gap, 3) for phase, gap in zip(PHASES, gaps, strict=True)},
+        steps_lost=reached - at["stream"]["step"],
+    )
+
+
+def show(results: dict[str, list[Recovery]], interval: int, given: Options) -> None:
+    figures: dict[str, Any] = {"checkpoint_every_steps": interval}
+    for name, runs in results.items():
+        split = {phase: median([r.split[phase] for r in runs]) for phase in PHASES}
+        figures[f"{name}_s"] = median([r.new_step_s for r in runs])
+        figures[f"{name}_first_step_s"] = median([r.first_step_s for r in runs])
+        figures[f"{name}_split"] = split
+        figures[f"{name}_steps_lost"] = median([r.steps_lost for r in runs])
+        figures[f"{name}_runs_s"] = [round(r.new_step_s, 2) for r in runs]
+    for key in ("new_step_s", "first_step_s"):
+        pairs = zip(results["ours"], results["stock"], strict=True)
+        ratio = statistics.median(getattr(a, key) / getattr(b, key) for a, b in pairs)
+        figures["ratio" if key == "new_step_s" else "ratio_first_step"] = round(ratio, 4)
+    figures["steps_lost"] = figures["ours_steps_lost"]
+    rows = [("what", "ours", "stock")]
+    for phase in PHASES:
+        seconds = [f"{figures[f'{name}_split'][phase]:.2f} s" for name in results]
+        rows.append((f"  {phase.replace('_', ' ')}", *seconds))
+    for words, key in (("kill → first step", "first_step_s"), ("kill → first new step", "s")):
+        rows.append((words, *(f"{figures[f'{name}_{key}']:.2f} s" for name in results)))
+    rows.append(("steps lost", *(f"{figures[f'{name}_steps_lost']:g}" for name in results)))
+    title = f"Recovery from kill -9 of a worker: {figures['ratio']:.2f} of stock's time"
+    report(title, rows, figures, given)
+
+
+if __name__ == "__main__":
+    main()
