@@ -80,7 +80,7 @@ class Recovery:
 def main() -> None:
     given = options(__doc__ or "")
     require_data()
-    interval = 6 if given.quick else 20
+    interval = 10 if given.quick else 20
     results: dict[str, list[Recovery]] = {"ours": [], "stock": []}
     with workspace() as folder:
         for i in range(given.repetitions):
@@ -113,8 +113,7 @@ def kill_one_worker(side: Side, interval: int) -> Recovery:
         victim = worker_pids(process)[-1]
         killed = time.time()
         os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: first_new_step(side, killed), process, side)
-        return measure(side, killed)
+        return wait_for(lambda: recovery(side, killed), process, side)
     finally:
         end(process)
 
@@ -131,7 +130,7 @@ def worker_pids(process: subprocess.Popen[bytes]) -> list[int]:
     return found
 
 
-def wait_for(look: Callable[[], T], process: subprocess.Popen[bytes], side: Side) -> T:
+def wait_for(look: Callable[[], T | None], process: subprocess.Popen[bytes], side: Side) -> T:
     """Poll until `look` finds something; leaves the benchmark where the run ends or takes too long."""
     deadline = time.monotonic() + WAIT_S
     while True:
@@ -147,30 +146,27 @@ def last_step(side: Side) -> int:
     return max((r["step"] for r in read_records(side.steps)), default=0)
 
 
-def first_new_step(side: Side, killed: float) -> dict[str, Any] | None:
-    """The record of the first step beyond all that ended before the kill."""
-    records = read_records(side.steps)
-    reached = max(r["step"] for r in records if r["time"] <= killed)
-    return next((r for r in records if r["time"] > killed and r["step"] > reached), None)
+def recovery(side: Side, killed: float) -> Recovery | None:
+    """What the kill cost; None as long as no new step has ended.
 
-
-def measure(side: Side, killed: float) -> Recovery:
-    """Seconds by phase, from the records after the kill.
-
-    A survivor may still end the step it was in: records that came before the group's restart are no
-    sign of recovery.
+    A survivor may still end the step it was in: what was recorded before the new group's first
+    event counts as reached, not as recovery.
     """
     events = [e for e in read_records(side.events) if e["time"] > killed]
-    at = {kind: next(e for e in events if e["kind"] == kind) for kind in PHASES.values()}
-    reached = max(r["step"] for r in read_records(side.steps) if r["time"] < at["imports"]["time"])
-    after = [r for r in read_records(side.steps) if r["time"] >= at["imports"]["time"]]
-    new = next(r for r in after if r["step"] > reached)
+    at = {e["kind"]: e for e in reversed(events)}
+    if not all(kind in at for kind in PHASES.values()):
+        return None
+    records, restarted = read_records(side.steps), at["imports"]["time"]
+    reached = max(r["step"] for r in records if r["time"] < restarted)
+    new = [r for r in records if r["time"] > restarted and r["step"] > reached]
+    if not new:
+        return None
     moments = [killed, *(at[kind]["time"] for kind in PHASES.values())]
-    gaps = [b - a for a, b in itertools.pairwise(moments)]
+    gaps = [round(after - before, 3) for before, after in itertools.pairwise(moments)]
     return Recovery(
-        new_step_s=new["time"] - killed,
+        new_step_s=new[0]["time"] - killed,
         first_step_s=moments[-1] - killed,
-        split={phase: round(gap, 3) for phase, gap in zip(PHASES, gaps, strict=True)},
+        split=dict(zip(PHASES, gaps, strict=True)),
         steps_lost=reached - at["stream"]["step"],
     )
 

@@ -41,7 +41,6 @@ def run_trials(plans: Sequence[Plan]) -> list[dict[str, Any]]:
             plan = Plan.model_validate_json(text)
             folder = RunFolder(Path(plan.run_dir))
             trial = Trial(plan, folder)
-            trial.restore()
             result = trial.train()
             logits = None
             if plan.eval_data and plan.labels:

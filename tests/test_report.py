@@ -11,19 +11,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.report.figures import MOST_POINTS, smoothed, thinned
-from orchestrator.report.html import (
-    best_eval,
-    bytes_text,
-    duration,
-    headline,
-    read_run,
-    starts,
-    time_spent,
-    timeline,
-    write_report,
-)
+from orchestrator.report.drawing import MOST_POINTS, smoothed, thinned
+from orchestrator.report.html import headline, write_report
 from orchestrator.report.records import RecordWriter, append_event
+from orchestrator.report.run import best_eval, read_run
+from orchestrator.report.story import starts, time_spent, timeline
+from orchestrator.report.words import bytes_text, duration
 from orchestrator.run_folder import RunFolder, write_atomically, write_json
 
 PLAN: dict[str, Any] = {
@@ -46,7 +39,7 @@ PLAN: dict[str, Any] = {
     "memory_bytes": {"parameters": 2**30, "runtime": 2**29, "logits": 0},
     "memory_limit_bytes": 4 * 2**30,
     "deepspeed": {"train_batch_size": 32},
-    "reasons": {"precision": "CPU workers: fp32 is exact", "global_rows": "default: 32"},
+    "reasons": {"bf16": "CPU workers: fp32 is exact", "global_rows": "default: 32"},
     "warnings": ["train: 3 of 640 rows were cut to 42 tokens"],
 }  # fmt: skip
 

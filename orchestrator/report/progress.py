@@ -104,9 +104,7 @@ class ProgressView:
             case "stream":
                 if event.get("step"):
                     self.say(f"resumed at step {event['step']}")
-                self._bar.update(
-                    self._task, description="opening stream", completed=event.get("step", 0)
-                )
+                self._bar.update(self._task, completed=event.get("step", 0))
             case "warning":
                 self.say(f"[yellow]warning:[/] {event['text']}")
             case "commit":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,3 +94,10 @@ class Tail:
             return []
         *lines, self._rest = (self._rest + text).split("\n")
         return list(_parse(lines))
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float, or None where it is missing, not a number or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None

@@ -13,7 +13,7 @@ from orchestrator.data.order import PADDING
 from orchestrator.data.stream import StepRows
 from orchestrator.errors import DataError
 from orchestrator.plan.plan import Plan
-from orchestrator.train.feed import open_source, stream_steps
+from orchestrator.train.feed import StepStream, open_source
 
 CACHE_BYTES = 256 * 2**20
 """Evaluation rows up to this size (all ranks together) are kept in memory after the first pass."""
@@ -55,8 +55,11 @@ class Evaluator:
     def _steps(self) -> Iterable[StepRows]:
         if self._cache is not None:
             return self._cache
-        source = open_source(self.plan, self.data, self.global_rows, for_training=False)
-        steps = stream_steps(source, self.global_rows, 0, source.order.steps_per_epoch)
+        source = None
+        if dist.get_rank() == 0:
+            source = open_source(self.plan, self.data, self.global_rows, for_training=False)
+        count = -(-self.data.rows // self.global_rows)
+        steps = StepStream(source, self.global_rows, 0, count)
         if self.data.tokens * 4 > CACHE_BYTES:
             return steps
         self._cache = [_owned(step) for step in steps]

@@ -24,6 +24,7 @@ from orchestrator.data.stream import (
 )
 from orchestrator.errors import DataError
 from orchestrator.plan.plan import DataFacts, Plan
+from orchestrator.train.group import broadcast
 
 AHEAD_STEPS = 8
 """Steps held ready in each worker."""
@@ -58,74 +59,74 @@ def open_source(plan: Plan, data: DataFacts, global_rows: int, for_training: boo
     return Source(reader, order, reader.column("n_targets"))
 
 
-def stream_steps(
-    source: Source | None, global_rows: int, start: int, stop: int
-) -> Iterator[StepRows]:
-    """This rank's rows for steps start…stop. Collective: every rank iterates, rank 0 holds `source`.
+class StepStream:
+    """This rank's rows for steps start…stop, read ahead from the moment it is made.
 
-    Rank 0 makes the Ray Data sets and hands out their iterators. A thread reads ahead, and two
-    segments are open at any time, so that the next one is warm before the present one ends.
+    Making and iterating are collective; rank 0 holds `source`, the others None. Rank 0 makes the Ray
+    Data sets and hands out their iterators. A thread reads ahead, and two segments are open at any
+    time, so that the next one is warm before the present one ends.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    pending = segments(start, stop, global_rows, world_size)
-    opened: queue.Queue[Any] = queue.Queue()
-    ready: queue.Queue[Any] = queue.Queue(maxsize=AHEAD_STEPS)
-    stopped = threading.Event()
 
-    def open_next() -> None:
-        if pending:
-            segment = pending.pop(0)
-            opened.put((segment, _iterator(source, segment, rank, world_size)))
-        else:
-            opened.put(_END)
+    def __init__(self, source: Source | None, global_rows: int, start: int, stop: int) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.source, self.global_rows = source, global_rows
+        self._pending = segments(start, stop, global_rows, self.world_size)
+        self._opened: queue.Queue[Any] = queue.Queue()
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=AHEAD_STEPS)
+        self._stopped = threading.Event()
+        threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True).start()
+        self._open_next()
+        self._open_next()
 
-    def read_ahead() -> None:
-        per_step = rows_per_rank(global_rows, world_size)
-        try:
-            while (item := opened.get()) is not _END and not stopped.is_set():
-                segment, iterator = item
-                for step in read_steps(iterator, segment, rank, per_step):
-                    if not _put(ready, step, stopped):
-                        return
-                _put(ready, segment, stopped)
-            _put(ready, _END, stopped)
-        except BaseException as error:  # noqa: BLE001, raised again in the training thread
-            _put(ready, error, stopped)
-
-    reader = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
-    reader.start()
-    try:
-        open_next()
-        open_next()
-        while (item := ready.get()) is not _END:
+    def __iter__(self) -> Iterator[StepRows]:
+        while (item := self._ready.get()) is not _END:
             match item:
                 case StepRows():
                     yield item
                 case BaseException():
                     raise item
                 case _:  # a segment ended: all ranks are here at the same step
-                    open_next()
-    finally:
-        stopped.set()
-        opened.put(_END)
+                    self._open_next()
 
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._stopped.set()
+        self._opened.put(_END)
 
-def _put(ready: queue.Queue[Any], item: Any, stopped: threading.Event) -> bool:
-    while not stopped.is_set():
+    def _open_next(self) -> None:
+        if not self._pending:
+            self._opened.put(_END)
+            return
+        segment = self._pending.pop(0)
+        self._opened.put((segment, self._iterator(segment)))
+
+    def _iterator(self, segment: Segment) -> Any:
+        """This rank's iterator over a segment; rank 0 makes all of them."""
+        made: list[Any] = []
+        if self.source is not None:
+            source, size = self.source, self.world_size
+            dataset = make_dataset(source.reader, source.order, source.n_targets, segment, size)
+            made = split_for_workers(dataset, size)
+        return broadcast(made)[self.rank]
+
+    def _read_ahead(self) -> None:
+        per_step = rows_per_rank(self.global_rows, self.world_size)
         try:
-            ready.put(item, timeout=0.2)
-            return True
-        except queue.Full:
-            continue
-    return False
+            while (item := self._opened.get()) is not _END and not self._stopped.is_set():
+                segment, iterator = item
+                for step in read_steps(iterator, segment, self.rank, per_step):
+                    if not self._put(step):
+                        return
+                self._put(segment)
+            self._put(_END)
+        except BaseException as error:  # noqa: BLE001, raised again in the training thread
+            self._put(error)
 
-
-def _iterator(source: Source | None, segment: Segment, rank: int, world_size: int) -> Any:
-    """This rank's iterator over a segment; rank 0 makes all of them."""
-    made: list[Any] = [None]
-    if rank == 0:
-        assert source is not None
-        dataset = make_dataset(source.reader, source.order, source.n_targets, segment, world_size)
-        made = [split_for_workers(dataset, world_size)]
-    dist.broadcast_object_list(made, src=0)
-    return made[0][rank]
+    def _put(self, item: Any) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False

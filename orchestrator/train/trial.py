@@ -27,7 +27,7 @@ from orchestrator.train.checkpoint import (
     remove_uncommitted,
 )
 from orchestrator.train.evaluate import Evaluator
-from orchestrator.train.feed import open_source, stream_steps
+from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
 
 Status = Literal["finished", "stopped", "out_of_time", "diverged", "storage_failed", "failed"]
@@ -67,63 +67,86 @@ def run_trial(plan: Plan, folder: RunFolder) -> Result:
     except OrchestratorError as error:
         return Result("failed", 0, None, None, str(error))
     try:
-        trial.restore()
         return trial.train()
     finally:
         trial.close()
 
 
 class Trial:
-    """The verbs of training, in the order of the loop."""
+    """The verbs of training, in the order of the loop.
+
+    Making one finds the checkpoint, opens the stream, and then, while the stream warms up in the
+    background, builds the model and the engine and loads their state.
+    """
 
     def __init__(self, plan: Plan, folder: RunFolder) -> None:
         self.plan, self.folder = plan, folder
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.started_at = time.monotonic()
-        self.progress = Progress()
         self.stepped = False
-        attempt = broadcast(uuid.uuid4().hex[:6])
-        self._event("model", attempt=attempt)
-        zero.seed_everything(plan.spec.seed, self.rank)
-        model: Any = together(lambda: build_model(plan.spec, plan.labels))
-        zero.seed_everything(plan.spec.seed, self.rank)
-        tokenizer = together(lambda: load_tokenizer(plan.spec))
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = self.pad_id
-        self._event("engine")
-        self.engine = zero.open_engine(plan, model)
-        self.evaluate = Evaluator(plan, self.pad_id) if plan.eval_data else None
         self.steps = RecordWriter(folder.steps) if self.rank == 0 else None
         self.evals = RecordWriter(folder.evals) if self.rank == 0 else None
-        spec = plan.spec.checkpoint
-        self.writer = CheckpointWriter(
-            folder.checkpoints, self.rank, self.world_size, spec.keep, attempt, self._committed
-        )
+        found = self._find_checkpoint()
+        self.progress = Progress(**found.facts["progress"]) if found else Progress()
+        self.writer = self._make_writer()
+        self.stream = self._open_stream()
+        self.engine, self.pad_id = self._build()
+        if found is not None:
+            self._event("load")
+            zero.load_shards(self.engine, found.folder, self.rank)
+        self.evaluate = Evaluator(plan, self.pad_id) if plan.eval_data else None
+        self._event("ready")
 
-    def restore(self) -> None:
-        """Continue from the newest valid checkpoint, if there is one."""
-        self._event("load")
+    def _find_checkpoint(self) -> Committed | None:
+        """The newest valid checkpoint, verified by rank 0, the same on all ranks."""
+        self._event("find")
         found: Committed | None = None
         if self.rank == 0:
             remove_uncommitted(self.folder.checkpoints)
             found = newest_valid(
                 self.folder.checkpoints, lambda text: self._event("warning", text=text)
             )
-        found = broadcast(found)
-        if found is not None:
-            zero.load_shards(self.engine, found.folder, self.rank)
-            self.progress = Progress(**found.facts["progress"])
-            self.writer.best_step = (self.progress.best or {}).get("step")
+        return broadcast(found)
+
+    def _make_writer(self) -> CheckpointWriter:
+        attempt = broadcast(uuid.uuid4().hex[:6])
+        keep = self.plan.spec.checkpoint.keep
+        writer = CheckpointWriter(
+            self.folder.checkpoints, self.rank, self.world_size, keep, attempt, self._committed
+        )
+        writer.best_step = (self.progress.best or {}).get("step")
+        return writer
+
+    def _open_stream(self) -> StepStream:
+        plan = self.plan
         self._event("stream", step=self.progress.step)
+
+        def source() -> Source | None:
+            if self.rank:
+                return None
+            return open_source(plan, plan.train_data, plan.global_rows, for_training=True)
+
+        return StepStream(together(source), plan.global_rows, self.progress.step, plan.total_steps)
+
+    def _build(self) -> tuple[Any, int]:
+        """The DeepSpeed engine over the job's model, and the token id that pads."""
+        plan = self.plan
+        self._event("model")
+        zero.seed_everything(plan.spec.seed, self.rank)
+        model: Any = together(lambda: build_model(plan.spec, plan.labels))
+        zero.seed_everything(plan.spec.seed, self.rank)
+        tokenizer = together(lambda: load_tokenizer(plan.spec))
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = pad_id
+        self._event("engine")
+        return zero.open_engine(plan, model), pad_id
 
     def train(self) -> Result:
         """The loop. Every decision is taken from figures that all ranks share."""
         plan, progress = self.plan, self.progress
-        source = open_source(plan, plan.train_data, plan.global_rows, for_training=True)
-        batches = stream_steps(source, plan.global_rows, progress.step, plan.total_steps)
         resumed_at_s, wanted = progress.elapsed_s, time.perf_counter()
-        for batch in batches:
+        for batch in self.stream:
             got = time.perf_counter()
             lr = zero.set_learning_rate(self.engine, plan, progress.step)
             skipped_before = self.engine.skipped_steps
@@ -160,6 +183,7 @@ class Trial:
 
     def close(self) -> None:
         """Give back everything the trial held."""
+        self.stream.close()
         for writer in (self.steps, self.evals):
             if writer:
                 writer.close()
