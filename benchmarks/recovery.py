@@ -52,7 +52,8 @@ PHASES = {
 }
 """Phase → the event that ends it. The first one begins with the kill."""
 WAIT_S = 300
-MANY_STEPS = 100_000
+MANY_STEPS = 3_000
+"""Length of the run that is interrupted: ten epochs."""
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,8 @@ import psutil
 import pyarrow as pa
 from common import CPUS, Options, median, options, report, run, workspace
 
-from orchestrator.data.manifest import Manifest, Shard, read_manifest, sha256_of
+from orchestrator.data.manifest import BATCH_ROWS, Manifest, Shard, read_manifest, sha256_of
 from orchestrator.data.order import Order, rows_per_rank
-from orchestrator.data.prepare import BATCH_ROWS
 from orchestrator.data.shards import ShardReader, open_shards
 from orchestrator.data.stream import (
     Segment,

@@ -19,6 +19,7 @@ from orchestrator.plan import Cluster, Plan, describe_cluster, make_plan
 from orchestrator.plan import plan as plan_module
 from orchestrator.plan.cluster import GIB, GPU_MEMORY_GIB, Node, this_machine
 from orchestrator.plan.facts import model_facts
+from orchestrator.plan.fit import MEMORY_SHARE
 from orchestrator.plan.memory import ModelFacts
 from orchestrator.spec import JobSpec, apply_overrides, parse_spec
 
@@ -303,7 +304,7 @@ def test_the_automatic_stage_is_the_lowest_that_fits(spec: JobSpec, sized: Any) 
         sized(billions * 10**9)
         job = changed(spec, "gradient_checkpointing=true")
         plan = make_plan(job, describe_cluster("8xH100x1"), prepared())
-        room = int(plan.memory_limit_bytes * plan_module.MEMORY_SHARE)
+        room = int(plan.memory_limit_bytes * MEMORY_SHARE)
         assert sum(plan.memory_bytes.values()) <= room
         stages[billions] = plan.stage
         if plan.stage > 0:

@@ -11,6 +11,8 @@ from orchestrator.values import Frozen
 
 FORMAT_VERSION = 1
 """Raised when prepared shards of an older version must not be read."""
+BATCH_ROWS = 1024
+"""Rows per Arrow record batch: what one random read touches."""
 
 
 class Shard(Frozen):

@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator.data.manifest import (
     FORMAT_VERSION,
@@ -18,30 +18,29 @@ from orchestrator.data.manifest import (
     Manifest,
     Shard,
     read_manifest,
-    sha256_of,
 )
-from orchestrator.data.sources import (
-    Piece,
-    SourceFile,
-    find_files,
-    line_number_at,
-    read_piece,
-    split_into_pieces,
+from orchestrator.data.sources import Piece, SourceFile, find_files, split_into_pieces
+from orchestrator.data.write import (
+    COUNTS,
+    EXAMPLES,
+    PieceWork,
+    Split,
+    prepare_piece,
+    scan_piece,
 )
 from orchestrator.errors import DataError, OrchestratorError
-from orchestrator.model.config import load_tokenizer, max_length_tokens, tokenizer_fingerprint
+from orchestrator.model.config import (
+    check_max_length,
+    max_length_tokens,
+    tokenizer_fingerprint,
+)
 from orchestrator.run_folder import fsync_dir, write_json
 from orchestrator.spec import JobSpec
-from orchestrator.tasks import BadRow, EncodedRow
 
-ENCODE_ROWS = 1024
-"""Rows tokenised at a time."""
-BATCH_ROWS = 1024
-"""Rows per Arrow record batch: what one random read touches."""
-EXAMPLES = 20
-"""Bad rows listed by name in errors and manifests."""
+__all__ = ["Prepared", "Split", "find_prepared", "prepare", "prepare_split"]
 
-Split = Literal["train", "eval"]
+STALE_S = 3600.0
+"""A temporary folder in which nothing was written for this long belongs to a process that died."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def prepare(spec: JobSpec) -> dict[Split, Prepared]:
 
     Needs a running Ray where there is work to do. Raises DataError for input that cannot be used.
     """
+    check_max_length(spec)
     out: dict[Split, Prepared] = {"train": prepare_split(spec, "train")}
     if spec.data.eval is not None or spec.data.eval_fraction is not None:
         out["eval"] = prepare_split(spec, "eval", out["train"].manifest.labels)
@@ -66,6 +66,7 @@ def prepare(spec: JobSpec) -> dict[Split, Prepared]:
 
 def find_prepared(spec: JobSpec) -> dict[Split, Prepared] | None:
     """What `prepare` would return, where it has nothing to do; else None."""
+    check_max_length(spec)
     files = find_files(spec.data.train, spec.data.format)
     train = _find(spec, "train", files, getattr(spec.task, "labels", None))
     if train is None:
@@ -142,6 +143,7 @@ def _make(
     pieces = split_into_pieces(files)
     if labels is None and spec.task.label_source is not None:
         labels = _scan_labels(spec, pieces, keep)
+    _remove_stale(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -159,24 +161,30 @@ def _commit(temporary: Path, folder: Path, manifest: Manifest) -> tuple[Path, Ma
     fsync_dir(temporary)
     try:
         os.rename(temporary, folder)
-    except OSError:  # somebody else prepared the same fingerprint in the meantime
-        theirs = read_manifest(folder)
-        if theirs is None:
+    except OSError:
+        if not folder.is_dir():
             raise
-        return folder, theirs
+        # Somebody else prepared the same fingerprint in the meantime …
+        if theirs := read_manifest(folder):
+            return folder, theirs
+        # … or somebody deleted the manifest, and what is left is of no use to anyone.
+        remains = temporary.with_name(f"{temporary.name.removesuffix('.tmp')}.remains.tmp")
+        os.rename(folder, remains)
+        shutil.rmtree(remains, ignore_errors=True)
+        return _commit(temporary, folder, manifest)
     fsync_dir(folder.parent)
     return folder, manifest
 
 
-@dataclass(frozen=True)
-class PieceWork:
-    """One task: encode `piece` and write its shards into `folder`."""
-
-    spec: JobSpec
-    piece: Piece
-    keep: Split | None
-    labels: tuple[str, ...]
-    folder: str
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed preparations of the same fingerprint left beside `folder`."""
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        try:
+            written = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+        except OSError:  # its owner is at work on it, or has just removed it
+            continue
+        if time.time() - written > STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
@@ -220,151 +228,6 @@ def _scan_labels(spec: JobSpec, pieces: Sequence[Piece], keep: Split | None) -> 
     return tuple(labels)
 
 
-def scan_piece(work: PieceWork) -> dict[str, Any]:
-    """The distinct labels of a piece."""
-    column = work.spec.task.label_source
-    assert column is not None
-    labels = {
-        str(item.row[column])
-        for item in read_piece(work.piece, work.spec.task.columns)
-        if isinstance(item.row, dict) and item.row.get(column) not in (None, "")
-    }
-    return {"labels": sorted(labels)[:2000]}
-
-
-def prepare_piece(work: PieceWork) -> dict[str, Any]:
-    """Encode, pack and write one piece; returns its shards and counts, JSON-ready."""
-    writer = ShardWriter(work)
-    rows: list[dict[str, Any]] = []
-    numbers: list[int] = []
-    for item in read_piece(work.piece, work.spec.task.columns):
-        if work.keep is not None and _split_of(work, item.key) != work.keep:
-            continue
-        writer.input_rows += 1
-        if isinstance(item.row, BadRow):
-            writer.reject(item.number, item.row.why)
-            continue
-        rows.append(item.row)
-        numbers.append(item.number)
-        if len(rows) == ENCODE_ROWS:
-            writer.encode(rows, numbers)
-            rows, numbers = [], []
-    writer.encode(rows, numbers)
-    return writer.finish()
-
-
-def _split_of(work: PieceWork, key: int) -> Split:
-    """Hold-out by a hash of seed, file and row: the same whatever else is in the data."""
-    text = f"{work.spec.seed}/{work.piece.file_index}/{key}".encode()
-    share = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
-    return "eval" if share < (work.spec.data.eval_fraction or 0) else "train"
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(fingerprint: str, spec_json: str) -> Any:
-    """Kept between the pieces of a worker process, until the tokenizer's files change."""
-    return load_tokenizer(JobSpec.model_validate_json(spec_json))
-
-
-class ShardWriter:
-    """Encodes rows of one piece and writes them to shards of at most `shard_rows` rows."""
-
-    def __init__(self, work: PieceWork) -> None:
-        import pyarrow as pa
-
-        self.work = work
-        self.task = work.spec.task
-        self.tokenizer = _tokenizer(tokenizer_fingerprint(work.spec), work.spec.model_dump_json())
-        self.max_length = max_length_tokens(work.spec)
-        kinds = {"int": pa.int64(), "ints": pa.list_(pa.int32())}
-        fields = [pa.field(n, kinds[k]) for n, k in self.task.features().items()]
-        counts = [pa.field("length", pa.int32()), pa.field("n_targets", pa.int32())]
-        self.schema = pa.schema(fields + counts)
-        self.held: list[EncodedRow] = []
-        self.ready: list[EncodedRow] = []
-        self.shards: list[dict[str, Any]] = []
-        self.bad: list[tuple[int, str]] = []
-        self.input_rows = self.bad_rows = self.truncated = 0
-        self.rows = self.tokens = self.targets = self.longest = 0
-
-    def reject(self, number: int, why: str) -> None:
-        """Record a row that cannot be used."""
-        self.bad_rows += 1
-        if len(self.bad) < EXAMPLES:
-            self.bad.append((number, why))
-
-    def encode(self, rows: list[dict[str, Any]], numbers: list[int]) -> None:
-        """Encode raw rows and write what fills a shard."""
-        if not rows:
-            return
-        encoded = self.task.encode(rows, self.tokenizer, self.max_length, self.work.labels)
-        good: list[EncodedRow] = []
-        for row, number in zip(encoded, numbers, strict=True):
-            if isinstance(row, BadRow):
-                self.reject(number, row.why)
-            elif row["truncated"] and self.work.spec.data.over_long == "bad_row":
-                self.reject(number, f"longer than data.max_length_tokens = {self.max_length}")
-            else:
-                self.truncated += row["truncated"]
-                good.append(row)
-        packed, self.held = self.task.pack([*self.held, *good], self.max_length)
-        self.ready += packed
-        while len(self.ready) >= self.work.spec.data.shard_rows:
-            self._write(self.work.spec.data.shard_rows)
-
-    def finish(self) -> dict[str, Any]:
-        """Write the rest and describe everything."""
-        self.ready += self.held
-        if self.ready:
-            self._write(len(self.ready))
-        piece = self.work.piece
-        first_line = line_number_at(piece.file, piece.start) if self.bad and piece.start and (
-            piece.file.format in ("jsonl", "text")
-        ) else 0  # fmt: skip
-        return {
-            "shards": self.shards,
-            "bad": [
-                {"file": piece.file.url, "row": first_line + n, "why": w}
-                for n, w in sorted(self.bad)
-            ],
-            **{
-                name: getattr(self, name)
-                for name in (
-                    "input_rows",
-                    "bad_rows",
-                    "truncated",
-                    "rows",
-                    "tokens",
-                    "targets",
-                    "longest",
-                )
-            },
-        }
-
-    def _write(self, count: int) -> None:
-        import pyarrow as pa
-
-        rows, self.ready = self.ready[:count], self.ready[count:]
-        name = f"shard-{self.work.piece.index:05d}-{len(self.shards):05d}.arrow"
-        path = Path(self.work.folder) / name
-        lengths = [len(row["input_ids"]) for row in rows]
-        targets = [row["n_targets"] for row in rows]
-        columns = [[row[n] for row in rows] for n in self.task.features()] + [lengths, targets]
-        arrays = [pa.array(c, type=f.type) for c, f in zip(columns, self.schema, strict=True)]
-        with open(path, "wb") as handle:
-            with pa.ipc.new_file(handle, self.schema) as out:
-                table = pa.Table.from_arrays(arrays, schema=self.schema)
-                out.write_table(table, max_chunksize=BATCH_ROWS)
-            handle.flush()
-            os.fsync(handle.fileno())
-        self.rows += count
-        self.tokens += sum(lengths)
-        self.targets += sum(targets)
-        self.longest = max(self.longest, *lengths)
-        shard = Shard(file=name, rows=count, size_bytes=path.stat().st_size, sha256=sha256_of(path))
-        self.shards.append(shard.model_dump())
-
-
 def _manifest(
     spec: JobSpec,
     fingerprint: str,
@@ -372,7 +235,7 @@ def _manifest(
     labels: tuple[str, ...],
     done: Sequence[dict[str, Any]],
 ) -> Manifest:
-    total = {k: sum(one[k] for one in done) for k in ("input_rows", "bad_rows", "truncated", "rows", "tokens", "targets")}  # fmt: skip
+    total = {name: sum(one[name] for one in done) for name in COUNTS}
     bad = [BadRowRecord(**record) for one in done for record in one["bad"]][:EXAMPLES]
     if total["bad_rows"] and spec.data.on_bad_row == "error":
         raise DataError(_bad_rows_message(total["bad_rows"], total["input_rows"], bad))

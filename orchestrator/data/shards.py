@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.manifest import Manifest
-from orchestrator.data.prepare import BATCH_ROWS
+from orchestrator.data.manifest import BATCH_ROWS, Manifest
 
 
 class ShardReader:
@@ -31,7 +31,7 @@ class ShardReader:
         by_place = np.argsort(place, kind="stable")
         edges = np.flatnonzero(np.diff(place[by_place], prepend=-1, append=-1))
         parts = []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in pairwise(edges):
             chosen = by_place[start:stop]
             batch = self._batch(int(shard_of[chosen[0]]), int(local[chosen[0]] // BATCH_ROWS))
             parts.append(batch.take(pa.array(local[chosen] % BATCH_ROWS)))

@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -154,7 +155,7 @@ def _ranges(file: SourceFile) -> list[tuple[int, int]]:
             return _group(sizes)
         case "jsonl" | "text" if not compressed:
             edges = [*range(0, file.size_bytes, PIECE_BYTES), file.size_bytes]
-            return list(zip(edges, edges[1:], strict=False)) or [(0, 0)]
+            return list(pairwise(edges)) or [(0, 0)]
         case _:
             return [(0, 0)]
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
 from orchestrator.errors import TrainingError
 from orchestrator.launch.claim import claimed
-from orchestrator.launch.session import attached_address, ray_session
+from orchestrator.launch.session import attached_address, ray_session, send_chatter_to
 from orchestrator.launch.workers import make_trainer
 from orchestrator.plan import Cluster, Plan, make_plan, this_machine
 from orchestrator.plan.cluster import live_cluster
@@ -71,6 +71,7 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
         prepared = _prepared(spec, console)
         plan = make_plan(spec, _cluster(), prepared)
         with claimed(plan, fresh) as folder:
+            send_chatter_to(folder.logs / "driver.log")
             outcome = read_json(folder.outcome)
             if outcome is None or outcome["status"] != "finished":
                 outcome = launch(plan, folder, console)

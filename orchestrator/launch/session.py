@@ -31,7 +31,7 @@ def attached_address() -> str | None:
 
 
 @contextmanager
-def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> Iterator[Any]:
+def ray_session(cpus: float, gpus: float = 0) -> Iterator[Any]:
     """A connected `ray` module.
 
     Inside a Ray job, or with RAY_ADDRESS set, this attaches to that cluster; otherwise a Ray of our
@@ -46,15 +46,14 @@ def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> I
     if ray.is_initialized():
         yield ray
         return
-    environment = {"env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS}}
     if attached_address():
+        settings = {"env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS}}
         ray.init(
-            address="auto",
-            runtime_env=environment,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+            address="auto", runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR
         )
     else:
+        # Workers inherit the settings from this process. A runtime_env would do as well, but Ray's
+        # prestarted worker processes have none and would stay unused: every start would be cold.
         ray.init(
             address="local",
             num_cpus=int(cpus) + EXTRA_CPUS,
@@ -62,16 +61,15 @@ def ray_session(cpus: float, gpus: float = 0, log_file: Path | None = None) -> I
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env=environment,
         )
-    _quiet(log_file)
+    send_chatter_to(None)
     try:
         yield ray
     finally:
         ray.shutdown()
 
 
-def _quiet(log_file: Path | None) -> None:
+def send_chatter_to(log_file: Path | None) -> None:
     """Send Ray's, DeepSpeed's and transformers' logging to a file, or nowhere.
 
     Ray Data and Ray Train install their own handlers when they are imported, so that comes first.

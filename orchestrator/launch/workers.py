@@ -20,6 +20,7 @@ def make_trainer(plan: Plan, launch_id: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(plan.spec.faults.health_timeout_s)
     resources = {"CPU": float(plan.cpus_per_worker)}
     if plan.on_gpu:
         resources["GPU"] = plan.gpus_per_worker

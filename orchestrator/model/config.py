@@ -79,12 +79,25 @@ def _unavailable(what: str, source: str, error: Exception) -> str:
 def max_length_tokens(spec: JobSpec) -> int:
     """Longest row: the job's, or the model's limit, at most 512."""
     if spec.data.max_length_tokens != "auto":
-        return spec.data.max_length_tokens
+        return spec.data.max_length_tokens  # needs no model: an export may outlive what it began as
+    return min(_positions(spec) or DEFAULT_MAX_LENGTH_TOKENS, DEFAULT_MAX_LENGTH_TOKENS)
+
+
+def check_max_length(spec: JobSpec) -> None:
+    """Raises OrchestratorError where the job's rows may be longer than the model has positions."""
+    limit = _positions(spec)
+    if limit is not None and max_length_tokens(spec) > limit:
+        raise OrchestratorError(
+            f"data.max_length_tokens = {spec.data.max_length_tokens} exceeds the model's {limit} positions: "
+            f"set data.max_length_tokens={limit} or less."
+        )
+
+
+def _positions(spec: JobSpec) -> int | None:
+    """Tokens that the model has positions for; None where its config names no limit."""
     config = _raw_config(spec)
-    limit = config.get("max_position_embeddings") or config.get(
-        "n_positions"
-    )  # GPT-2's name for it
-    return min(int(limit), DEFAULT_MAX_LENGTH_TOKENS) if limit else DEFAULT_MAX_LENGTH_TOKENS
+    limit = config.get("max_position_embeddings") or config.get("n_positions")  # GPT-2's name
+    return int(limit) if limit else None
 
 
 def _raw_config(spec: JobSpec) -> dict[str, Any]:

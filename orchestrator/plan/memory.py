@@ -10,6 +10,8 @@ from typing import Literal
 
 from orchestrator.values import Frozen
 
+Stage = Literal[0, 1, 2, 3]
+"""ZeRO: what is sharded."""
 RUNTIME_BYTES = 900 * 2**20
 """A worker process with torch, transformers, DeepSpeed and Ray before any model: measured on CPU."""
 GPU_RUNTIME_BYTES = 1536 * 2**20
@@ -38,7 +40,7 @@ class MemorySetup(Frozen):
     """How the model is held."""
 
     world_size: int
-    stage: Literal[0, 1, 2, 3]
+    stage: Stage
     bf16: bool
     optimizer_states: int
     """fp32 values the optimizer keeps per trainable element: 2 for Adam, 1 for momentum."""

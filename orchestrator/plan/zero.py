@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
+from orchestrator.plan.memory import MemorySetup
 from orchestrator.spec import JobSpec
 
 MAX_BUCKET_ELEMENTS = 50_000_000
@@ -21,43 +22,36 @@ def bucket_elements(spec: JobSpec, trainable: int) -> int:
 
 
 def deepspeed_config(
-    spec: JobSpec,
-    stage: Literal[0, 1, 2, 3],
-    bf16: bool,
-    micro_rows: int,
-    accumulation: int,
-    world_size: int,
-    buckets: int,
-    on_gpu: bool,
+    spec: JobSpec, setup: MemorySetup, micro_rows: int, accumulation: int
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` gets; the optimizer is passed as an object beside it."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_rows,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_rows * accumulation * world_size,
+        "train_batch_size": micro_rows * accumulation * setup.world_size,
         "gradient_clipping": spec.gradient_clipping or 0.0,
-        "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": setup.bf16},
+        "zero_optimization": {"stage": setup.stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
     zero = config["zero_optimization"]
-    if stage >= 1:
+    if setup.stage >= 1:
         zero |= {
-            "reduce_bucket_size": buckets,
-            "allgather_bucket_size": buckets,
-            "overlap_comm": on_gpu,
+            "reduce_bucket_size": setup.bucket_elements,
+            "allgather_bucket_size": setup.bucket_elements,
+            "overlap_comm": setup.on_gpu,
             "contiguous_gradients": True,
         }
-    if stage >= 1 and spec.zero.offload_optimizer == "cpu":
+    if setup.stage >= 1 and setup.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if stage == 3:
+    if setup.stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": buckets,
+            "stage3_prefetch_bucket_size": setup.bucket_elements,
             "stage3_param_persistence_threshold": 10_000,
             "stage3_max_live_parameters": 1_000_000_000,
         }
-        if spec.zero.offload_param == "cpu":
+        if setup.offload_param:
             zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return config

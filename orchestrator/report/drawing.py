@@ -49,6 +49,7 @@ def column(records: Sequence[Record], name: str) -> list[float | None]:
 
 
 def steps_of(records: Sequence[Record]) -> list[float]:
+    """The step of every record: where a line has its points."""
     return [finite(record.get("step")) or 0.0 for record in records]
 
 
@@ -81,6 +82,7 @@ def thinned(x: Sequence[float], y: Numbers) -> tuple[list[float], list[float | N
 
 
 def raw_and_smooth(x: Sequence[float], y: Numbers, name: str) -> list[Any]:
+    """A light line of the values and a dark one of their moving mean."""
     raw = line(x, y, name, MEASURED, 1, opacity=0.4)
     return raw + line(x, smoothed(y), f"{name}, mean", MEASURED, 2)
 
@@ -88,6 +90,7 @@ def raw_and_smooth(x: Sequence[float], y: Numbers, name: str) -> list[Any]:
 def line(
     x: Sequence[float], y: Numbers, name: str, colour: str, width: float, opacity: float = 1
 ) -> list[Any]:
+    """One line, thinned; none where there is no value."""
     import plotly.graph_objects as go
 
     if all(v is None for v in y):
@@ -99,6 +102,7 @@ def line(
 
 
 def dots(x: Sequence[float], y: Numbers, name: str) -> list[Any]:
+    """Small dots, not joined."""
     traces = line(x, y, name, MEASURED, 1)
     for trace in traces:
         trace.update(mode="markers", marker={"size": 4, "color": MEASURED})
@@ -106,6 +110,7 @@ def dots(x: Sequence[float], y: Numbers, name: str) -> list[Any]:
 
 
 def points(x: Sequence[float], y: Numbers, name: str, colour: str) -> list[Any]:
+    """Large dots on a line: few values, each of which counts."""
     traces = line(x, y, html.escape(name), colour, 2)
     for trace in traces:
         trace.update(mode="lines+markers", marker={"size": 7, "color": colour})
@@ -113,15 +118,17 @@ def points(x: Sequence[float], y: Numbers, name: str, colour: str) -> list[Any]:
 
 
 def level(x: Sequence[float], y: float, name: str, colour: str, dash: str = "dash") -> list[Any]:
+    """A horizontal line at `y` for comparison."""
     import plotly.graph_objects as go
 
-    ends, line = [min(x), max(x)], {"color": colour, "width": 1.5, "dash": dash}
+    ends, style = [min(x), max(x)], {"color": colour, "width": 1.5, "dash": dash}
     if ends[0] == ends[1]:  # one record: a line of some length, or nothing would be seen
         ends = [ends[0] - 1, ends[0] + 1]
-    return [go.Scatter(x=ends, y=[y, y], name=html.escape(name), mode="lines", line=line)]
+    return [go.Scatter(x=ends, y=[y, y], name=html.escape(name), mode="lines", line=style)]
 
 
 def star(x: float, y: float) -> Any:
+    """Marks the best value."""
     import plotly.graph_objects as go
 
     marker = {"symbol": "star", "size": 14, "color": EVALUATED}
@@ -129,6 +136,7 @@ def star(x: float, y: float) -> Any:
 
 
 def mark_shapes(marks: Marks) -> list[dict[str, Any]]:
+    """Upright lines at restarts and checkpoints."""
     height = 0.05 if len(marks.checkpoints) > MOST_MARKS else 1
     dotted, solid = (
         {"color": CHECKPOINT, "width": 1, "dash": "dot"},
@@ -141,9 +149,9 @@ def mark_shapes(marks: Marks) -> list[dict[str, Any]]:
     return [
         {
             "type": "line", "x0": step, "x1": step, "y0": 0, "y1": top, "yref": "paper",
-            "line": line, "layer": "below", "name": name, "legendgroup": name, "showlegend": i == 0,
+            "line": style, "layer": "below", "name": name, "legendgroup": name, "showlegend": i == 0,
         }
-        for name, found, line, top in kinds
+        for name, found, style, top in kinds
         for i, step in enumerate(found)
     ]  # fmt: skip
 
@@ -162,6 +170,7 @@ def built(
     key: str, title: str, note: str, traces: list[Any], unit: str, *,
     log: bool = False, wide: bool = False, height_px: int = 300,
 ) -> Chart:  # fmt: skip
+    """A chart of `traces`, over steps unless its axes are changed afterwards."""
     import plotly.graph_objects as go
 
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "automargin": True}

@@ -34,6 +34,8 @@ class Task(Frozen):
     """The metric that names the best model unless the job says otherwise."""
     auto_class: ClassVar[str]
     """The `transformers` auto class that builds the model."""
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+    """Arguments that the model's forward must take, beyond what every model takes."""
     fixed_length: ClassVar[bool] = False
     """Rows are packed to (nearly) one length, so grouping them by length gains nothing."""
 

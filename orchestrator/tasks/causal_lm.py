@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Tag
 
-from orchestrator.tasks.base import BadRow, EncodedRow, RawRow, Task, pad, text_problem
+from orchestrator.tasks.base import BadRow, EncodedRow, RawRow, Task, pad
+from orchestrator.tasks.packing import document, pack_stream, pack_whole
+from orchestrator.tasks.templating import Targets, chat, instruction, plain, prompt_ids
 from orchestrator.values import Frozen, by_type
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class CausalLM(Task):
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     default_metric: ClassVar[str] = "loss"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    required_inputs: ClassVar[tuple[str, ...]] = ("position_ids",)
     fixed_length: ClassVar[bool] = True
 
     @property
@@ -91,7 +94,7 @@ class CausalLM(Task):
                 continue
             ids, targets = pieces
             keep = len(ids) if splits else max_length
-            row = _row(ids[:keep], targets[:keep])
+            row = document(ids[:keep], targets[:keep])
             row["truncated"] = int(len(ids) > keep)
             if row["n_targets"] == 0:
                 out.append(BadRow(f"nothing to learn within {max_length} tokens"))
@@ -99,17 +102,18 @@ class CausalLM(Task):
                 out.append(row)
         return out
 
-    def _pieces(
-        self, rows: Sequence[RawRow], tokenizer: Any
-    ) -> list[tuple[list[int], list[int]] | BadRow]:
-        """(token ids, 1 where the token is learnt) per row."""
+    def _pieces(self, rows: Sequence[RawRow], tokenizer: Any) -> list[Targets | BadRow]:
         match self.rows:
             case PlainRows(text_column=column):
-                return [_plain(row.get(column), column, tokenizer) for row in rows]
-            case InstructionRows() as spec:
-                return [_instruction(row, spec, tokenizer) for row in rows]
+                return plain([row.get(column) for row in rows], column, tokenizer)
+            case InstructionRows(prompt_column=prompt, answer_column=answer):
+                columns = (prompt, answer)
+                return [
+                    instruction(row.get(prompt), row.get(answer), columns, tokenizer)
+                    for row in rows
+                ]
             case ChatRows(messages_column=column):
-                return [_chat(row.get(column), column, tokenizer) for row in rows]
+                return [chat(row.get(column), column, tokenizer) for row in rows]
 
     def pack(
         self, rows: Sequence[EncodedRow], max_length: int
@@ -117,8 +121,8 @@ class CausalLM(Task):
         if not self.packing:
             return list(rows), []
         if isinstance(self.rows, PlainRows):
-            return _pack_stream(rows, max_length)
-        return _pack_whole(rows, max_length), []
+            return pack_stream(rows, max_length)
+        return pack_whole(rows, max_length), []
 
     def collate(
         self, rows: Sequence[dict[str, np.ndarray]], weights: np.ndarray, pad_id: int
@@ -180,7 +184,9 @@ class CausalLM(Task):
 
         out = []
         for text in texts:
-            inputs = _prompt(text, self.rows, tokenizer).to(model.device)
+            inputs = prompt_ids(text, not isinstance(self.rows, PlainRows), tokenizer).to(
+                model.device
+            )
             with torch.no_grad():
                 tokens = model.generate(
                     inputs,
@@ -203,158 +209,3 @@ def _shifted(
     ).logits
     predicting = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
     return predicting, batch["labels"][:, 1:].reshape(-1)
-
-
-def _row(ids: list[int], targets: list[int]) -> EncodedRow:
-    """One document. Its first token has nothing before it to be predicted from."""
-    targets = [0, *targets[1:]]
-    return {
-        "input_ids": ids,
-        "is_target": targets,
-        "doc_lengths": [len(ids)],
-        "n_targets": sum(targets),
-        "truncated": 0,
-    }
-
-
-def _join(rows: Sequence[EncodedRow]) -> EncodedRow:
-    joined = {
-        name: [v for row in rows for v in row[name]]
-        for name in ("input_ids", "is_target", "doc_lengths")
-    }
-    return {
-        **joined,
-        "n_targets": sum(joined["is_target"]),
-        "truncated": sum(row["truncated"] for row in rows),
-    }
-
-
-def _pack_stream(
-    rows: Sequence[EncodedRow], max_length: int
-) -> tuple[list[EncodedRow], list[EncodedRow]]:
-    """Fill each sequence to the last token, splitting documents; the unfilled rest is kept back."""
-    out: list[EncodedRow] = []
-    held: list[EncodedRow] = []
-    room = max_length
-    for ids, targets in _documents(rows):
-        while ids:
-            piece = _row(ids[:room], targets[:room])
-            held.append(piece)
-            room -= len(piece["input_ids"])
-            ids, targets = ids[len(piece["input_ids"]) :], targets[len(piece["input_ids"]) :]
-            if room == 0:
-                out.append(_join(held))
-                held, room = [], max_length
-    return out, [_join(held)] if held else []
-
-
-def _documents(rows: Sequence[EncodedRow]) -> Iterator[tuple[list[int], list[int]]]:
-    """(token ids, targets) of each document; rows that were kept back hold several."""
-    for row in rows:
-        stop = 0
-        for length in row["doc_lengths"]:
-            start, stop = stop, stop + length
-            yield row["input_ids"][start:stop], row["is_target"][start:stop]
-
-
-def _pack_whole(rows: Sequence[EncodedRow], max_length: int) -> list[EncodedRow]:
-    """First-fit decreasing over a batch of rows: an answer is never cut from its prompt."""
-    bins: list[list[EncodedRow]] = []
-    room: list[int] = []
-    for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
-        length = len(row["input_ids"])
-        place = next((i for i, free in enumerate(room) if free >= length), None)
-        if place is None:
-            bins.append([row])
-            room.append(max_length - length)
-        else:
-            bins[place].append(row)
-            room[place] -= length
-    return [_join(b) for b in bins]
-
-
-def _plain(text: Any, column: str, tokenizer: Any) -> tuple[list[int], list[int]] | BadRow:
-    if why := text_problem(text, column):
-        return BadRow(why)
-    ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-    ids = _ended(ids, tokenizer)
-    return ids, [1] * len(ids)
-
-
-def _instruction(
-    row: RawRow, spec: InstructionRows, tokenizer: Any
-) -> tuple[list[int], list[int]] | BadRow:
-    prompt, answer = row.get(spec.prompt_column), row.get(spec.answer_column)
-    why = text_problem(prompt, spec.prompt_column) or text_problem(answer, spec.answer_column)
-    if why:
-        return BadRow(why)
-    if tokenizer.chat_template:
-        turns = (("user", prompt), ("assistant", answer))
-        messages = [{"role": role, "content": str(content)} for role, content in turns]
-        return _templated(messages, tokenizer)
-    head = tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"]
-    tail = _ended(
-        tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], tokenizer
-    )
-    return head + tail, [0] * len(head) + [1] * len(tail)
-
-
-def _chat(messages: Any, column: str, tokenizer: Any) -> tuple[list[int], list[int]] | BadRow:
-    if messages is None or isinstance(messages, str) or not len(messages):
-        return BadRow(f"column {column!r} must be a non-empty list of messages")
-    turns = []
-    for turn in messages:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            return BadRow(f"column {column!r}: a message needs `role` and `content`")
-        if why := text_problem(turn.get("content"), f"{column}.content"):
-            return BadRow(why)
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    if all(turn["role"] != "assistant" for turn in turns):
-        return BadRow(f"column {column!r} holds no assistant turn to learn from")
-    if not tokenizer.chat_template:
-        return BadRow("the tokenizer has no chat template; use task.rows.type: instruction")
-    return _templated(turns, tokenizer)
-
-
-def _templated(
-    messages: list[dict[str, str]], tokenizer: Any
-) -> tuple[list[int], list[int]] | BadRow:
-    """Each assistant turn is what the template adds after its generation prompt."""
-    import jinja2
-
-    def render(turns: list[dict[str, str]], prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-
-    spans: list[tuple[int, int]] = []
-    try:
-        text = render(messages)
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = render(messages[:i], prompt=True), render(messages[: i + 1])
-            if not (text.startswith(after.rstrip()) and after.startswith(before)):
-                return BadRow("the chat template rewrites earlier turns: no telling what is learnt")
-            spans.append((len(before), len(after.rstrip("\n"))))
-    except jinja2.TemplateError as error:  # as in "roles must alternate"
-        return BadRow(f"the chat template refuses it: {error}")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    # Tokenizers that trim their offsets give a token of spaces an empty span at its end.
-    targets = [
-        int(any(a <= start and end <= b and (start < end or a < start) for a, b in spans))
-        for start, end in encoded["offset_mapping"]
-    ]
-    return list(encoded["input_ids"]), targets
-
-
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
-
-
-def _prompt(text: str, rows: RowsSpec, tokenizer: Any) -> torch.Tensor:
-    if not isinstance(rows, PlainRows) and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return tokenizer(text, return_tensors="pt")["input_ids"]

@@ -14,13 +14,11 @@ if TYPE_CHECKING:
 
 
 class TextClassification(Task):
-    """One label per text (or pair of texts), through a sequence-classification head."""
+    """One label per text, through a sequence-classification head."""
 
     type: Literal["text_classification"]
     text_column: str = "text"
     """Column with the text."""
-    text_pair_column: str | None = None
-    """Column with a second text (entailment, paraphrase)."""
     label_column: str = "label"
     """Column with the label: text, integer or boolean."""
     labels: tuple[str, ...] | None = None
@@ -46,8 +44,7 @@ class TextClassification(Task):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        pair = (self.text_pair_column,) if self.text_pair_column else ()
-        return (self.text_column, *pair, self.label_column)
+        return (self.text_column, self.label_column)
 
     @property
     def label_source(self) -> str | None:
@@ -65,17 +62,11 @@ class TextClassification(Task):
         if not good:
             return out
         texts = [rows[i][self.text_column] for i in good]
-        pairs = [rows[i][self.text_pair_column] for i in good] if self.text_pair_column else None
-        whole = tokenizer(texts, pairs, truncation=False, verbose=False)["input_ids"]
+        whole = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         long = [k for k, ids in enumerate(whole) if len(ids) > max_length]
         if long:
-            cut = tokenizer(
-                [texts[k] for k in long],
-                [pairs[k] for k in long] if pairs else None,
-                truncation=True,
-                max_length=max_length,
-            )["input_ids"]
-            for k, ids in zip(long, cut, strict=True):
+            cut = tokenizer([texts[k] for k in long], truncation=True, max_length=max_length)
+            for k, ids in zip(long, cut["input_ids"], strict=True):
                 whole[k] = ids
         truncated = set(long)
         for k, i in enumerate(good):
@@ -88,9 +79,8 @@ class TextClassification(Task):
         return out
 
     def _problem(self, row: RawRow, index: dict[str, int]) -> BadRow | None:
-        for column in (self.text_column, self.text_pair_column):
-            if column and (why := text_problem(row.get(column), column)):
-                return BadRow(why)
+        if why := text_problem(row.get(self.text_column), self.text_column):
+            return BadRow(why)
         label = row.get(self.label_column)
         if label is None or label == "":
             return BadRow(f"column {self.label_column!r} is missing, null or empty")

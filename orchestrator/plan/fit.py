@@ -1,0 +1,172 @@
+"""The lowest ZeRO stage and the largest micro-batch that fit, or what would make them fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.errors import PlanError
+from orchestrator.plan.cluster import GIB
+from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, memory_bytes
+from orchestrator.plan.resources import Workers
+from orchestrator.plan.zero import bucket_elements
+from orchestrator.spec import JobSpec
+from orchestrator.spec.optimization import SGD, AdamW
+
+MEMORY_SHARE = 0.85
+"""Share of a worker's memory that the plan fills; the rest is for what the estimate does not know."""
+LORA_SHARE = 0.02
+"""Share of the weights that adapters train, for a first guess before they are counted."""
+STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a worker has to hold, and how much there is to hold it in."""
+
+    spec: JobSpec
+    model: ModelFacts
+    workers: Workers
+    bf16: bool
+    rows: int
+    """A worker's rows of one global batch."""
+    tokens_per_row: int
+    limit_bytes: int
+
+    @property
+    def room_bytes(self) -> int:
+        return int(self.limit_bytes * MEMORY_SHARE)
+
+    def setup(self, stage: Stage) -> MemorySetup:
+        """How the model is held at a ZeRO stage."""
+        spec = self.spec
+        return MemorySetup(
+            world_size=self.workers.count,
+            stage=stage,
+            bf16=self.bf16,
+            optimizer_states=_optimizer_states(spec),
+            offload_optimizer=spec.zero.offload_optimizer == "cpu",
+            offload_param=spec.zero.offload_param == "cpu",
+            bucket_elements=bucket_elements(spec, self.model.trainable),
+            gradient_checkpointing=spec.gradient_checkpointing,
+            on_gpu=self.workers.on_gpu,
+            all_logits=spec.task.type == "causal_lm",
+        )
+
+    def fits(self, stage: Stage, rows: int) -> bool:
+        """Whether micro-batches of `rows` rows do at a ZeRO stage."""
+        need = memory_bytes(self.model, self.setup(stage), rows, self.tokens_per_row)
+        return sum(need.values()) <= self.room_bytes
+
+
+def fit(load: Load, reasons: dict[str, str]) -> tuple[MemorySetup, int]:
+    """(how the model is held, rows per micro-batch).
+
+    Raises PlanError, with the changes that help, where nothing fits.
+    """
+    wanted = load.spec.batch.micro_rows
+    fewest = 1 if wanted == "auto" else min(wanted, load.rows)
+    stage = _stage(load, fewest, reasons)
+    if not load.fits(stage, fewest):
+        raise PlanError(_too_big(load, stage, fewest))
+    return load.setup(stage), fewest if wanted != "auto" else _micro_rows(load, stage, reasons)
+
+
+def _stage(load: Load, rows: int, reasons: dict[str, str]) -> Stage:
+    zero = load.spec.zero
+    if zero.stage != "auto":
+        return zero.stage
+    lowest = _lowest_stage(load.spec)
+    stages = [s for s in STAGES if s >= lowest] if load.workers.count > 1 else [lowest]
+    reasons["stage"] = f"the lowest that fits {load.room_bytes / GIB:.1f} GiB per worker"
+    return next((s for s in stages if load.fits(s, rows)), stages[-1])
+
+
+def _micro_rows(load: Load, stage: Stage, reasons: dict[str, str]) -> int:
+    rows = load.rows
+    while not load.fits(stage, rows):
+        rows = -(-rows // 2)
+    micro = math.ceil(load.rows / math.ceil(load.rows / rows))
+    reasons["micro_rows"] = (
+        "a worker's whole share of the batch fits"
+        if micro == load.rows
+        else f"the most rows of {load.tokens_per_row} tokens that fit {load.room_bytes / GIB:.1f} GiB"
+    )
+    return micro
+
+
+def _lowest_stage(spec: JobSpec) -> Stage:
+    if spec.zero.offload_param == "cpu":
+        return 3
+    return 1 if spec.zero.offload_optimizer == "cpu" else 0
+
+
+def _optimizer_states(spec: JobSpec) -> int:
+    match spec.optimizer:
+        case AdamW():
+            return 2
+        case SGD(momentum=momentum):
+            return 1 if momentum else 0
+
+
+def _too_big(load: Load, stage: Stage, rows: int) -> str:
+    """Says what is missing and which change makes it fit: alone, or else which ones together."""
+    model, setup = load.model, load.setup(stage)
+    tokens, room = load.tokens_per_row, load.room_bytes
+
+    def need(helps: Sequence[_Change]) -> int:
+        changed = setup.model_copy(update={k: v for c in helps for k, v in c.setup.items()})
+        tuned = LORA_SHARE if any(c.lora for c in helps) else 1
+        facts = model.model_copy(update={"trainable": int(model.trainable * tuned)})
+        fewer = 1 if any(c.one_row for c in helps) else rows
+        return sum(memory_bytes(facts, changed, fewer, tokens).values())
+
+    changes = _changes(load.spec, setup, rows)
+    fixes = [change.text for change in changes if need([change]) <= room]
+    together = next((n for n in range(2, len(changes) + 1) if need(changes[:n]) <= room), 0)
+    if not fixes and together:
+        fixes = [" and ".join(change.text for change in changes[:together])]
+    if not fixes:
+        fixes = ["a smaller model, a shorter data.max_length_tokens or larger workers"]
+    return (
+        f"one worker needs {need([]) / GIB:.1f} GiB at ZeRO stage {setup.stage} with {rows} row(s) of "
+        f"{tokens} tokens; {room / GIB:.1f} GiB are to be had. What helps: {', or '.join(fixes)}."
+    )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change to the job that saves memory, and what it does to the estimate."""
+
+    text: str
+    setup: dict[str, Any] = field(default_factory=dict)
+    one_row: bool = False
+    lora: bool = False
+
+
+def _changes(spec: JobSpec, setup: MemorySetup, rows: int) -> list[_Change]:
+    """What the job can still save, the least intrusive first."""
+    highest = 3 if setup.world_size > 1 else max(1, setup.stage)
+    offload = {"offload_optimizer": True, "stage": setup.stage or highest}
+    staged = " zero.stage=auto" if spec.zero.stage == 0 else ""
+    pinned = spec.zero.stage != "auto" and setup.stage < highest and setup.world_size > 1
+    offers = (
+        (rows > 1, _Change("batch.micro_rows=auto", one_row=True)),
+        (
+            not spec.gradient_checkpointing,
+            _Change("gradient_checkpointing=true", {"gradient_checkpointing": True}),
+        ),
+        (not setup.bf16, _Change("precision=bf16", {"bf16": True})),
+        (
+            setup.on_gpu and not setup.offload_optimizer,
+            _Change(f"zero.offload_optimizer=cpu{staged}", offload),
+        ),
+        (pinned, _Change("zero.stage=auto", {"stage": highest})),
+        (
+            spec.tuning.type == "full" and spec.model.config is None,
+            _Change("tuning.type=lora", lora=True),
+        ),
+    )
+    return [change for possible, change in offers if possible]

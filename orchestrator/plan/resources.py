@@ -1,0 +1,147 @@
+"""What of the cluster a job gets: workers and their shares, precision, optimizer kernel, memory."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+from orchestrator.data.stream import READ_CPUS
+from orchestrator.errors import PlanError
+from orchestrator.plan.cluster import GIB, Cluster
+from orchestrator.spec import JobSpec
+from orchestrator.spec.optimization import SGD
+
+DATA_CPUS = 2 * READ_CPUS
+"""CPUs kept free for Ray Data; without them reads starve and the run hangs without a word."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many there are, and what each one gets."""
+
+    count: int
+    gpus: float
+    cpus: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpus > 0
+
+
+def share_out(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -> Workers:
+    """The workers; raises PlanError, with a setting that does fit, where they do not."""
+    gpus = _gpus_per_worker(spec, cluster, reasons)
+    count = _num_workers(spec, cluster, gpus, reasons)
+    return Workers(count, gpus, _cpus_per_worker(spec, cluster, count, reasons))
+
+
+def _gpus_per_worker(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -> float:
+    wanted = spec.resources.gpus_per_worker
+    if wanted != "auto":
+        return wanted
+    reasons["gpus_per_worker"] = f"{cluster.source} has {cluster.gpus:g} GPUs"
+    return 1.0 if cluster.gpus else 0.0
+
+
+def _num_workers(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str, str]) -> int:
+    most = int(sum(n.gpus // gpus for n in cluster.nodes)) if gpus else int(cluster.cpus)
+    wanted = spec.resources.num_workers
+    if wanted == "auto":
+        reasons["num_workers"] = (
+            "one per GPU" if gpus else "two on CPU, one where there is one core"
+        )
+        count = max(1, most if gpus else min(2, most))
+    else:
+        count = wanted
+    if count > most:
+        what = f"{gpus:g} GPU each" if gpus else "a CPU each"
+        raise PlanError(
+            f"resources.num_workers = {count} with {what} does not fit {cluster}: at most {most}. "
+            + (f"Set resources.num_workers={most}." if most else "Set resources.gpus_per_worker=0.")
+        )
+    return count
+
+
+def _cpus_per_worker(spec: JobSpec, cluster: Cluster, count: int, reasons: dict[str, str]) -> int:
+    wanted = spec.resources.cpus_per_worker
+    if wanted == "auto":
+        per_node = -(-count // len(cluster.nodes))
+        cpus = max(1, int(min(n.cpus for n in cluster.nodes) // per_node))
+        reasons["cpus_per_worker"] = f"{per_node} worker(s) share a node"
+    else:
+        cpus = wanted
+    if count * cpus > cluster.cpus:
+        raise PlanError(
+            f"resources.cpus_per_worker = {cpus} for {count} workers needs {count * cpus} CPUs; "
+            f"{cluster}. Set resources.cpus_per_worker={max(1, int(cluster.cpus // count))}."
+        )
+    return cpus
+
+
+def check_cpus(workers: Workers, cluster: Cluster) -> None:
+    """Raises PlanError where a live cluster's CPUs are all taken by workers."""
+    taken = workers.count * workers.cpus
+    if cluster.source == "Ray cluster" and taken + DATA_CPUS > cluster.cpus:
+        raise PlanError(
+            f"the workers take {taken:g} of {cluster.cpus:g} CPUs and leave none for Ray Data, "
+            f"which needs {DATA_CPUS:g}: reads would starve. Lower resources.cpus_per_worker."
+        )
+
+
+def uses_bf16(spec: JobSpec, cluster: Cluster, workers: Workers, reasons: dict[str, str]) -> bool:
+    """Whether the model computes in bf16; fp32 otherwise."""
+    if spec.precision != "auto":
+        return spec.precision == "bf16"
+    names = {n.gpu_name or "" for n in cluster.nodes if n.gpus}
+    old = [n for n in names if any(k in n.upper() for k in ("V100", "T4", "P100"))]
+    if workers.on_gpu and not old:
+        reasons["bf16"] = "these GPUs compute in bf16"
+        return True
+    reasons["bf16"] = (
+        f"{old[0]} has no bf16" if old else "CPU workers: fp32 is exact, bf16 no faster"
+    )
+    return False
+
+
+def memory_limit(cluster: Cluster, workers: Workers, reasons: dict[str, str]) -> int:
+    """Bytes that one worker may fill: of its GPU, or its share of a node."""
+    if workers.on_gpu:
+        reasons["memory_limit_bytes"] = f"memory of the smallest GPU × {workers.gpus:g}"
+        return int(min(n.gpu_memory_bytes for n in cluster.nodes if n.gpus) * min(workers.gpus, 1))
+    per_node = -(-workers.count // len(cluster.nodes))
+    smallest = min(n.memory_bytes for n in cluster.nodes)
+    reasons["memory_limit_bytes"] = (
+        f"{smallest / GIB:.1f} GiB per node shared by {per_node} worker(s)"
+    )
+    return smallest // per_node
+
+
+def optimizer_class(spec: JobSpec, on_gpu: bool, reasons: dict[str, str]) -> str:
+    """The class that steps the weights, by what can be compiled here."""
+    optimizer = spec.optimizer
+    if isinstance(optimizer, SGD):
+        return "torch.optim.SGD"
+    offloaded = on_gpu and spec.zero.offload_optimizer == "cpu"
+    name = (
+        "deepspeed.ops.adam.FusedAdam"
+        if on_gpu and not offloaded
+        else "deepspeed.ops.adam.DeepSpeedCPUAdam"
+    )
+    compiler = "nvcc" if on_gpu and not offloaded else "g++"
+    if optimizer.implementation == "deepspeed":
+        return name
+    if (
+        optimizer.implementation == "auto"
+        and on_gpu
+        and shutil.which(compiler)
+        and shutil.which("ninja")
+    ):
+        reasons["optimizer_class"] = f"{compiler} and ninja are here to compile it"
+        return name
+    if optimizer.implementation == "auto":
+        reasons["optimizer_class"] = (
+            f"{compiler} or ninja is missing here: torch's fused kernel needs no compiler"
+            if on_gpu
+            else "torch's fused CPU kernel needs no compiler"
+        )
+    return "torch.optim.AdamW"
