@@ -3,8 +3,8 @@
 MiniLM, fully tuned, at the interval that the plan chooses (for a run this short: 20 steps, the
 closest it ever sets them). Sync and async runs take turns.
 
-A step's time depends on its tokens, so the slow-down of the steps beside an upload is what they took
-beyond a straight line through all other steps (seconds over tokens).
+A step's time depends on its tokens, so the slow-down of the steps beside an upload is what they
+took beyond a straight line through all other steps (seconds over tokens).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -74,7 +75,7 @@ def workspace() -> Iterator[Path]:
 
 
 def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a process in the repository's root, without any RAY_ setting of ours, its output in `log`."""
+    """Start a process in the repository's root, without RAY_ settings, its output in `log`."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     paths = [str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
@@ -85,7 +86,7 @@ def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def run(command: Sequence[str], log: Path, timeout_s: float = TIMEOUT_S) -> None:
-    """Run a process to its end; leaves the benchmark with the last lines of its log where it failed."""
+    """Run a process to its end; where it fails, the benchmark ends with the last lines of its log."""
     process = start(command, log)
     try:
         code = process.wait(timeout_s)
@@ -166,7 +167,7 @@ def classification_job(name: str, steps: int, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pace:
-    """Steps of one run: seconds from the end of the step before to the end of this one, and tokens."""
+    """Steps of one run: seconds from one step's end to the next one's, and tokens."""
 
     step_s: list[float]
     tokens: list[int]
@@ -184,12 +185,12 @@ class Pace:
 
 def pace(times: Sequence[float], tokens: Sequence[int], warm_up: int) -> Pace:
     """From the time of day at which each step ended; the first `warm_up` steps do not count."""
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     return Pace(gaps[warm_up - 1 :], list(tokens[warm_up : len(times)]))
 
 
 def our_pace(folder: RunFolder, warm_up: int) -> Pace:
-    """From a run's own records. A job with one checkpoint, at its end, has none between two steps."""
+    """From a run's own records. Its one checkpoint is at the end, so none lies between steps."""
     steps = read_steps(folder.steps)
     return pace([s["time"] for s in steps], [s["tokens"] for s in steps], warm_up)
 

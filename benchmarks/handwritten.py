@@ -1,7 +1,8 @@
 """The peer of throughput.py: a DeepSpeed loop as one writes it by hand, under torchrun.
 
-It takes the plan of our run for its figures: the same rows in the same order, micro-batch, DeepSpeed
-configuration, optimizer and schedule. Rows are collated before the clock starts and kept in memory.
+It takes the plan of our run for its figures: the same rows in the same order, micro-batch,
+DeepSpeed configuration, optimizer and schedule. Rows are collated before the clock starts and kept
+in memory.
 """
 
 from __future__ import annotations

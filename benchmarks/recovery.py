@@ -1,13 +1,12 @@
 """Seconds from the death of a worker to the next new step: ours against a stock Ray Train loop.
 
 Each run trains MiniLM (ZeRO 2, two workers) in a Ray of its own, is left alone until it is half an
-interval past a checkpoint, loses one worker to SIGKILL, and ends with the first step that it had not
-reached before. Both sides write the same records, so the phases mean the same.
+interval past a checkpoint, loses one worker to SIGKILL, and ends with the first step that it had
+not reached before. Both sides write the same records, so the phases mean the same.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import statistics
@@ -43,14 +42,16 @@ from orchestrator.report.records import read_records
 
 T = TypeVar("T")
 PHASES = {
-    "notice_and_regroup": "imports",
-    "imports": "model",
-    "model": "engine",
-    "engine": "load",
-    "load": "stream",
-    "stream_and_first_step": "first_step",
+    "killed": "notice and regroup",
+    "imports": "imports",
+    "find": "find the checkpoint",
+    "stream": "open the stream",
+    "model": "model",
+    "engine": "engine",
+    "load": "load",
+    "ready": "rows and first step",
 }
-"""Phase → the event that ends it. The first one begins with the kill."""
+"""Event → the phase that begins with it and lasts to the next one, in whatever order they come."""
 WAIT_S = 300
 MANY_STEPS = 3_000
 """Length of the run that is interrupted: ten epochs."""
@@ -101,7 +102,8 @@ def our_side(folder: Path, interval: int) -> Side:
 
 def stock_side(folder: Path, interval: int) -> Side:
     figures = [str(n) for n in (interval, MANY_STEPS, THREADS)]
-    command = [sys.executable, str(HERE / "stock.py"), str(folder), *figures, str(MINILM), str(REVIEWS)]
+    script, inputs = str(HERE / "stock.py"), [str(MINILM), str(REVIEWS)]
+    command = [sys.executable, script, str(folder), *figures, *inputs]
     return Side(command, folder / "steps.jsonl", folder / "events.jsonl", folder / "log")
 
 
@@ -132,7 +134,7 @@ def worker_pids(process: subprocess.Popen[bytes]) -> list[int]:
 
 
 def wait_for(look: Callable[[], T | None], process: subprocess.Popen[bytes], side: Side) -> T:
-    """Poll until `look` finds something; leaves the benchmark where the run ends or takes too long."""
+    """Poll until `look` finds something; the benchmark ends where the run ends or hangs."""
     deadline = time.monotonic() + WAIT_S
     while True:
         if found := look():
@@ -154,28 +156,32 @@ def recovery(side: Side, killed: float) -> Recovery | None:
     event counts as reached, not as recovery.
     """
     events = [e for e in read_records(side.events) if e["time"] > killed]
-    at = {e["kind"]: e for e in reversed(events)}
-    if not all(kind in at for kind in PHASES.values()):
+    first_step = next((e for e in events if e["kind"] == "first_step"), None)
+    if first_step is None:
         return None
-    records, restarted = read_records(side.steps), at["imports"]["time"]
-    reached = max(r["step"] for r in records if r["time"] < restarted)
-    new = [r for r in records if r["time"] > restarted and r["step"] > reached]
+    before = [e for e in events if e["kind"] in PHASES and e["time"] < first_step["time"]]
+    begun = {e["kind"]: e["time"] for e in before}
+    records = read_records(side.steps)
+    reached = max(r["step"] for r in records if r["time"] < begun["imports"])
+    new = [r for r in records if r["time"] > begun["imports"] and r["step"] > reached]
     if not new:
         return None
-    moments = [killed, *(at[kind]["time"] for kind in PHASES.values())]
-    gaps = [round(after - before, 3) for before, after in itertools.pairwise(moments)]
+    marks = sorted({"killed": killed, **begun}.items(), key=lambda mark: mark[1])
+    ends = [*(moment for _, moment in marks[1:]), first_step["time"]]
     return Recovery(
         new_step_s=new[0]["time"] - killed,
-        first_step_s=moments[-1] - killed,
-        split=dict(zip(PHASES, gaps, strict=True)),
-        steps_lost=reached - at["stream"]["step"],
+        first_step_s=first_step["time"] - killed,
+        split={kind: round(end - begin, 3) for (kind, begin), end in zip(marks, ends, strict=True)},
+        steps_lost=reached + 1 - first_step["step"],
     )
 
 
 def show(results: dict[str, list[Recovery]], interval: int, given: Options) -> None:
     figures: dict[str, Any] = {"checkpoint_every_steps": interval}
     for name, runs in results.items():
-        split = {phase: median([r.split[phase] for r in runs]) for phase in PHASES}
+        split = {
+            k: median([r.split.get(k, 0.0) for r in runs]) for k in PHASES if k in runs[0].split
+        }
         figures[f"{name}_s"] = median([r.new_step_s for r in runs])
         figures[f"{name}_first_step_s"] = median([r.first_step_s for r in runs])
         figures[f"{name}_split"] = split
@@ -187,9 +193,10 @@ def show(results: dict[str, list[Recovery]], interval: int, given: Options) -> N
         figures["ratio" if key == "new_step_s" else "ratio_first_step"] = round(ratio, 4)
     figures["steps_lost"] = figures["ours_steps_lost"]
     rows = [("what", "ours", "stock")]
-    for phase in PHASES:
-        seconds = [f"{figures[f'{name}_split'][phase]:.2f} s" for name in results]
-        rows.append((f"  {phase.replace('_', ' ')}", *seconds))
+    for kind, phase in PHASES.items():
+        splits = [figures[f"{name}_split"] for name in results]
+        seconds = [f"{split[kind]:.2f} s" if kind in split else "–" for split in splits]
+        rows.append((f"  {phase}", *seconds))
     for words, key in (("kill → first step", "first_step_s"), ("kill → first new step", "s")):
         rows.append((words, *(f"{figures[f'{name}_{key}']:.2f} s" for name in results)))
     rows.append(("steps lost", *(f"{figures[f'{name}_steps_lost']:g}" for name in results)))

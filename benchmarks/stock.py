@@ -2,9 +2,9 @@
 
     python stock.py FOLDER INTERVAL STEPS THREADS MODEL CSV
 
-MiniLM on movie reviews, rows through Ray Data, tokenised in the collate function, a checkpoint every
-INTERVAL steps, restarts by FailureConfig. All settings are Ray's defaults. What it adds is a line
-per step and per phase in FOLDER, in the words of our own records.
+MiniLM on movie reviews, rows through Ray Data, tokenised in the collate function, a checkpoint
+every INTERVAL steps, restarts by FailureConfig. All settings are Ray's defaults. What it adds is a
+line per step and per phase in FOLDER, in the words of our own records.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def train_func(config: dict[str, Any]) -> None:
     )
     write(folder, "events.jsonl", kind="load")
     step = load(engine)
-    write(folder, "events.jsonl", kind="stream", step=step)
+    write(folder, "events.jsonl", kind="ready")
 
     def collate(rows: dict[str, Any]) -> dict[str, Any]:
         texts = [str(text) for text in rows["text"]]

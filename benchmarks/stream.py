@@ -1,4 +1,4 @@
-"""The Ray Data stream: rate against a raw memory map, time to the first batch, memory while streaming.
+"""The Ray Data stream: rate against a raw memory map, time to the first batch, memory.
 
 Synthetic prepared data (rows of 512 tokens), written in the format of data/prepare.py. The raw peer
 reads the same rows in the same random order in one process and hands them to nobody.
@@ -94,8 +94,8 @@ def write_prepared(folder: Path, megabytes: int) -> None:
         shards.append(Shard(file=path.name, rows=rows, size_bytes=size, sha256=sha256_of(path)))
     rows = sum(s.rows for s in shards)
     manifest = Manifest(
-        fingerprint=folder.name, inputs=(), features=FEATURES, labels=(), max_length_tokens=ROW_TOKENS,
-        longest_tokens=ROW_TOKENS, rows=rows, tokens=rows * ROW_TOKENS,
+        fingerprint=folder.name, inputs=(), features=FEATURES, labels=(),
+        max_length_tokens=ROW_TOKENS, longest_tokens=ROW_TOKENS, rows=rows, tokens=rows * ROW_TOKENS,
         target_tokens=rows * (ROW_TOKENS - 1), input_rows=rows, truncated_rows=0, bad_rows=0,
         shards=tuple(shards),
     )  # fmt: skip

@@ -513,6 +513,34 @@ def test_a_new_head_is_the_same_for_the_same_seed(spec: JobSpec, models: tiny.Ti
     assert not head(1).equal(head(2))
 
 
+def test_a_classifier_for_other_labels_keeps_its_body_and_gets_a_new_head(
+    spec: JobSpec, models: tiny.Tiny
+) -> None:
+    three = (*LABELS, "so-so")
+    fitting: Any = build_model(spec, LABELS)
+    model: Any = build_model(spec, three)
+    assert model.classifier.weight.shape == (3, tiny.HIDDEN)
+    assert model.classifier.weight.std() > 0
+    assert model.classifier.weight.equal(build_model(spec, three).classifier.weight)
+    body = dict(fitting.bert.named_parameters())
+    assert all(p.equal(body[name]) for name, p in model.bert.named_parameters())
+    assert model_facts(spec, three).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_model_without_positions_is_refused_for_language_modelling(
+    spec: JobSpec, models: tiny.Tiny, packing: str
+) -> None:
+    config = "{model_type: bloom, hidden_size: 16, n_head: 2, n_layer: 1, vocab_size: 400}"
+    model = f"model={{config: {config}, tokenizer: {models.llama}}}"
+    job = changed(spec, model, "task={type: causal_lm}", f"task.packing={packing}")
+    with pytest.raises(OrchestratorError, match="bloom takes no position_ids"):
+        make_plan(job, LAPTOP, prepared())
+    lora = changed(job, f"model={{pretrained: {models.gpt2}}}", "tuning={type: lora}")
+    make_plan(lora, LAPTOP, prepared())
+    make_plan(changed(spec, model), LAPTOP, prepared())
+
+
 def test_dropout_is_set_everywhere(spec: JobSpec, models: tiny.Tiny) -> None:
     from torch.nn import Dropout
 

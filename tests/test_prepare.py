@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import tiny
 
 from orchestrator.data import sources
 from orchestrator.data.manifest import read_manifest, verify_shards
-from orchestrator.data.prepare import Prepared, find_prepared, prepare
+from orchestrator.data.prepare import STALE_S, Prepared, find_prepared, prepare
 from orchestrator.data.shards import open_shards
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.spec import JobSpec
 
 pytestmark = pytest.mark.usefixtures("ray")
@@ -387,6 +388,24 @@ def test_a_job_with_a_config_in_place_of_weights_is_prepared(
     assert prepare(spec)["train"].manifest.max_length_tokens == 16
 
 
+@pytest.mark.parametrize(("kind", "limit"), [("bert", 64), ("gpt2", 128)])
+def test_rows_longer_than_the_model_has_positions_are_refused(
+    models: tiny.Tiny, tmp_path: Path, kind: str, limit: int
+) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", ROWS)
+
+    def job(length: int) -> JobSpec:
+        data = {"max_length_tokens": length}
+        return tiny.job(getattr(models, kind), path, tmp_path, data=data)
+
+    for verb in (prepare, find_prepared):
+        with pytest.raises(OrchestratorError) as caught:
+            verb(job(limit + 1))
+        assert f"data.max_length_tokens = {limit + 1}" in str(caught.value)
+        assert f"set data.max_length_tokens={limit} or less" in str(caught.value)
+        verb(job(limit))
+
+
 def test_a_half_written_folder_is_never_taken_for_prepared_data(
     models: tiny.Tiny, tmp_path: Path
 ) -> None:
@@ -401,6 +420,40 @@ def test_a_half_written_folder_is_never_taken_for_prepared_data(
     again = prepare(spec)["train"]
     assert not again.was_ready
     assert {f.name: f.read_bytes() for f in again.folder.iterdir()} == complete
+
+
+def test_what_killed_runs_left_is_removed_once_it_is_old(models: tiny.Tiny, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", ROWS)
+    spec = tiny.job(models.bert, path, tmp_path)
+    done = prepare(spec)["train"].folder
+    names = ("old", "fresh", "at_work")
+    left = [done.with_name(f".{done.name}.{i}.tmp") for i, _ in enumerate(names, start=1)]
+    other = done.with_name(".another.1.tmp")
+    long_ago = time.time() - 2 * STALE_S
+    for folder in (*left, other):
+        folder.mkdir()
+        (folder / "shard-00000-00000.arrow").write_bytes(b"torn")
+    for stale in (left[0], left[2], other):
+        os.utime(stale / "shard-00000-00000.arrow", (long_ago, long_ago))
+        os.utime(stale, (long_ago, long_ago))
+    (left[2] / "shard-00000-00000.arrow").write_bytes(b"just written")
+    shutil.rmtree(done)
+    prepare(spec)
+    remaining = {f.name for f in done.parent.iterdir()}
+    assert remaining == {done.name, left[1].name, left[2].name, other.name}
+
+
+def test_a_folder_that_lost_its_manifest_is_replaced(models: tiny.Tiny, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", ROWS)
+    spec = tiny.job(models.bert, path, tmp_path)
+    done = prepare(spec)["train"]
+    complete = {f.name: f.read_bytes() for f in done.folder.iterdir()}
+    (done.folder / "manifest.json").unlink()
+    (done.folder / done.manifest.shards[0].file).write_bytes(b"torn")
+    again = prepare(spec)["train"]
+    assert (again.folder, again.was_ready) == (done.folder, False)
+    assert {f.name: f.read_bytes() for f in done.folder.iterdir()} == complete
+    assert [f.name for f in done.folder.parent.iterdir()] == [done.folder.name]
 
 
 def test_a_failed_run_leaves_nothing_that_looks_prepared(models: tiny.Tiny, tmp_path: Path) -> None:

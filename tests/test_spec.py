@@ -160,6 +160,10 @@ def test_a_bare_yes_or_number_among_labels_is_told_to_be_quoted(base: dict[str, 
     ("change", "field"),
     [
         ({"evaluation": {"metric": "perplexity"}}, "evaluation.metric"),
+        ({"evaluation": {"metric": "accuracy"}}, "evaluation.metric"),
+        ({"evaluation": {"baseline_rows": 9}}, "evaluation.baseline_rows"),
+        ({"model": {"config": {"model_type": "bert"}, "tokenizer": "t"},
+          "evaluation": {"baseline_rows": 9}}, "evaluation.baseline_rows"),
         ({"zero": {"stage": 2, "offload_param": "cpu"}}, "zero.offload_param"),
         ({"resources": {"gpus_per_worker": 0}, "zero": {"offload_optimizer": "cpu"}},
          "zero.offload_optimizer"),
@@ -177,6 +181,19 @@ def test_fields_that_do_not_go_together_are_refused(
     base: dict[str, Any], change: dict[str, Any], field: str
 ) -> None:
     assert list(refused({**base, **change})) == [field]
+
+
+@pytest.mark.parametrize("asked", [{"metric": "accuracy"}, {"baseline_rows": 9}])
+def test_what_is_measured_on_evaluation_rows_needs_some(
+    base: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    job = {**base, "evaluation": asked}
+    (problem,) = refused(job).values()
+    assert "data.eval_fraction=0.1" in problem
+    mended = {**base["data"], "eval_fraction": 0.1}
+    parse_spec({**job, "data": mended})
+    broken = {**base["data"], "eval_fraction": 1.5}
+    assert set(refused({**job, "data": broken})) == {"data.eval_fraction"}, "wrong, not missing"
 
 
 def test_the_shortest_job_is_accepted(base: dict[str, Any]) -> None:

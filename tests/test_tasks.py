@@ -120,17 +120,6 @@ def test_only_rows_that_lost_tokens_count_as_truncated(words: Any) -> None:
     assert rows[3]["input_ids"][-1] == words.sep_token_id, "a cut row still ends like a row"
 
 
-def test_pairs_are_encoded_together_and_both_texts_are_needed(words: Any) -> None:
-    task = CLASSIFY.model_copy(update={"text_pair_column": "other"})
-    raw = {"text": "the film", "other": "was dull", "label": "bad"}
-    (row,) = good(task.encode([raw], words, 64, LABELS))
-    assert words.decode(row["input_ids"]) == "[CLS] the film [SEP] was dull [SEP]"
-    (bad,) = task.encode([{**raw, "other": None}], words, 64, LABELS)
-    assert isinstance(bad, BadRow)
-    assert "'other'" in bad.why
-    assert task.columns == ("text", "other", "label")
-
-
 def test_a_classification_batch_is_padded_and_masked_to_its_longest_row(words: Any) -> None:
     raw = tiny.labelled(5)
     rows = good(CLASSIFY.encode(raw, words, 64, LABELS))
@@ -338,6 +327,25 @@ def test_every_token_of_plain_text_but_the_first_is_a_target(bytes_: Any) -> Non
     assert row["n_targets"] == len(row["input_ids"]) - 1
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_documents_encoded_together_are_what_each_is_alone(models: tiny.Tiny, kind: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(getattr(models, kind))
+    raw = [
+        *tiny.documents(4),
+        {"text": " "},
+        {"text": "[SEP] é 😀"},
+        {"text": None},
+        {"text": "so"},
+    ]
+    together = PLAIN.encode(raw, tokenizer, 8, ())
+    assert together == [PLAIN.encode([row], tokenizer, 8, ())[0] for row in raw]
+    assert [isinstance(row, BadRow) for row in together] == [False] * 4 + [True, False, True, False]
+    for row, alone in zip(raw, together, strict=True):
+        if not isinstance(alone, BadRow):
+            ids = tokenizer(row["text"])["input_ids"]
+            assert alone["input_ids"][: len(ids)] == ids
+
+
 @pytest.mark.parametrize(
     ("rows", "raw", "why"),
     [
@@ -346,6 +354,7 @@ def test_every_token_of_plain_text_but_the_first_is_a_target(bytes_: Any) -> Non
         ("instruction", {"prompt": "so " * 40, "answer": "good"}, "nothing to learn within 16"),
         ("chat", {"messages": "hello"}, "must be a non-empty list"),
         ("chat", {"messages": []}, "must be a non-empty list"),
+        ("chat", {"messages": 5}, "must be a non-empty list"),
         ("chat", {"messages": [{"content": "x"}]}, "needs `role` and `content`"),
         ("chat", {"messages": [{"role": "assistant", "content": 3}]}, "must be text"),
         ("chat", {"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),

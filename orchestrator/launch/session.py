@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).parent / "ray_data_logging.yaml"),
 }
 
 
@@ -74,8 +76,9 @@ def send_chatter_to(log_file: Path | None) -> None:
 
     Ray Data and Ray Train install their own handlers when they are imported, so that comes first.
     """
-
-    for name in ("ray", "ray.train", "ray.data", "deepspeed", "transformers"):
+    for module in ("ray.data", "ray.train"):
+        importlib.import_module(module)
+    for name in ("ray", "ray.train", "deepspeed", "transformers"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
@@ -18,6 +19,7 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
     """The model that is trained: loaded in fp32 (or on the meta device, without weights), then tuned.
 
     `on_meta` gives names, shapes and what is trainable at no cost; the planner counts with it.
+    Raises OrchestratorError where the task cannot train this kind of model, or `tuning` hits nothing.
     """
     import torch
     import transformers
@@ -40,12 +42,25 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
             config=config,
             revision=spec.model.revision,
             dtype=torch.float32,
+            # A classifier for other labels keeps its body; its head is drawn anew.
+            ignore_mismatched_sizes=spec.task.type == "text_classification",
             **_gguf(spec),
             **extra,
         )
+    _check_inputs(model, spec)
     if spec.gradient_checkpointing and not on_meta:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return apply_tuning(model, spec)
+
+
+def _check_inputs(model: Any, spec: JobSpec) -> None:
+    taken = inspect.signature(type(model).forward).parameters
+    missing = [name for name in spec.task.required_inputs if name not in taken]
+    if missing:
+        raise OrchestratorError(
+            f"model: {model.config.model_type} takes no {missing[0]}, which {spec.task.type} needs to keep "
+            "documents and padding apart. Choose a model that takes them, as llama, gpt2 and qwen2 do."
+        )
 
 
 def _gguf(spec: JobSpec) -> dict[str, Any]:

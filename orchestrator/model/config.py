@@ -85,10 +85,13 @@ def max_length_tokens(spec: JobSpec) -> int:
 
 def check_max_length(spec: JobSpec) -> None:
     """Raises OrchestratorError where the job's rows may be longer than the model has positions."""
+    wanted = spec.data.max_length_tokens
+    if wanted == "auto":
+        return
     limit = _positions(spec)
-    if limit is not None and max_length_tokens(spec) > limit:
+    if limit is not None and wanted > limit:
         raise OrchestratorError(
-            f"data.max_length_tokens = {spec.data.max_length_tokens} exceeds the model's {limit} positions: "
+            f"data.max_length_tokens = {wanted} exceeds the model's {limit} positions: "
             f"set data.max_length_tokens={limit} or less."
         )
 

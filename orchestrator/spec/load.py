@@ -135,12 +135,19 @@ def _rules_beside(
         repaired = _without(repaired, ["evaluation"])
     repaired = {**STAND_INS, **repaired}
     repaired["data"] = {**STAND_INS["data"], **repaired["data"]}
+    if _breaks_eval(found) and not {"eval", "eval_fraction"} & repaired["data"].keys():
+        repaired["data"]["eval"] = STAND_INS["data"]["train"]  # they are wrong, not missing
     try:
         spec = JobSpec.model_validate(repaired)
     except ValidationError:
         return []
     broken = [f"{problem.field}." for problem in found]
     return [p for p in broken_rules(spec) if not any(b.startswith(f"{p.field}.") for b in broken)]
+
+
+def _breaks_eval(found: list[Problem]) -> bool:
+    fields = ("data", "data.eval", "data.eval_fraction")
+    return any(p.field in fields or p.field.startswith("data.eval.") for p in found)
 
 
 def _without(data: dict[str, Any], path: list[str]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import LoraTuning
 
+NO_EVAL_ROWS = "has no rows to be measured on"
+GIVE_EVAL_ROWS = "set data.eval, or data.eval_fraction=0.1, or drop it"
+
 
 def broken_rules(spec: JobSpec) -> list[Problem]:
     """Every rule across fields that `spec` breaks, in the order of the job file."""
@@ -111,8 +114,9 @@ def _zero(spec: JobSpec) -> Iterator[Problem]:
 
 
 def _evaluation(spec: JobSpec) -> Iterator[Problem]:
-    metric = spec.evaluation.metric
+    metric, baseline_rows = spec.evaluation.metric, spec.evaluation.baseline_rows
     names = spec.task.metric_names
+    has_eval = bool(spec.data.eval or spec.data.eval_fraction)
     if metric is not None and metric not in names:
         yield Problem(
             "evaluation.metric",
@@ -120,13 +124,26 @@ def _evaluation(spec: JobSpec) -> Iterator[Problem]:
             f"choose from: {', '.join(names)}",
             metric,
         )
-    if spec.evaluation.baseline_rows is not None and spec.task.type != "text_classification":
+    elif metric is not None and not has_eval:
+        yield Problem("evaluation.metric", NO_EVAL_ROWS, GIVE_EVAL_ROWS, metric)
+    if baseline_rows is None:
+        return
+    if spec.task.type != "text_classification":
         yield Problem(
             "evaluation.baseline_rows",
             "the frozen-feature baseline exists for text_classification only",
             "drop it",
-            spec.evaluation.baseline_rows,
+            baseline_rows,
         )
+    elif spec.model.pretrained is None:
+        yield Problem(
+            "evaluation.baseline_rows",
+            "needs model.pretrained: random weights make no features",
+            "drop it",
+            baseline_rows,
+        )
+    elif not has_eval:
+        yield Problem("evaluation.baseline_rows", NO_EVAL_ROWS, GIVE_EVAL_ROWS, baseline_rows)
 
 
 def _files(spec: JobSpec) -> Iterator[Problem]:

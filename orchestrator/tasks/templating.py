@@ -15,7 +15,7 @@ Targets = tuple[list[int], list[int]]
 
 
 def plain(texts: Sequence[Any], column: str, tokenizer: Any) -> list[Targets | BadRow]:
-    """Documents, all of which is learnt; tokenised in one call, as fast tokenizers use every core."""
+    """Documents, every token learnt; in one call, which is where fast tokenizers are fast."""
     whys = [text_problem(text, column) for text in texts]
     good = [text for text, why in zip(texts, whys, strict=True) if why is None]
     encoded = tokenizer(good, add_special_tokens=True, verbose=False)["input_ids"] if good else []
@@ -48,7 +48,7 @@ def instruction(
 
 def chat(messages: Any, column: str, tokenizer: Any) -> Targets | BadRow:
     """Messages through the chat template, the assistant's turns learnt."""
-    if messages is None or isinstance(messages, str) or not len(messages):
+    if not isinstance(messages, list | tuple) or not messages:
         return BadRow(f"column {column!r} must be a non-empty list of messages")
     turns = []
     for turn in messages:
