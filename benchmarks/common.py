@@ -86,7 +86,7 @@ def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def run(command: Sequence[str], log: Path, timeout_s: float = TIMEOUT_S) -> None:
-    """Run a process to its end; where it fails, the benchmark ends with the last lines of its log."""
+    """Run a process to its end; where it fails, the benchmark ends with the tail of its log."""
     process = start(command, log)
     try:
         code = process.wait(timeout_s)

@@ -95,9 +95,9 @@ def write_prepared(folder: Path, megabytes: int) -> None:
     rows = sum(s.rows for s in shards)
     manifest = Manifest(
         fingerprint=folder.name, inputs=(), features=FEATURES, labels=(),
-        max_length_tokens=ROW_TOKENS, longest_tokens=ROW_TOKENS, rows=rows, tokens=rows * ROW_TOKENS,
-        target_tokens=rows * (ROW_TOKENS - 1), input_rows=rows, truncated_rows=0, bad_rows=0,
-        shards=tuple(shards),
+        max_length_tokens=ROW_TOKENS, longest_tokens=ROW_TOKENS, rows=rows, input_rows=rows,
+        tokens=rows * ROW_TOKENS, target_tokens=rows * (ROW_TOKENS - 1), truncated_rows=0,
+        bad_rows=0, shards=tuple(shards),
     )  # fmt: skip
     write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
 

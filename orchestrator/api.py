@@ -56,14 +56,12 @@ def evaluate(
 
 def predict(folder: RunFolder, texts: Sequence[str], batch_rows: int = 32) -> list[dict[str, Any]]:
     """One prediction per text, in order."""
-    from orchestrator.model.config import max_length_tokens
-
     exported = export(folder, folder.export) if not folder.export.exists() else folder.export
     plan, model, tokenizer = load_exported(exported)
     out: list[dict[str, Any]] = []
     for start in range(0, len(texts), batch_rows):
         chunk = texts[start : start + batch_rows]
-        out += plan.spec.task.predict(model, tokenizer, chunk, max_length_tokens(plan.spec))
+        out += plan.spec.task.predict(model, tokenizer, chunk, plan.max_length_tokens)
     return out
 
 

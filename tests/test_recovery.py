@@ -177,7 +177,7 @@ def test_random_kills_change_nothing(
             run.kill_worker(rng.randrange(2))
         starts = len(run.events("first_step"))
         started = time.monotonic()
-        run.wait_until(lambda n=starts: len(run.events("first_step")) > n)
+        run.wait_until(lambda r=run, n=starts: len(r.events("first_step")) > n)
         resumed = run.events("stream")[-1]["step"]
         print(
             f"| {stage} | {count + 1} | {'driver and Ray' if whole else 'worker'} | {moment} | {killed_at} | "

@@ -136,7 +136,7 @@ def _gpus() -> Iterator[Finding]:
         if shutil.which("nvidia-smi"):
             yield Finding(
                 "GPUs", "nvidia-smi is here, torch sees none", "problem",
-                f"torch {torch.__version__} was built for CUDA {torch.version.cuda}: install a build that fits the driver",
+                f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: install one that fits the driver",
             )  # fmt: skip
         else:
             yield Finding("GPUs", "none: workers run on CPU with gloo", "note")

@@ -34,7 +34,7 @@ def evaluate_export(
                 "plan": plan.model_dump_json(),
                 "exported": str(exported),
                 "out": str(out),
-            },  # fmt: skip
+            },
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=num_workers or plan.num_workers, use_gpu=on_gpu

@@ -49,6 +49,7 @@ class Plan(Frozen):
     run_dir: str
     model: ModelFacts
     labels: tuple[str, ...]
+    max_length_tokens: int
     train_data: DataFacts
     eval_data: DataFacts | None
     num_workers: int
@@ -118,6 +119,7 @@ def make_plan(
         run_dir=run_dir,
         model=model,
         labels=labels,
+        max_length_tokens=train.manifest.max_length_tokens,
         train_data=data_facts(train),
         eval_data=data_facts(prepared["eval"]) if "eval" in prepared else None,
         num_workers=workers.count,

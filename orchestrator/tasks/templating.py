@@ -15,7 +15,7 @@ Targets = tuple[list[int], list[int]]
 
 
 def plain(texts: Sequence[Any], column: str, tokenizer: Any) -> list[Targets | BadRow]:
-    """Documents, every token learnt; in one call, which is where fast tokenizers are fast."""
+    """Documents, every token learnt; in one call, which fast tokenizers spread over idle cores."""
     whys = [text_problem(text, column) for text in texts]
     good = [text for text, why in zip(texts, whys, strict=True) if why is None]
     encoded = tokenizer(good, add_special_tokens=True, verbose=False)["input_ids"] if good else []

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.model.config import load_tokenizer, max_length_tokens
+from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.plan import Plan
 from orchestrator.run_folder import RunFolder, read_json, write_json
 from orchestrator.spec.model import LoraTuning
@@ -32,7 +33,16 @@ def load_plan(folder: RunFolder) -> Plan:
             f"{folder.root}: no run there. `orchestrator runs` lists what there is; "
             "--storage says where to look."
         )
-    return Plan.model_validate(data)
+    return _plan(data, folder.plan)
+
+
+def _plan(data: Any, source: Path) -> Plan:
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as error:
+        raise OrchestratorError(
+            f"{source} was written by another version of orchestrator and cannot be read by this one"
+        ) from error
 
 
 def best_checkpoint(folder: RunFolder, best_step: int | None) -> Committed:
@@ -120,7 +130,7 @@ def load_exported(folder: Path) -> tuple[Plan, Any, Any]:
         raise OrchestratorError(
             f"{folder}: not a model exported by orchestrator ({DETAILS} is missing)"
         )
-    plan = Plan.model_validate(details["plan"])
+    plan = _plan(details["plan"], folder / DETAILS)
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
@@ -179,7 +189,7 @@ def model_card(plan: Plan, step: int, figures: dict[str, Any]) -> str:
         f"- {spec.optimizer.type}, peak learning rate {spec.optimizer.lr:g}, {spec.schedule.type} schedule, "
         f"{plan.warmup_steps} warm-up steps, {'bf16' if plan.bf16 else 'fp32'}",
         f"- {plan.num_workers} workers, DeepSpeed ZeRO stage {plan.stage}",
-        f"- rows are cut to {max_length_tokens(spec)} tokens",
+        f"- rows are cut to {plan.max_length_tokens} tokens",
         "",
     ]
     return "\n".join(lines)
