@@ -39,6 +39,13 @@ Run = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's name, or its folder.", show_default=False)
 ]
 Storage = Annotated[Path, typer.Option(help="Folder of all runs.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--fresh",
+        help="Go on where a run of this name stopped, or start over (the old folder is kept aside).",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -127,13 +134,7 @@ def prepare(job: Job, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(
-    job: Job,
-    overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Go on where a run of this name stopped, or start over (the old folder is kept aside).")
-    ] = True,
-) -> None:  # fmt: skip
+def train(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
     """Run the job; the same command again goes on where it stopped."""
     spec = _load(job, overrides)
     _quiet_libraries()
