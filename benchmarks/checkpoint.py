@@ -127,7 +127,7 @@ def show(costs: dict[str, list[Cost]], given: Options) -> None:
         "steps_per_checkpoint": ("standstill and slow-down, in steps", "{:.2f}"),
         "share": ("share of the run time (target: async < 5 %)", "{:.1%}"),
     }
-    rows = [("what", *MODES)]
+    rows: list[tuple[str, ...]] = [("what", *MODES)]
     for name, (what, form) in words.items():
         rows.append((what, *(form.format(figures[f"{mode}_{name}"]) for mode in MODES)))
     size = figures["checkpoint_bytes"] / 1e6

@@ -192,7 +192,7 @@ def show(results: dict[str, list[Recovery]], interval: int, given: Options) -> N
         ratio = statistics.median(getattr(a, key) / getattr(b, key) for a, b in pairs)
         figures["ratio" if key == "new_step_s" else "ratio_first_step"] = round(ratio, 4)
     figures["steps_lost"] = figures["ours_steps_lost"]
-    rows = [("what", "ours", "stock")]
+    rows: list[tuple[str, ...]] = [("what", "ours", "stock")]
     for kind, phase in PHASES.items():
         splits = [figures[f"{name}_split"] for name in results]
         seconds = [f"{split[kind]:.2f} s" if kind in split else "–" for split in splits]

@@ -1,6 +1,6 @@
 """The Ray Data stream: rate against a raw memory map, time to the first batch, memory.
 
-Synthetic prepared data (rows of 512 tokens), written in the format of data/prepare.py. The raw peer
+Synthetic prepared data (rows of 512 tokens), written in the format of data/write.py. The raw peer
 reads the same rows in the same random order in one process and hands them to nobody.
 """
 
@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
 from common import CPUS, Options, median, options, report, run, workspace
+from synthetic import MEGABYTE, ROW_TOKENS, write_prepared
 
-from orchestrator.data.manifest import BATCH_ROWS, Manifest, Shard, read_manifest, sha256_of
+from orchestrator.data.manifest import read_manifest
 from orchestrator.data.order import Order, rows_per_rank
 from orchestrator.data.shards import ShardReader, open_shards
 from orchestrator.data.stream import (
@@ -39,14 +39,8 @@ from orchestrator.data.stream import (
     steps_per_block,
 )
 from orchestrator.launch.session import ray_session
-from orchestrator.run_folder import write_json
 
-ROW_TOKENS = 512
 GLOBAL_ROWS = 32
-SHARD_BATCHES = 64
-ROW_BYTES = ROW_TOKENS * 8 + 20
-FEATURES = {"input_ids": "ints", "is_target": "ints", "doc_lengths": "ints"}
-MEGABYTE = 10**6
 SAMPLE_S = 0.2
 
 
@@ -77,47 +71,6 @@ def require_disk(megabytes: int) -> None:
         sys.exit(
             f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB free, {1.2e-3 * megabytes:.1f} needed"
         )
-
-
-def write_prepared(folder: Path, megabytes: int) -> None:
-    """Shards and manifest of about that size."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    batches = max(1, round(megabytes * MEGABYTE / ROW_BYTES / BATCH_ROWS))
-    shards = []
-    for index, first in enumerate(range(0, batches, SHARD_BATCHES)):
-        path = folder / f"shard-{index:05d}-00000.arrow"
-        count = min(SHARD_BATCHES, batches - first)
-        write_shard(path, count, rng)
-        size = path.stat().st_size
-        rows = count * BATCH_ROWS
-        shards.append(Shard(file=path.name, rows=rows, size_bytes=size, sha256=sha256_of(path)))
-    rows = sum(s.rows for s in shards)
-    manifest = Manifest(
-        fingerprint=folder.name, inputs=(), features=FEATURES, labels=(),
-        max_length_tokens=ROW_TOKENS, longest_tokens=ROW_TOKENS, rows=rows, input_rows=rows,
-        tokens=rows * ROW_TOKENS, target_tokens=rows * (ROW_TOKENS - 1), truncated_rows=0,
-        bad_rows=0, shards=tuple(shards),
-    )  # fmt: skip
-    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
-
-
-def write_shard(path: Path, batches: int, rng: np.random.Generator) -> None:
-    offsets = pa.array(np.arange(BATCH_ROWS + 1, dtype=np.int32) * ROW_TOKENS)
-    ones = pa.array(np.ones(BATCH_ROWS * ROW_TOKENS, dtype=np.int32))
-    lengths = pa.array(np.full(BATCH_ROWS, ROW_TOKENS, dtype=np.int32))
-    singles = pa.array(np.arange(BATCH_ROWS + 1, dtype=np.int32))
-    targets = pa.array(np.full(BATCH_ROWS, ROW_TOKENS - 1, dtype=np.int32))
-    names = [*FEATURES, "length", "n_targets"]
-    kinds = [pa.list_(pa.int32())] * 3 + [pa.int32()] * 2
-    schema = pa.schema(list(zip(names, kinds, strict=True)))
-    with pa.ipc.new_file(str(path), schema) as out:
-        for _ in range(batches):
-            ids = pa.array(rng.integers(5, 30_000, BATCH_ROWS * ROW_TOKENS, dtype=np.int32))
-            lists = [pa.ListArray.from_arrays(offsets, values) for values in (ids, ones)]
-            documents = pa.ListArray.from_arrays(singles, lengths)
-            arrays = [*lists, documents, lengths, targets]
-            out.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 @dataclass(frozen=True)
@@ -340,7 +293,7 @@ def object_store_bytes(raylet: int) -> int:
 
 
 def show(figures: dict[str, Any], sizes: Sizes, given: Options) -> None:
-    rows = [("what", "figure", "against raw")]
+    rows: list[tuple[str, ...]] = [("what", "figure", "against raw")]
     for n in (1, 2):
         rate = f"{figures[f'tokens_per_s_{n}'] / 1e6:.2f} M tokens/s"
         rows.append((f"into {n} consumer(s)", rate, f"{figures[f'vs_raw_{n}']:.2f}"))

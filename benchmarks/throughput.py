@@ -233,7 +233,9 @@ def show(measured: Measured, given: Options) -> None:
         ),
         ("causal_lm_vs_trainer_equal_rows", "…, equal rows", "causal_lm", "trainer_equal_rows", ""),
     )
-    rows = [("against", "ours, tokens/s", "peer, tokens/s", "ratio", "target")]
+    rows: list[tuple[str, ...]] = [
+        ("against", "ours, tokens/s", "peer, tokens/s", "ratio", "target")
+    ]
     figures: dict[str, Any] = {}
     for key, words, work, peer, target in pairs:
         ours, theirs = f"{work}_ours", f"{work}_{peer}"

@@ -65,9 +65,10 @@ def checkpoint_state(checkpoint: Committed, only_trainable: bool) -> dict[str, t
         path = checkpoint.folder / TAG / "mp_rank_00_model_states.pt"
         state: dict[str, torch.Tensor] = torch.load(path, weights_only=False)["module"]
         return state
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    chatter = io.StringIO()
+    with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):
         state = get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint.folder), tag=TAG, exclude_frozen_parameters=only_trainable
         )
