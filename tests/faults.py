@@ -25,7 +25,7 @@ class LiveRun:
 
     def __init__(self, spec: JobSpec, *options: str) -> None:
         self.folder = RunFolder(Path(spec.storage) / spec.name)
-        job = Path(spec.storage).parent / f"{spec.name}.yaml"
+        job = Path(spec.data.prepared_dir).parent / f"{spec.name}.yaml"
         job.write_text(dump_spec(spec), encoding="utf-8")
         self.log = job.with_suffix(".log")
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

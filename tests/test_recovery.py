@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,43 @@ def test_a_second_driver_of_the_same_run_is_refused(models: tiny.Tiny, tmp_path:
     assert second.finish(60) == 2
     assert "another process is training this run" in " ".join(second.output().split())
     run.kill_everything()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MiB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
+    models: tiny.Tiny,
+    tmp_path: Path,
+    small_disk: Path,
+    uninterrupted: dict[int, dict[str, Any]],
+) -> None:
+    spec = job(models, tmp_path, 2, storage=str(small_disk))
+    run = faults.LiveRun(spec)
+    run.wait_until(lambda: bool(committed(run.folder.checkpoints)))
+    with open(small_disk / "filler", "wb") as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+            filler.flush()
+    assert run.finish() == 1, run.output()
+    text = " ".join(run.output().split())
+    assert "a checkpoint could not be written" in text
+    assert "Last committed checkpoint: step" in text
+    (small_disk / "filler").unlink()
+    again = faults.LiveRun(spec)
+    assert again.finish() == 0, again.output()
+    assert again.events("stream")[-1]["step"] > 0
+    got = faults.final_state(again.folder)
+    faults.assert_identical(got["files"], uninterrupted[2]["files"])
 
 
 @pytest.mark.chaos

@@ -22,8 +22,10 @@ from orchestrator.errors import DataError
 
 BLOCK_ROWS = 256
 """Rows per block, about: enough to hide a task's cost, few enough that the first comes at once."""
-SEGMENT_BLOCKS = 4096
+SEGMENT_BLOCKS = 1024
 """Most blocks in one Ray Data set; the next is opened while the present one runs."""
+FIRST_SEGMENT_BLOCKS = 64
+"""The first one is short: listing its blocks must not keep a start or a restart waiting."""
 READ_CPUS = 0.5
 """CPUs a read task asks Ray for; the plan keeps room for them beside the workers."""
 MEMORY_BYTES = 256 * 2**20
@@ -62,9 +64,15 @@ Segment = tuple[int, int]
 
 
 def segments(start: int, stop: int, global_rows: int, world_size: int) -> list[Segment]:
-    """Cut steps start..stop into runs of at most SEGMENT_BLOCKS blocks."""
-    size = steps_per_block(global_rows, world_size) * max(1, SEGMENT_BLOCKS // world_size)
-    return [(s, min(s + size, stop)) for s in range(start, stop, size)]
+    """Cut steps start..stop into runs of at most SEGMENT_BLOCKS blocks, the first one shorter."""
+    per_block = steps_per_block(global_rows, world_size)
+    out: list[Segment] = []
+    while start < stop:
+        blocks = SEGMENT_BLOCKS if out else FIRST_SEGMENT_BLOCKS
+        end = min(start + per_block * max(1, blocks // world_size), stop)
+        out.append((start, end))
+        start = end
+    return out
 
 
 def steps_per_block(global_rows: int, world_size: int) -> int:

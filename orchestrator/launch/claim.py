@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import RunExistsError
+from orchestrator.errors import OrchestratorError, RunExistsError
 from orchestrator.plan.plan import Plan
 from orchestrator.run_folder import RunFolder, read_json, write_atomically, write_json
 from orchestrator.spec import dump_spec
@@ -32,7 +33,7 @@ def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
     job that differs in more than MAY_CHANGE.
     """
     folder = RunFolder(Path(plan.run_dir))
-    folder.root.mkdir(parents=True, exist_ok=True)
+    _make_writable(folder)
     with _locked(folder):
         if fresh:
             _put_aside(folder)
@@ -42,6 +43,19 @@ def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
         write_json(folder.plan, plan.model_dump(mode="json"))
         folder.stop_request.unlink(missing_ok=True)
         yield folder
+
+
+def _make_writable(folder: RunFolder) -> None:
+    """Find out now, not at the first checkpoint."""
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.root) as probe:
+            probe.write(bytes(2**20))
+    except OSError as error:
+        raise OrchestratorError(
+            f"{folder.root} cannot be written: {error.strerror}. "
+            "Mend its permissions or free space, or set storage=… to another folder."
+        ) from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 FLUSH_S = 0.5
 """Longest time a record waits in memory."""
@@ -17,40 +17,42 @@ class RecordWriter:
     """Appends records to one file; buffered, so that a training step pays microseconds."""
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = _open_to_append(path)
+        self._path = path
+        self._waiting: list[str] = []
         self._flushed_at = time.monotonic()
 
     def write(self, **record: Any) -> None:
         """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
+        self._waiting.append(json.dumps(record))
         if time.monotonic() - self._flushed_at >= FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
         """Make everything written so far visible to readers."""
-        self._file.flush()
+        _append(self._path, self._waiting)
+        self._waiting = []
         self._flushed_at = time.monotonic()
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
 
 
 def append_event(path: Path, kind: str, **facts: Any) -> None:
     """Append one event with the time of day."""
-    with _open_to_append(path) as handle:
-        handle.write(json.dumps({"time": time.time(), "kind": kind, **facts}) + "\n")
+    _append(path, [json.dumps({"time": time.time(), "kind": kind, **facts})])
 
 
-def _open_to_append(path: Path) -> TextIO:
-    """Open at the end; a line that a killed writer left torn is ended first, so that it harms no other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as handle:
-        if handle.tell():
-            handle.seek(-1, 2)
-            if handle.read(1) != b"\n":
-                handle.write(b"\n")
-    return open(path, "a", encoding="utf-8")
+def _append(path: Path, lines: list[str]) -> None:
+    """Add lines; one that a killed writer left torn is ended first, so that it harms no other.
+
+    On a full disk the lines are lost and nothing is raised: a figure is not worth a run, and the
+    next checkpoint says what is wrong.
+    """
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as handle:
+            if handle.tell():
+                handle.seek(-1, 2)
+                if handle.read(1) != b"\n":
+                    handle.write(b"\n")
+            handle.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -63,8 +63,8 @@ class StepStream:
     """This rank's rows for steps start…stop, read ahead from the moment it is made.
 
     Making and iterating are collective; rank 0 holds `source`, the others None. Rank 0 makes the Ray
-    Data sets and hands out their iterators. A thread reads ahead, and two segments are open at any
-    time, so that the next one is warm before the present one ends.
+    Data sets and hands out their iterators. A thread reads ahead. From the first step on, two segments
+    are open, so that the next one is warm before the present one ends.
     """
 
     def __init__(self, source: Source | None, global_rows: int, start: int, stop: int) -> None:
@@ -76,13 +76,16 @@ class StepStream:
         self._stopped = threading.Event()
         threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True).start()
         self._open_next()
-        self._open_next()
 
     def __iter__(self) -> Iterator[StepRows]:
+        first = True
         while (item := self._ready.get()) is not _END:
             match item:
                 case StepRows():
                     yield item
+                    if first:  # a start has no time to spare for a second segment
+                        first = False
+                        self._open_next()
                 case BaseException():
                     raise item
                 case _:  # a segment ended: all ranks are here at the same step

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import resource
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,31 +27,15 @@ from orchestrator.train.checkpoint import (
 from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
-
-Status = Literal["finished", "stopped", "out_of_time", "diverged", "storage_failed", "failed"]
-
-
-@dataclass
-class Progress:
-    """Where a trial stands; saved with every checkpoint."""
-
-    step: int = 0
-    elapsed_s: float = 0.0
-    best: dict[str, Any] | None = None
-    last_eval: dict[str, Any] | None = None
-    skipped_in_a_row: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a trial ended. `message` says what happened and what to do, where it did not finish."""
-
-    status: Status
-    step: int
-    best: dict[str, Any] | None
-    last_eval: dict[str, Any] | None
-    message: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
+from orchestrator.train.state import (
+    Progress,
+    Pulse,
+    Result,
+    Status,
+    is_better,
+    memory_in_use_bytes,
+    peak_memory_bytes,
+)
 
 
 def run_trial(plan: Plan, folder: RunFolder) -> Result:
@@ -166,15 +148,15 @@ class Trial:
                 wait_s=got - wanted,
                 step_s=time.perf_counter() - wanted,
             )
-            stopping = pulse.stop or pulse.late
+            stopping = (pulse.stop or pulse.late) and progress.step < plan.total_steps
             try:
                 if pulse.storage_failed:
                     self._check_storage()
                 improved = self._evaluate_if_due(stopping)
-                self._save_if_due(improved or stopping)
+                self._save_if_due(improved, stopping)
             except CheckpointError as error:
                 return self._result("storage_failed", str(error))
-            if stopping and progress.step < plan.total_steps:
+            if stopping:
                 return self._result(
                     "stopped" if pulse.stop else "out_of_time", self._how_to_go_on()
                 )
@@ -186,7 +168,7 @@ class Trial:
         self.stream.close()
         for writer in (self.steps, self.evals):
             if writer:
-                writer.close()
+                writer.flush()
         zero.close_engine(self.engine)
 
     def _pulse(self, loss_sum: float, tokens: int) -> Pulse:
@@ -235,10 +217,10 @@ class Trial:
         self.writer.best_step = step
         return True
 
-    def _save_if_due(self, anyway: bool) -> None:
+    def _save_if_due(self, improved: bool, stopping: bool) -> None:
         step, plan = self.progress.step, self.plan
-        last = step == plan.total_steps
-        if not (anyway or last or step % plan.checkpoint_every_steps == 0):
+        ending = stopping or step == plan.total_steps
+        if not (improved or ending or step % plan.checkpoint_every_steps == 0):
             return
         if self.steps:
             self.steps.flush()
@@ -249,7 +231,7 @@ class Trial:
             lambda staging: zero.save_shards(self.engine, staging, self.rank),
             {"stage": plan.stage, "progress": asdict(self.progress)},  # a copy: training goes on
         )
-        if plan.spec.checkpoint.mode == "sync" or anyway or last:
+        if plan.spec.checkpoint.mode == "sync" or ending:
             self._check_storage()
         self._event("save", step=step, stall_s=round(time.perf_counter() - started, 4))
 
@@ -265,7 +247,7 @@ class Trial:
                 status, message = "storage_failed", str(error)
         progress = self.progress
         facts = {
-            "peak_memory_bytes": _peak_memory_bytes(self.engine.device),
+            "peak_memory_bytes": peak_memory_bytes(self.engine.device),
             "elapsed_s": progress.elapsed_s,
         }
         return Result(status, progress.step, progress.best, progress.last_eval, message, facts)
@@ -298,7 +280,7 @@ class Trial:
             rows=self.plan.global_rows,
             step_s=round(step_s, 5),
             wait_s=round(wait_s, 5),
-            memory_bytes=_memory_bytes(self.engine.device),
+            memory_bytes=memory_in_use_bytes(self.engine.device),
         )
         if not self.stepped:
             self.stepped = True
@@ -311,42 +293,3 @@ class Trial:
     def _event(self, kind: str, **facts: Any) -> None:
         if self.rank == 0:
             append_event(self.folder.events, kind, **facts)
-
-
-def is_better(value: float, best: dict[str, Any] | None, plan: Plan) -> bool:
-    """Whether `value` of the plan's metric beats the best so far; what is not finite never does."""
-    if not math.isfinite(value):
-        return False
-    if best is None:
-        return True
-    return value > best[plan.metric] if plan.higher_is_better else value < best[plan.metric]
-
-
-@dataclass(frozen=True)
-class Pulse:
-    """What all ranks know after a step."""
-
-    loss_sum: float
-    tokens: int
-    stop: bool
-    late: bool
-    storage_failed: bool
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Memory in use now: the GPU's allocator, or this process's resident set."""
-    if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
-    with open("/proc/self/statm", encoding="ascii") as handle:
-        return int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """The largest of all ranks' peaks."""
-    if device.type == "cuda":
-        mine = torch.cuda.max_memory_allocated(device)
-    else:
-        mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    figure = torch.tensor(mine, dtype=torch.int64, device=device)
-    dist.all_reduce(figure, op=dist.ReduceOp.MAX)
-    return int(figure)

@@ -1,0 +1,78 @@
+"""Where a trial stands, how it ended, and what its ranks tell each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.plan.plan import Plan
+
+Status = Literal["finished", "stopped", "out_of_time", "diverged", "storage_failed", "failed"]
+
+
+@dataclass
+class Progress:
+    """Where a trial stands; saved with every checkpoint."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    best: dict[str, Any] | None = None
+    last_eval: dict[str, Any] | None = None
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a trial ended. `message` says what happened and what to do, where it did not finish."""
+
+    status: Status
+    step: int
+    best: dict[str, Any] | None
+    last_eval: dict[str, Any] | None
+    message: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def is_better(value: float, best: dict[str, Any] | None, plan: Plan) -> bool:
+    """Whether `value` of the plan's metric beats the best so far; what is not finite never does."""
+    if not math.isfinite(value):
+        return False
+    if best is None:
+        return True
+    return value > best[plan.metric] if plan.higher_is_better else value < best[plan.metric]
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What all ranks know after a step."""
+
+    loss_sum: float
+    tokens: int
+    stop: bool
+    late: bool
+    storage_failed: bool
+
+
+def memory_in_use_bytes(device: torch.device) -> int:
+    """Memory in use now: the GPU's allocator, or this process's resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    with open("/proc/self/statm", encoding="ascii") as handle:
+        return int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The largest of all ranks' peaks."""
+    if device.type == "cuda":
+        mine = torch.cuda.max_memory_allocated(device)
+    else:
+        mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figure = torch.tensor(mine, dtype=torch.int64, device=device)
+    dist.all_reduce(figure, op=dist.ReduceOp.MAX)
+    return int(figure)
