@@ -23,7 +23,7 @@ from orchestrator.train.checkpoint import Committed, newest_valid
 class LiveRun:
     """`orchestrator train` in a process group of its own."""
 
-    def __init__(self, spec: JobSpec, *options: str) -> None:
+    def __init__(self, spec: JobSpec) -> None:
         self.folder = RunFolder(Path(spec.storage) / spec.name)
         job = Path(spec.data.prepared_dir).parent / f"{spec.name}.yaml"
         job.write_text(dump_spec(spec), encoding="utf-8")
@@ -31,7 +31,7 @@ class LiveRun:
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         with open(self.log, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", "train", str(job), *options],
+                [sys.executable, "-m", "orchestrator", "train", str(job)],
                 stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
 
@@ -59,6 +59,8 @@ class LiveRun:
 
     def kill_everything(self) -> None:
         """`kill -9` of the driver and its whole Ray: what a power cut leaves behind."""
+        if self.process.poll() is not None:
+            return
         family = [psutil.Process(self.process.pid), *self._family()]
         for process in family:
             try:

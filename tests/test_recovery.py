@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -114,7 +115,7 @@ def test_a_signal_commits_a_checkpoint_and_says_how_to_go_on(
     run = faults.LiveRun(spec)
     run.wait_until(lambda: run.step() >= 5)
     run.signal(number)
-    assert run.finish(60) == 130, run.output()
+    assert run.finish(180) == 130, run.output()
     (last,) = committed(run.folder.checkpoints)
     assert last.step >= 5
     assert f"stopped at step {last.step} of 4000" in run.output()
@@ -149,7 +150,7 @@ def test_a_second_driver_of_the_same_run_is_refused(models: tiny.Tiny, tmp_path:
     run = faults.LiveRun(spec)
     run.wait_until(lambda: run.step() >= 1)
     second = faults.LiveRun(spec)
-    assert second.finish(60) == 2
+    assert second.finish(180) == 2
     assert "another process is training this run" in " ".join(second.output().split())
     run.kill_everything()
 
@@ -205,7 +206,9 @@ def test_random_kills_change_nothing(
         before = run.step()
         target = min(before + rng.randint(1, 40), STEPS - 40)
         if run.process.poll() is not None or before >= STEPS - 40:
-            run = faults.LiveRun(spec, "--fresh")
+            run.kill_everything()
+            shutil.rmtree(run.folder.root)
+            run = faults.LiveRun(spec)
             target = rng.randint(EVERY, 3 * EVERY)
         wait_for(run, moment, target)
         killed_at, whole = run.step(), rng.random() < 0.4
@@ -231,7 +234,7 @@ def test_random_kills_change_nothing(
 def wait_for(run: faults.LiveRun, moment: str, step: int) -> None:
     """Wait for the worst moment after `step`."""
     run.wait_until(lambda: run.step() >= step)
-    saves, commits = len(run.events("save")), len(run.events("commit"))
+    saves = len(run.events("save"))
     match moment:
         case "writing":  # files are there, the marker is not
             run.wait_until(
@@ -247,5 +250,5 @@ def wait_for(run: faults.LiveRun, moment: str, step: int) -> None:
             run.wait_until(lambda: len(run.events("save")) > saves or run.step() >= STEPS - 3)
         case "boundary":
             run.wait_until(lambda: run.step() % 13 == 0 or run.step() >= STEPS - 3)
-        case _:
-            assert commits >= 0
+        case _:  # "step": at once
+            return
