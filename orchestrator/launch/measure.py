@@ -54,8 +54,8 @@ def measure_worker(config: dict[str, Any]) -> None:
 
     plan = Plan.model_validate_json(config["plan"])
     torch.set_num_threads(plan.cpus_per_worker)
-    _, model, tokenizer = load_exported(Path(config["exported"]))
+    _, model, _ = load_exported(Path(config["exported"]))
     device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-    metrics = Evaluator(plan, tokenizer.pad_token_id or 0)(model.to(device), device)
+    metrics = Evaluator(plan)(model.to(device), device)
     if os.environ["RANK"] == "0":
         write_json(Path(config["out"]), metrics)

@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.data.order import rows_per_rank
 from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import PlanError
+from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.plan.facts import model_facts
 from orchestrator.plan.fit import Load, fit
@@ -50,6 +51,8 @@ class Plan(Frozen):
     model: ModelFacts
     labels: tuple[str, ...]
     max_length_tokens: int
+    pad_token_id: int
+    """Fills rows to one length. In the plan, so that a worker need not load a tokenizer to start."""
     train_data: DataFacts
     eval_data: DataFacts | None
     num_workers: int
@@ -120,6 +123,7 @@ def make_plan(
         model=model,
         labels=labels,
         max_length_tokens=train.manifest.max_length_tokens,
+        pad_token_id=load_tokenizer(spec).pad_token_id or 0,
         train_data=data_facts(train),
         eval_data=data_facts(prepared["eval"]) if "eval" in prepared else None,
         num_workers=workers.count,

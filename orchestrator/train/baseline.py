@@ -13,7 +13,7 @@ from orchestrator.data.manifest import read_manifest
 from orchestrator.data.order import Order
 from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
-from orchestrator.model.config import load_config, load_tokenizer
+from orchestrator.model.config import load_config
 from orchestrator.plan.plan import DataFacts, Plan
 from orchestrator.tasks.base import pad
 
@@ -29,12 +29,10 @@ def frozen_feature_baseline(plan: Plan) -> dict[str, Any]:
 
     started = time.perf_counter()
     assert plan.eval_data is not None
-    model, pad_id = _encoder(plan)
+    model = _encoder(plan)
     wanted = plan.spec.evaluation.baseline_rows
-    train_x, train_y = _features(
-        plan, plan.train_data, model, pad_id, None if wanted == "all" else wanted
-    )
-    eval_x, eval_y = _features(plan, plan.eval_data, model, pad_id, None)
+    train_x, train_y = _features(plan, plan.train_data, model, None if wanted == "all" else wanted)
+    eval_x, eval_y = _features(plan, plan.eval_data, model, None)
     classifier = LogisticRegression(max_iter=2000).fit(train_x, train_y)
     scores = classifier.predict_proba(eval_x)
     gathered = {
@@ -57,7 +55,7 @@ def _log_loss(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> np
     return -np.log(np.maximum(of_label, 1e-12))
 
 
-def _encoder(plan: Plan) -> tuple[Any, int]:
+def _encoder(plan: Plan) -> Any:
     import transformers
 
     model = transformers.AutoModel.from_pretrained(
@@ -65,12 +63,11 @@ def _encoder(plan: Plan) -> tuple[Any, int]:
         revision=plan.spec.model.revision,
         config=load_config(plan.spec, plan.labels),
     )
-    tokenizer = load_tokenizer(plan.spec)
-    return model.eval(), tokenizer.pad_token_id or 0
+    return model.eval()
 
 
 def _features(
-    plan: Plan, data: DataFacts, model: Any, pad_id: int, limit: int | None
+    plan: Plan, data: DataFacts, model: Any, limit: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean-pooled features (rows, hidden) and labels (rows,), of `limit` rows drawn by the job's seed."""
     manifest = read_manifest(Path(data.folder))
@@ -86,7 +83,9 @@ def _features(
             rows = unpack_rows(reader.take(ids[start : start + BATCH_ROWS]))
             tokens = [row["input_ids"] for row in rows]
             mask = pad([np.ones(len(t), dtype=np.int64) for t in tokens], 0)
-            hidden = model(input_ids=pad(tokens, pad_id), attention_mask=mask).last_hidden_state
+            hidden = model(
+                input_ids=pad(tokens, plan.pad_token_id), attention_mask=mask
+            ).last_hidden_state
             weights = mask.unsqueeze(-1).float()
             features.append(((hidden * weights).sum(1) / weights.sum(1)).numpy())
             labels += [int(row["label"]) for row in rows]

@@ -67,7 +67,7 @@ def set_learning_rate(engine: Any, plan: Plan, step: int) -> float:
     return lr
 
 
-def train_step(engine: Any, plan: Plan, batch: StepRows, pad_id: int) -> float:
+def train_step(engine: Any, plan: Plan, batch: StepRows) -> float:
     """Forward and backward over this rank's rows, then the update; returns the rank's loss sum.
 
     Each micro-batch's loss sum is divided by the targets of the *global* batch. DeepSpeed divides by
@@ -77,7 +77,7 @@ def train_step(engine: Any, plan: Plan, batch: StepRows, pad_id: int) -> float:
     scale = dist.get_world_size() * plan.accumulation / max(batch.denominator, 1)
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for rows, weights in micro_batches(batch, plan.micro_rows):
-        tensors = plan.spec.task.collate(rows, weights, pad_id)
+        tensors = plan.spec.task.collate(rows, weights, plan.pad_token_id)
         tensors = {name: t.to(engine.device) for name, t in tensors.items()}
         loss = plan.spec.task.loss_sum(engine, tensors)
         engine.backward(loss * scale)

@@ -22,9 +22,9 @@ CACHE_BYTES = 256 * 2**20
 class Evaluator:
     """Measures a model on the plan's evaluation rows, as often as asked. Every call is collective."""
 
-    def __init__(self, plan: Plan, pad_id: int) -> None:
+    def __init__(self, plan: Plan) -> None:
         assert plan.eval_data is not None
-        self.plan, self.pad_id, self.data = plan, pad_id, plan.eval_data
+        self.plan, self.data = plan, plan.eval_data
         world_size = dist.get_world_size()
         self.global_rows = min(plan.micro_rows * world_size, max(self.data.rows, world_size))
         self._cache: list[StepRows] | None = None
@@ -43,7 +43,7 @@ class Evaluator:
     def _measure(self, model: torch.nn.Module, device: torch.device) -> dict[str, np.ndarray]:
         parts: list[dict[str, np.ndarray]] = []
         for step in self._steps():
-            tensors = self.plan.spec.task.collate(step.rows, step.weights, self.pad_id)
+            tensors = self.plan.spec.task.collate(step.rows, step.weights, self.plan.pad_token_id)
             tensors = {name: t.to(device) for name, t in tensors.items()}
             measured = self.plan.spec.task.measure(model, tensors)
             real = step.row_ids != PADDING

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.plan import Plan
 from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.run_folder import RunFolder
@@ -72,11 +71,11 @@ class Trial:
         self.progress = Progress(**found.facts["progress"]) if found else Progress()
         self.writer = self._make_writer()
         self.stream = self._open_stream()
-        self.engine, self.pad_id = self._build()
+        self.engine = self._build()
         if found is not None:
             self._event("load")
             zero.load_shards(self.engine, found.folder, self.rank)
-        self.evaluate = Evaluator(plan, self.pad_id) if plan.eval_data else None
+        self.evaluate = Evaluator(plan) if plan.eval_data else None
         self._event("ready")
 
     def _find_checkpoint(self) -> Committed | None:
@@ -110,19 +109,17 @@ class Trial:
 
         return StepStream(together(source), plan.global_rows, self.progress.step, plan.total_steps)
 
-    def _build(self) -> tuple[Any, int]:
-        """The DeepSpeed engine over the job's model, and the token id that pads."""
+    def _build(self) -> Any:
+        """The DeepSpeed engine over the job's model."""
         plan = self.plan
         self._event("model")
         zero.seed_everything(plan.spec.seed, self.rank)
         model: Any = together(lambda: build_model(plan.spec, plan.labels))
         zero.seed_everything(plan.spec.seed, self.rank)
-        tokenizer = together(lambda: load_tokenizer(plan.spec))
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = pad_id
+            model.config.pad_token_id = plan.pad_token_id
         self._event("engine")
-        return zero.open_engine(plan, model), pad_id
+        return zero.open_engine(plan, model)
 
     def train(self) -> Result:
         """The loop. Every decision is taken from figures that all ranks share."""
@@ -132,7 +129,7 @@ class Trial:
             got = time.perf_counter()
             lr = zero.set_learning_rate(self.engine, plan, progress.step)
             skipped_before = self.engine.skipped_steps
-            loss_sum = zero.train_step(self.engine, plan, batch, self.pad_id)
+            loss_sum = zero.train_step(self.engine, plan, batch)
             pulse = self._pulse(loss_sum, batch.tokens)
             norm = zero.gradient_norm(self.engine)
             progress.elapsed_s = resumed_at_s + time.monotonic() - self.started_at
