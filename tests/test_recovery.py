@@ -164,7 +164,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system is not allowed here")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a failed test may hold it
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
@@ -176,10 +176,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     spec = job(models, tmp_path, 2, storage=str(small_disk))
     run = faults.LiveRun(spec)
     run.wait_until(lambda: bool(committed(run.folder.checkpoints)))
-    with open(small_disk / "filler", "wb") as filler, contextlib.suppress(OSError):
-        while True:
-            filler.write(bytes(4096))
-            filler.flush()
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
     assert run.finish() == 1, run.output()
     text = " ".join(run.output().split())
     assert "a checkpoint could not be written" in text

@@ -67,7 +67,7 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     writer = RecordWriter(path)
     for record in records:
         writer.write(**record)
-    writer.close()
+    writer.flush()
 
 
 def write_events(folder: RunFolder, *events: tuple[float, str, dict[str, Any]]) -> None:
