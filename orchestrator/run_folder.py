@@ -94,6 +94,11 @@ class RunFolder:
         return self.root / "STOP"
 
     @property
+    def reserve(self) -> Path:
+        """A megabyte kept back, so that a run on a full disk can still say how it ended."""
+        return self.root / ".reserve"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

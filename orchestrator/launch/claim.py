@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
     with _locked(folder):
         if fresh:
             _put_aside(folder)
+            _make_writable(folder)
         elif folder.plan.exists():
             _must_fit(folder, plan)
         write_atomically(folder.spec, dump_spec(plan.spec))
@@ -49,8 +49,7 @@ def _make_writable(folder: RunFolder) -> None:
     """Find out now, not at the first checkpoint."""
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.root) as probe:
-            probe.write(bytes(2**20))
+        folder.reserve.write_bytes(bytes(2**20))
     except OSError as error:
         raise OrchestratorError(
             f"{folder.root} cannot be written: {error.strerror}. "

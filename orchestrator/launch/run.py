@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -122,10 +123,12 @@ def _outcome(folder: RunFolder, error: BaseException | None) -> dict[str, Any]:
     if outcome is None:
         outcome = {"status": "lost", "step": 0, "best": None, "last_eval": None, "facts": {}}
         outcome["message"] = _lost(folder, error)
-        write_json(folder.outcome, outcome)
+        with contextlib.suppress(OSError):  # a full disk must not hide what happened
+            write_json(folder.outcome, outcome)
     append_event(folder.events, "end", status=outcome["status"], step=outcome["step"])
     if outcome["status"] in ("diverged", "storage_failed", "failed", "lost"):
-        write_report(folder)
+        with contextlib.suppress(OSError):
+            write_report(folder)
         raise TrainingError(f"{outcome['message']}\n{_last_good(folder)}") from error
     return outcome
 

@@ -58,6 +58,8 @@ def work(config: dict[str, Any]) -> None:
     torch.set_num_threads(plan.cpus_per_worker)
     result = run_trial(plan, folder)
     if rank == 0:
+        if result.status == "storage_failed":
+            folder.reserve.unlink(missing_ok=True)
         write_json(folder.outcome, asdict(result))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,17 @@ class Tracker:
 
     def close(self) -> None:
         """Flush and end."""
-        self._board.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
         if self._mlflow is not None:
             self._mlflow.end_run()
 
     def _write(self, group: str, record: dict[str, Any], figures: dict[str, Any]) -> None:
         present = {k: v for k, v in figures.items() if v is not None}
-        for name, value in present.items():
-            self._board.add_scalar(
-                f"{group}/{name}", value, record["step"], walltime=record["time"]
-            )
+        with contextlib.suppress(OSError):  # a full disk: the run itself says so
+            for name, value in present.items():
+                tag = f"{group}/{name}"
+                self._board.add_scalar(tag, value, record["step"], walltime=record["time"])
         if self._mlflow is not None:
             self._mlflow.log_metrics(
                 {f"{group}.{k}": v for k, v in present.items()}, step=record["step"]
