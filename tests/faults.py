@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -156,9 +155,3 @@ def truncate(path: Path) -> None:
     """The second half is gone."""
     with open(path, "rb+") as handle:
         handle.truncate(path.stat().st_size // 2)
-
-
-def last_record(path: Path) -> dict[str, Any]:
-    """The last JSON line."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    return record
