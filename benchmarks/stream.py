@@ -32,10 +32,10 @@ from orchestrator.data.order import Order, rows_per_rank
 from orchestrator.data.shards import ShardReader, open_shards
 from orchestrator.data.stream import (
     Segment,
+    blocks_of_ranks,
     make_dataset,
     read_steps,
     segments,
-    split_for_workers,
     steps_per_block,
 )
 from orchestrator.launch.session import ray_session
@@ -82,9 +82,9 @@ class Data:
     n_targets: np.ndarray
 
     def open(self, segment: Segment, consumers: int) -> list[Any]:
-        """One iterator per consumer over the segment's steps."""
-        dataset = make_dataset(self.reader, self.order, self.n_targets, segment, consumers)
-        return split_for_workers(dataset, consumers)
+        """What each consumer is told: where to read, and its blocks of the segment."""
+        blocks = blocks_of_ranks(self.order, self.n_targets, segment, consumers)
+        return [(self.reader, mine) for mine in blocks]
 
 
 def open_data(folder: Path) -> Data:
@@ -100,10 +100,10 @@ def make_consumers(ray: Any, count: int) -> list[Any]:
 
     class Consumer:
         def consume(
-            self, iterator: Any, segment: Segment, rank: int, consumers: int, most: int
+            self, told: Any, segment: Segment, rank: int, consumers: int, most: int
         ) -> list[tuple[float, int]]:
-            marks = []
-            for step in read_steps(iterator, segment, rank, rows_per_rank(GLOBAL_ROWS, consumers)):
+            marks, dataset = [], make_dataset(*told)
+            for step in read_steps(dataset, segment, rank, rows_per_rank(GLOBAL_ROWS, consumers)):
                 marks.append((time.time(), step.tokens))
                 if len(marks) == most:
                     break
@@ -118,15 +118,15 @@ def stream(ray: Any, data: Data, segment: Segment, consumers: int, most: int = 0
     actors = make_consumers(ray, consumers)
     ray.get([a.__ray_ready__.remote() for a in actors])
     started = time.time()
-    iterators = data.open(segment, consumers)
+    told = data.open(segment, consumers)
     calls = [
-        actor.consume.remote(iterator, segment, rank, consumers, most or -1)
-        for rank, (actor, iterator) in enumerate(zip(actors, iterators, strict=True))
+        actor.consume.remote(mine, segment, rank, consumers, most or -1)
+        for rank, (actor, mine) in enumerate(zip(actors, told, strict=True))
     ]
     marks = ray.get(calls, timeout=900)
     for actor in actors:
         ray.kill(actor)
-    del iterators, calls
+    del told, calls
     settle(ray)
     return started, marks
 

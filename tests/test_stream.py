@@ -16,11 +16,11 @@ from orchestrator.data.stream import (
     FIRST_SEGMENT_BLOCKS,
     SEGMENT_BLOCKS,
     Segment,
+    blocks_of_ranks,
     make_dataset,
     micro_batches,
     read_steps,
     segments,
-    split_for_workers,
     steps_per_block,
 )
 from orchestrator.errors import DataError
@@ -47,17 +47,16 @@ def consume(ray: Any, source: tuple[ShardReader, Order], segment: Segment, worke
     reader, order = source
 
     @ray.remote(num_cpus=0.1)
-    def read(iterator: Any, rank: int) -> list[Any]:
+    def read(blocks: list[Any], rank: int) -> list[Any]:
         per_step = rows_per_rank(GLOBAL_ROWS, workers)
-        steps = read_steps(iterator, segment, rank, per_step)
+        steps = read_steps(make_dataset(reader, blocks), segment, rank, per_step)
         return [
             (s.step, s.row_ids.tolist(), s.denominator, [len(r["input_ids"]) for r in s.rows])
             for s in steps
         ]
 
-    dataset = make_dataset(reader, order, reader.column("n_targets"), segment, workers)
-    iterators = split_for_workers(dataset, workers)
-    return ray.get([read.remote(it, rank) for rank, it in enumerate(iterators)])
+    blocks = blocks_of_ranks(order, reader.column("n_targets"), segment, workers)
+    return ray.get([read.remote(mine, rank) for rank, mine in enumerate(blocks)])
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -82,10 +81,9 @@ def test_a_block_of_another_rank_is_an_error_not_a_wrong_batch(
     ray: Any, source: tuple[ShardReader, Order]
 ) -> None:
     reader, order = source
-    dataset = make_dataset(reader, order, reader.column("n_targets"), (0, 10), 1)
-    (iterator,) = split_for_workers(dataset, 1)
+    (blocks,) = blocks_of_ranks(order, reader.column("n_targets"), (0, 10), 1)
     with pytest.raises(DataError, match="step 0 of rank 0 where step 0 of rank 1 was due"):
-        list(read_steps(iterator, (0, 10), 1, GLOBAL_ROWS))
+        list(read_steps(make_dataset(reader, blocks), (0, 10), 1, GLOBAL_ROWS))
 
 
 def test_segments_cover_all_steps_once_and_the_first_is_short() -> None:
@@ -111,9 +109,8 @@ def test_micro_batches_are_filled_with_rows_of_weight_zero(
     ray: Any, source: tuple[ShardReader, Order]
 ) -> None:
     reader, order = source
-    dataset = make_dataset(reader, order, reader.column("n_targets"), (0, 1), 1)
-    (iterator,) = split_for_workers(dataset, 1)
-    (step,) = read_steps(iterator, (0, 1), 0, GLOBAL_ROWS)
+    (blocks,) = blocks_of_ranks(order, reader.column("n_targets"), (0, 1), 1)
+    (step,) = read_steps(make_dataset(reader, blocks), (0, 1), 0, GLOBAL_ROWS)
     batches = micro_batches(step, 8)
     assert [len(rows) for rows, _ in batches] == [8, 8, 8]
     assert [int(weights.sum()) for _, weights in batches] == [8, 8, 4]

@@ -1,9 +1,8 @@
 """Prepared rows → each worker, through Ray Data, in exactly the order that `order` says.
 
-One block holds one rank's rows for a run of consecutive steps. Blocks are listed run by run, rank by
-rank, and hold equally many rows, so that `streaming_split(equal=False)`, which hands the next block
-to the output with the fewest rows, deals them out 0, 1, …, w−1, 0, …. Ray promises no such order:
-every row carries its step and rank, and the worker checks both.
+One block holds one rank's rows for a run of consecutive steps. Each rank runs a Ray Data set of its
+own blocks, in order: no coordinator stands between the ranks, whose process would have to start, and
+could die, beside them. Every row carries its step and rank, and the worker checks both.
 """
 
 from __future__ import annotations
@@ -97,16 +96,32 @@ def _with_position(
     return table
 
 
-def make_dataset(
-    reader: ShardReader, order: Order, n_targets: np.ndarray, segment: Segment, world_size: int
-) -> Any:
-    """A Ray Data set of the segment's blocks, lazily read, in order."""
+Block = tuple[np.ndarray, np.ndarray, int, np.ndarray]
+"""Row ids, steps, rank and denominators of one read task."""
+
+
+def blocks_of_ranks(
+    order: Order, n_targets: np.ndarray, segment: Segment, world_size: int
+) -> list[list[Block]]:
+    """Every rank's blocks of a segment, in the order of its steps."""
+    size = steps_per_block(order.global_rows, world_size)
+    out: list[list[Block]] = [[] for _ in range(world_size)]
+    for start in range(segment[0], segment[1], size):
+        steps = range(start, min(start + size, segment[1]))
+        batches = [order.batch(step) for step in steps]
+        totals = np.array([n_targets[b[b != PADDING]].sum() for b in batches], dtype=np.int64)
+        for rank in range(world_size):
+            ids = np.concatenate([order.rank_rows(step, rank, world_size) for step in steps])
+            out[rank].append((ids, np.array(steps), rank, totals))
+    return out
+
+
+def make_dataset(reader: ShardReader, blocks: Sequence[Block]) -> Any:
+    """A Ray Data set of one rank's blocks, lazily read, in order."""
     import ray
     from ray.data import ExecutionResources
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
-
-    blocks = _blocks(order, n_targets, segment, world_size)
 
     class PreparedBlocks(Datasource):
         """Our shards as Ray Data read tasks, one per block."""
@@ -133,40 +148,16 @@ def make_dataset(
         )
 
 
-def _blocks(
-    order: Order, n_targets: np.ndarray, segment: Segment, world_size: int
-) -> list[tuple[np.ndarray, np.ndarray, int, np.ndarray]]:
-    """(row ids, steps, rank, denominators) of every block, run by run, rank by rank."""
-    size = steps_per_block(order.global_rows, world_size)
-    out = []
-    for start in range(segment[0], segment[1], size):
-        steps = range(start, min(start + size, segment[1]))
-        batches = [order.batch(step) for step in steps]
-        totals = np.array([n_targets[b[b != PADDING]].sum() for b in batches], dtype=np.int64)
-        for rank in range(world_size):
-            ids = np.concatenate([order.rank_rows(step, rank, world_size) for step in steps])
-            out.append((ids, np.array(steps), rank, totals))
-    return out
-
-
 def _read_block(
     reader: ShardReader, ids: np.ndarray, steps: np.ndarray, rank: int, totals: np.ndarray
 ) -> list[pa.Table]:
     return [_with_position(reader, ids, steps, rank, totals)]
 
 
-def split_for_workers(dataset: Any, world_size: int) -> list[Any]:
-    """One picklable iterator per rank."""
-    iterators: list[Any] = dataset.streaming_split(world_size, equal=False)
-    return iterators
-
-
-def read_steps(
-    iterator: Any, segment: Segment, rank: int, rows_per_step: int
-) -> Iterator[StepRows]:
+def read_steps(dataset: Any, segment: Segment, rank: int, rows_per_step: int) -> Iterator[StepRows]:
     """A rank's steps of one segment; raises DataError where a block is not the one due."""
     due = segment[0]
-    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         for step_rows in unpack(table, rows_per_step):
             _verify(step_rows[1], step_rows[2], due, rank)
             due += 1

@@ -15,19 +15,20 @@ from orchestrator.data.manifest import read_manifest
 from orchestrator.data.order import Order, rows_per_rank
 from orchestrator.data.shards import ShardReader, open_shards
 from orchestrator.data.stream import (
+    Block,
     Segment,
     StepRows,
+    blocks_of_ranks,
     make_dataset,
     read_steps,
     segments,
-    split_for_workers,
 )
 from orchestrator.errors import DataError
 from orchestrator.plan.plan import DataFacts, Plan
-from orchestrator.train.group import broadcast
 
 AHEAD_STEPS = 8
 """Steps held ready in each worker."""
+CLOSE_S = 10.0
 _END = object()
 
 
@@ -62,9 +63,10 @@ def open_source(plan: Plan, data: DataFacts, global_rows: int, for_training: boo
 class StepStream:
     """This rank's rows for steps start…stop, read ahead from the moment it is made.
 
-    Making and iterating are collective; rank 0 holds `source`, the others None. Rank 0 makes the Ray
-    Data sets and hands out their iterators. A thread reads ahead. From the first step on, two segments
-    are open, so that the next one is warm before the present one ends.
+    Making and iterating are collective; rank 0 holds `source`, the others None. Rank 0 works out the
+    order and tells each rank its blocks, which it then reads through a Ray Data set of its own. A
+    thread reads ahead. From the first step on, two segments are known, so that the next one is warm
+    before the present one ends.
     """
 
     def __init__(self, source: Source | None, global_rows: int, start: int, stop: int) -> None:
@@ -74,7 +76,8 @@ class StepStream:
         self._opened: queue.Queue[Any] = queue.Queue()
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=AHEAD_STEPS)
         self._stopped = threading.Event()
-        threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True).start()
+        self._thread = threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True)
+        self._thread.start()
         self._open_next()
 
     def __iter__(self) -> Iterator[StepRows]:
@@ -92,32 +95,41 @@ class StepStream:
                     self._open_next()
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead, and wait until nothing is held."""
         self._stopped.set()
         self._opened.put(_END)
+        self._thread.join(CLOSE_S)
 
     def _open_next(self) -> None:
         if not self._pending:
             self._opened.put(_END)
             return
         segment = self._pending.pop(0)
-        self._opened.put((segment, self._iterator(segment)))
+        self._opened.put((segment, *self._my_blocks(segment)))
 
-    def _iterator(self, segment: Segment) -> Any:
-        """This rank's iterator over a segment; rank 0 makes all of them."""
-        made: list[Any] = []
+    def _my_blocks(self, segment: Segment) -> tuple[ShardReader, list[Block]]:
+        """This rank's blocks of a segment, and where to read them."""
+        told: list[Any] | None = None
         if self.source is not None:
-            source, size = self.source, self.world_size
-            dataset = make_dataset(source.reader, source.order, source.n_targets, segment, size)
-            made = split_for_workers(dataset, size)
-        return broadcast(made)[self.rank]
+            source = self.source
+            told = [
+                (source.reader, blocks)
+                for blocks in blocks_of_ranks(
+                    source.order, source.n_targets, segment, self.world_size
+                )
+            ]
+        mine: list[Any] = [None]
+        dist.scatter_object_list(mine, told, src=0)
+        reader, blocks = mine[0]
+        return reader, blocks
 
     def _read_ahead(self) -> None:
         per_step = rows_per_rank(self.global_rows, self.world_size)
         try:
             while (item := self._opened.get()) is not _END and not self._stopped.is_set():
-                segment, iterator = item
-                for step in read_steps(iterator, segment, self.rank, per_step):
+                segment, reader, blocks = item
+                dataset = make_dataset(reader, blocks)
+                for step in read_steps(dataset, segment, self.rank, per_step):
                     if not self._put(step):
                         return
                 self._put(segment)
