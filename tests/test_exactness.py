@@ -15,7 +15,8 @@ from orchestrator.data.manifest import read_manifest
 from orchestrator.data.order import PADDING
 from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
-from orchestrator.model.build import build_model, parameter_groups
+from orchestrator.model.build import build_model
+from orchestrator.model.parts import parameter_groups
 from orchestrator.plan import Plan
 from orchestrator.plan.schedule import lr_factor
 from orchestrator.run_folder import RunFolder
@@ -68,7 +69,7 @@ def plain_loop(plan: Plan) -> list[float]:
     )
     model = build_model(spec, plan.labels)
     model.train()
-    groups = parameter_groups(model, spec.optimizer.lr, spec.optimizer.weight_decay)
+    groups = parameter_groups(model, spec.optimizer)
     optimizer = torch.optim.AdamW(groups)
     out = []
     for step in range(plan.total_steps):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from orchestrator.data.manifest import Manifest, Shard
 from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import OrchestratorError, PlanError
-from orchestrator.model.build import build_model, parameter_groups
+from orchestrator.model.build import build_model
+from orchestrator.model.parts import parameter_groups
 from orchestrator.plan import Cluster, Plan, describe_cluster, make_plan
 from orchestrator.plan import plan as plan_module
 from orchestrator.plan.cluster import GIB, GPU_MEMORY_GIB, Node, this_machine
@@ -22,6 +23,7 @@ from orchestrator.plan.facts import model_facts
 from orchestrator.plan.fit import MEMORY_SHARE
 from orchestrator.plan.memory import ModelFacts
 from orchestrator.spec import JobSpec, apply_overrides, parse_spec
+from orchestrator.spec.optimizer import AdamW
 
 LAPTOP = Cluster(source="described", nodes=(Node(cpus=4, memory_bytes=16 * GIB),))
 LABELS = ("bad", "good")
@@ -494,7 +496,7 @@ def test_a_tuning_that_hits_nothing_is_an_error(spec: JobSpec, override: str, wh
 
 def test_norms_and_biases_are_left_out_of_weight_decay(spec: JobSpec) -> None:
     model: Any = build_model(changed(spec, "tuning.freeze=['*embeddings*']"), LABELS)
-    decayed, spared = parameter_groups(model, 1e-3, 0.1)
+    decayed, spared = parameter_groups(model, AdamW(weight_decay=0.1))
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim == 2 for p in decayed["params"])
     assert all(p.ndim == 1 for p in spared["params"])

@@ -123,20 +123,3 @@ def _add_lora(model: Any, lora: LoraTuning, spec: JobSpec) -> torch.nn.Module:
         return get_peft_model(model, config)
     except ValueError as error:
         raise OrchestratorError(f"tuning.target_modules: {error}") from error
-
-
-def no_decay(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is left out of weight decay: norms and biases."""
-    return len(shape) <= 1 or name.endswith(".bias") or "norm" in name.lower()
-
-
-def parameter_groups(
-    model: torch.nn.Module, lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Trainable parameters for the optimizer, with decay and without."""
-    groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[no_decay(name, tuple(parameter.shape))].append(parameter)
-    decays = ((groups[False], weight_decay), (groups[True], 0.0))
-    return [{"params": p, "lr": lr, "weight_decay": wd} for p, wd in decays if p]

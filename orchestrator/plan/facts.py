@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.model.build import build_model
+from orchestrator.model.parts import groups
 from orchestrator.plan.memory import ModelFacts
 from orchestrator.spec import JobSpec
 
@@ -32,3 +33,20 @@ def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
         vocab_size=first("vocab_size"),
         eager_attention=getattr(config, "_attn_implementation", "sdpa") == "eager",
     )
+
+
+def part_rates(spec: JobSpec, labels: tuple[str, ...]) -> tuple[tuple[float, int], ...]:
+    """(peak learning rate, trainable parameters) by part of the model, lowest first; empty for one rate.
+
+    Raises OrchestratorError where `optimizer.head_lr` or `layer_decay` finds no such part.
+    """
+    optimizer = spec.optimizer
+    if optimizer.head_lr is None and optimizer.layer_decay == 1:
+        return ()
+    model: Any = build_model(spec, labels, on_meta=True)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    counts: dict[float, int] = {}
+    for group in groups(model, optimizer):
+        lr = optimizer.lr * group.lr_scale
+        counts[lr] = counts.get(lr, 0) + sum(sizes[name] for name in group.names)
+    return tuple(sorted(counts.items()))

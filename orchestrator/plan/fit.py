@@ -13,7 +13,7 @@ from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, memory_byte
 from orchestrator.plan.resources import Workers
 from orchestrator.plan.zero import bucket_elements
 from orchestrator.spec import JobSpec
-from orchestrator.spec.optimization import SGD, AdamW
+from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
 
 MEMORY_SHARE = 0.85
 """Share of a worker's memory that the plan fills; the rest is for what the estimate does not know."""
@@ -46,7 +46,7 @@ class Load:
             world_size=self.workers.count,
             stage=stage,
             bf16=self.bf16,
-            optimizer_states=_optimizer_states(spec),
+            optimizer_states=optimizer_states(spec),
             offload_optimizer=spec.zero.offload_optimizer == "cpu",
             offload_param=spec.zero.offload_param == "cpu",
             bucket_elements=bucket_elements(spec, self.model.trainable),
@@ -80,6 +80,9 @@ def _stage(load: Load, rows: int, reasons: dict[str, str]) -> Stage:
         return zero.stage
     lowest = _lowest_stage(load.spec)
     stages = [s for s in STAGES if s >= lowest] if load.workers.count > 1 else [lowest]
+    if needs_whole_matrices(load.spec):
+        reasons["stage"] = f"{load.spec.optimizer.type} needs whole matrices"
+        return 0
     reasons["stage"] = f"the lowest that fits {load.room_bytes / GIB:.1f} GiB per worker"
     return next((s for s in stages if load.fits(s, rows)), stages[-1])
 
@@ -103,12 +106,24 @@ def _lowest_stage(spec: JobSpec) -> Stage:
     return 1 if spec.zero.offload_optimizer == "cpu" else 0
 
 
-def _optimizer_states(spec: JobSpec) -> int:
+def needs_whole_matrices(spec: JobSpec) -> bool:
+    """Whether the optimizer cannot work on the flat pieces that ZeRO 1 to 3 hand out."""
+    return isinstance(spec.optimizer, Adafactor)
+
+
+def optimizer_states(spec: JobSpec) -> int:
+    """fp32 values the optimizer keeps per trainable element."""
     match spec.optimizer:
-        case AdamW():
+        case AdamW() | Adam():
             return 2
         case SGD(momentum=momentum):
-            return 1 if momentum else 0
+            return int(momentum > 0)
+        case RMSProp(momentum=momentum, centered=centered):
+            return 1 + int(momentum > 0) + int(centered)
+        case Lion():
+            return 1
+        case Adafactor():
+            return 0  # a row and a column per matrix: nothing beside the weights
 
 
 def _too_big(load: Load, stage: Stage, rows: int) -> str:
@@ -160,7 +175,7 @@ def _changes(spec: JobSpec, setup: MemorySetup, rows: int) -> list[_Change]:
         ),
         (not setup.bf16, _Change("precision=bf16", {"bf16": True})),
         (
-            setup.on_gpu and not setup.offload_optimizer,
+            setup.on_gpu and not setup.offload_optimizer and not needs_whole_matrices(spec),
             _Change(f"zero.offload_optimizer=cpu{staged}", offload),
         ),
         (pinned, _Change("zero.stage=auto", {"stage": highest})),

@@ -12,7 +12,7 @@ from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import PlanError
 from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.cluster import GIB, Cluster
-from orchestrator.plan.facts import model_facts
+from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load, fit
 from orchestrator.plan.memory import ModelFacts, Stage, checkpoint_bytes, memory_bytes
 from orchestrator.plan.resources import (
@@ -75,6 +75,8 @@ class Plan(Frozen):
     checkpoint_every_steps: int
     checkpoint_bytes: int
     optimizer_class: str
+    part_rates: tuple[tuple[float, int], ...]
+    """(peak learning rate, trainable parameters) by part of the model; empty for one rate."""
     memory_bytes: dict[str, int]
     memory_limit_bytes: int
     deepspeed: dict[str, Any]
@@ -145,6 +147,7 @@ def make_plan(
         checkpoint_every_steps=_checkpoint_every(spec, total, reasons),
         checkpoint_bytes=size,
         optimizer_class=optimizer_class(spec, workers.on_gpu, reasons),
+        part_rates=part_rates(spec, labels),
         memory_bytes=memory_bytes(model, setup, micro_rows, tokens_per_row),
         memory_limit_bytes=limit,
         deepspeed=deepspeed_config(spec, setup, micro_rows, accumulation),

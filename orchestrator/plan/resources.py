@@ -9,7 +9,7 @@ from orchestrator.data.stream import READ_CPUS
 from orchestrator.errors import PlanError
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.spec import JobSpec
-from orchestrator.spec.optimization import SGD
+from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
 
 DATA_CPUS = 2 * READ_CPUS
 """CPUs kept free for Ray Data; without them reads starve and the run hangs without a word."""
@@ -119,8 +119,24 @@ def memory_limit(cluster: Cluster, workers: Workers, reasons: dict[str, str]) ->
 def optimizer_class(spec: JobSpec, on_gpu: bool, reasons: dict[str, str]) -> str:
     """The class that steps the weights, by what can be compiled here."""
     optimizer = spec.optimizer
-    if isinstance(optimizer, SGD):
-        return "torch.optim.SGD"
+    match optimizer:
+        case SGD():
+            return "torch.optim.SGD"
+        case RMSProp():
+            return "torch.optim.RMSprop"
+        case Lion():
+            reasons["optimizer_class"] = "torch has none"
+            return "orchestrator.train.lion.Lion"
+        case Adafactor():
+            reasons["optimizer_class"] = "with rates from the schedule, not its own"
+            return "transformers.optimization.Adafactor"
+        case AdamW() | Adam():
+            return _adam_class(optimizer, spec, on_gpu, reasons)
+
+
+def _adam_class(
+    optimizer: AdamW | Adam, spec: JobSpec, on_gpu: bool, reasons: dict[str, str]
+) -> str:
     offloaded = on_gpu and spec.zero.offload_optimizer == "cpu"
     name = (
         "deepspeed.ops.adam.FusedAdam"
@@ -144,4 +160,4 @@ def optimizer_class(spec: JobSpec, on_gpu: bool, reasons: dict[str, str]) -> str
             if on_gpu
             else "torch's fused CPU kernel needs no compiler"
         )
-    return "torch.optim.AdamW"
+    return f"torch.optim.{type(optimizer).__name__}"

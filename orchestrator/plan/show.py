@@ -90,6 +90,12 @@ def _how_long(plan: Plan) -> Iterator[Row]:
         f"{optimizer.type}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
         f"{plan.optimizer_class}: {reasons.get('optimizer_class', 'optimizer.implementation')}",
     )
+    if plan.part_rates:
+        yield (
+            "rates by part",
+            ", ".join(f"{lr:.2g} for {count:,}" for lr, count in plan.part_rates),
+            "peak rate for so many parameters: optimizer.layer_decay, optimizer.head_lr",
+        )
     yield (
         "schedule",
         f"{spec.schedule.type}, {plan.warmup_steps} warm-up steps  {_sketch(plan)}",

@@ -33,6 +33,7 @@ def deepspeed_config(
         "bf16": {"enabled": setup.bf16},
         "zero_optimization": {"stage": setup.stage},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }

@@ -8,14 +8,8 @@ from pydantic import Field
 
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.model import FullTuning, ModelSpec, TuningSpec
-from orchestrator.spec.optimization import (
-    AdamW,
-    BatchSpec,
-    LinearSchedule,
-    OptimizerSpec,
-    ScheduleSpec,
-    ZeroSpec,
-)
+from orchestrator.spec.optimization import BatchSpec, LinearSchedule, ScheduleSpec, ZeroSpec
+from orchestrator.spec.optimizer import AdamW, OptimizerSpec
 from orchestrator.tasks import TaskSpec
 from orchestrator.values import Frozen
 

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule, batch and precision."""
+"""Learning-rate schedule, batch and ZeRO."""
 
 from __future__ import annotations
 
@@ -7,44 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field, Tag
 
 from orchestrator.values import Frozen, by_type
-
-Probability = Annotated[float, Field(ge=0, lt=1)]
-
-
-class AdamW(Frozen):
-    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101)."""
-
-    type: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 5e-5
-    """Peak learning rate."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    """Decay of the first and second moment."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled decay; norms and biases are left out of it."""
-    implementation: Literal["auto", "deepspeed", "torch"] = "auto"
-    """`deepspeed` takes FusedAdam on a GPU and DeepSpeedCPUAdam for an offloaded optimizer (both compile
-    an extension at first use); `auto` does so where a compiler is found, and says which in the plan."""
-
-
-class SGD(Frozen):
-    """Stochastic gradient descent with optional (Nesterov) momentum."""
-
-    type: Literal["sgd"]
-    lr: Annotated[float, Field(gt=0)] = 1e-2
-    """Peak learning rate."""
-    momentum: Probability = 0.9
-    """0 is plain SGD."""
-    nesterov: bool = False
-    """Look-ahead momentum."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """L2 penalty added to the gradient; norms and biases are left out of it."""
-
-
-OptimizerSpec = Annotated[
-    Annotated[AdamW, Tag("adamw")] | Annotated[SGD, Tag("sgd")], by_type("adamw")
-]
 
 
 class Warmup(Frozen):

@@ -92,6 +92,8 @@ def _optimization(spec: JobSpec) -> Iterator[Problem]:
 
 def _zero(spec: JobSpec) -> Iterator[Problem]:
     zero, gpus = spec.zero, spec.resources.gpus_per_worker
+    if spec.optimizer.type == "adafactor":
+        yield from _whole_matrices(spec)
     if zero.offload_param == "cpu" and zero.stage not in (3, "auto"):
         yield Problem(
             "zero.offload_param", "needs zero.stage 3", "zero.stage: 3", zero.offload_param
@@ -111,6 +113,19 @@ def _zero(spec: JobSpec) -> Iterator[Problem]:
             "drop it, or set resources.gpus_per_worker",
             "cpu",
         )
+
+
+def _whole_matrices(spec: JobSpec) -> Iterator[Problem]:
+    zero = spec.zero
+    why = (
+        "cuts weights into flat pieces, and adafactor needs the rows and columns of whole matrices"
+    )
+    fix = "zero.stage: 0, or optimizer.type: adamw or lion"
+    if zero.stage not in (0, "auto"):
+        yield Problem("zero.stage", why, fix, zero.stage)
+    for field in ("offload_optimizer", "offload_param"):
+        if getattr(zero, field) == "cpu":
+            yield Problem(f"zero.{field}", f"needs ZeRO, which {why}", "drop it", "cpu")
 
 
 def _evaluation(spec: JobSpec) -> Iterator[Problem]:

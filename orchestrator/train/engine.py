@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import random
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.data.stream import StepRows, micro_batches
-from orchestrator.model.build import parameter_groups
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.schedule import lr_factor
-from orchestrator.spec.optimization import SGD, AdamW
+from orchestrator.train.optimizer import make_optimizer
 
 TAG = "engine"
 """Name of DeepSpeed's folder inside a checkpoint."""
@@ -31,7 +29,7 @@ def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
     import deepspeed
     import deepspeed.ops
 
-    if not plan.on_gpu and plan.optimizer_class.startswith("torch"):
+    if not plan.on_gpu and not plan.optimizer_class.startswith("deepspeed"):
         deepspeed.ops.__compatible_ops__ = {}
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -42,28 +40,11 @@ def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
     return engine
 
 
-def make_optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that the plan names, over the model's trainable parameters."""
-    spec = plan.spec.optimizer
-    groups = parameter_groups(model, spec.lr, spec.weight_decay)
-    module, _, name = plan.optimizer_class.rpartition(".")
-    optimizer_class = getattr(importlib.import_module(module), name)
-    match spec:
-        case AdamW(betas=betas, eps=eps):
-            extra = {"fused": True} if module == "torch.optim" else {"adam_w_mode": True}
-            if name == "DeepSpeedCPUAdam":
-                extra = {"adamw_mode": True}
-            made: torch.optim.Optimizer = optimizer_class(groups, betas=betas, eps=eps, **extra)
-            return made
-        case SGD(momentum=momentum, nesterov=nesterov):
-            return torch.optim.SGD(groups, lr=spec.lr, momentum=momentum, nesterov=nesterov)
-
-
 def set_learning_rate(engine: Any, plan: Plan, step: int) -> float:
-    """Set the rate of optimizer step `step` (0-based) in every group; returns it."""
+    """Set the rate of optimizer step `step` (0-based) in every group; returns that of `optimizer.lr`."""
     lr = plan.spec.optimizer.lr * lr_factor(plan.spec.schedule, step, plan.total_steps)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     return lr
 
 

@@ -1,0 +1,159 @@
+"""Optimizers: what each does to a weight, what it keeps, which part of a model moves how fast."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_plan import LABELS, LAPTOP, changed, prepared
+
+from orchestrator.errors import OrchestratorError, SpecError
+from orchestrator.model.build import build_model
+from orchestrator.model.parts import groups
+from orchestrator.plan import describe_cluster, make_plan
+from orchestrator.plan.fit import optimizer_states
+from orchestrator.spec import JobSpec
+from orchestrator.train.lion import Lion
+from orchestrator.train.optimizer import make_optimizer
+
+KINDS: dict[str, list[str]] = {
+    "adamw": ["optimizer.type=adamw"],
+    "adam": ["optimizer.type=adam"],
+    "sgd": ["optimizer.type=sgd"],
+    "plain-sgd": ["optimizer.type=sgd", "optimizer.momentum=0"],
+    "nesterov": ["optimizer.type=sgd", "optimizer.nesterov=true"],
+    "rmsprop": ["optimizer.type=rmsprop"],
+    "rmsprop-all": [
+        "optimizer.type=rmsprop", "optimizer.momentum=0.9", "optimizer.centered=true",
+    ],
+    "lion": ["optimizer.type=lion"],
+    "adafactor": ["optimizer.type=adafactor"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def spec(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
+    folder = tmp_path_factory.mktemp("job")
+    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4))
+    return tiny.job(models.bert, rows, folder)
+
+
+def stepped(job: JobSpec) -> tuple[Any, torch.optim.Optimizer]:
+    """The job's model after one step of its optimizer on made-up gradients."""
+    model = build_model(job, LABELS)
+    optimizer = make_optimizer(make_plan(job, LAPTOP, prepared()), model)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_counts_the_state_that_each_optimizer_keeps(spec: JobSpec, kind: str) -> None:
+    job = changed(spec, *KINDS[kind])
+    model, optimizer = stepped(job)
+    kept = sum(
+        value.numel()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.numel() > 1
+    )
+    elements = sum(p.numel() for p in model.parameters())
+    assert kept / elements == pytest.approx(optimizer_states(job), abs=0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_optimizer_moves_every_weight_against_its_gradient(spec: JobSpec, kind: str) -> None:
+    job = changed(spec, *KINDS[kind], "optimizer.weight_decay=0")
+    before = [p.detach().clone() for p in build_model(job, LABELS).parameters()]
+    model, _ = stepped(job)
+    for old, parameter in zip(before, model.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert ((old - parameter.detach()) * parameter.grad >= 0).all()
+        assert (old != parameter.detach()).float().mean() > 0.9
+
+
+def test_lion_steps_as_its_paper_says() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = Lion([{"params": [weight]}], lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    gradients = [torch.tensor([0.5, -1.0, 0.0]), torch.tensor([-0.02, 1.0, 2.0])]
+    expected, momentum = [1.0, -2.0, 3.0], [0.0, 0.0, 0.0]
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+        for i, g in enumerate(gradient.tolist()):
+            update = 0.9 * momentum[i] + 0.1 * g
+            sign = math.copysign(1, update) if update else 0.0
+            expected[i] -= 0.1 * (sign + 0.5 * expected[i])
+            momentum[i] = 0.99 * momentum[i] + 0.01 * g
+    assert weight.tolist() == pytest.approx(expected)
+
+
+def test_weight_decay_is_decoupled_in_adamw_and_coupled_in_adam(spec: JobSpec) -> None:
+    """With Adam a penalty is divided by the gradient's size like all else; with AdamW it is not."""
+    moved = {}
+    for kind in ("adamw", "adam"):
+        for decay in (0.0, 0.5):
+            job = changed(spec, f"optimizer.type={kind}", f"optimizer.weight_decay={decay}")
+            model, _ = stepped(changed(job, "optimizer.lr=0.01"))
+            moved[kind, decay] = model.classifier.weight.detach()
+    start = build_model(spec, LABELS).classifier.weight.detach()  # type: ignore[union-attr]
+    decoupled = moved["adamw", 0.5] - moved["adamw", 0.0]
+    torch.testing.assert_close(decoupled, -0.01 * 0.5 * start)
+    coupled = (moved["adam", 0.5] - moved["adam", 0.0]).abs()
+    assert coupled.mean() < decoupled.abs().mean() / 2
+
+
+def test_layers_move_slower_the_deeper_they_lie(spec: JobSpec) -> None:
+    job = changed(spec, "optimizer.lr=0.001", "optimizer.layer_decay=0.5")
+    scales = {
+        n: g.lr_scale for g in groups(build_model(job, LABELS), job.optimizer) for n in g.names
+    }
+    assert scales["bert.embeddings.word_embeddings.weight"] == 0.125
+    assert scales["bert.encoder.layer.0.output.dense.weight"] == 0.25
+    assert scales["bert.encoder.layer.1.output.LayerNorm.bias"] == 0.5
+    assert scales["bert.pooler.dense.weight"] == scales["classifier.weight"] == 1
+    plan = make_plan(job, LAPTOP, prepared())
+    assert [rate for rate, _ in plan.part_rates] == [0.000125, 0.00025, 0.0005, 0.001]
+    assert sum(count for _, count in plan.part_rates) == plan.model.trainable
+
+
+@pytest.mark.parametrize("tuning", [[], ["tuning.type=lora"]])
+def test_the_head_can_have_a_rate_of_its_own(spec: JobSpec, tuning: list[str]) -> None:
+    job = changed(spec, *tuning, "optimizer.head_lr=0.01", "optimizer.lr=0.001")
+    model: Any = build_model(job, LABELS)
+    fast = {n for g in groups(model, job.optimizer) if g.lr_scale != 1 for n in g.names}
+    assert len(fast) == 2
+    assert all("classifier" in name for name in fast)
+
+
+def test_rates_by_part_without_such_a_part_are_refused(
+    spec: JobSpec, models: tiny.Tiny, tmp_path: Path
+) -> None:
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.documents(4))
+    tied = tiny.job(
+        models.gpt2, rows, tmp_path, task={"type": "causal_lm"}, optimizer={"head_lr": 0.1}
+    )
+    with pytest.raises(OrchestratorError, match=r"optimizer\.head_lr.*embeddings"):
+        make_plan(tied, LAPTOP, prepared())
+
+
+@pytest.mark.parametrize(
+    "override", ["zero.stage=1", "zero.stage=2", "zero.stage=3", "zero.offload_optimizer=cpu"]
+)
+def test_adafactor_on_flat_pieces_of_the_weights_is_refused(spec: JobSpec, override: str) -> None:
+    with pytest.raises(SpecError, match="whole matrices"):
+        changed(spec, "optimizer.type=adafactor", override)
+
+
+def test_adafactor_stays_at_stage_0_however_little_fits(spec: JobSpec) -> None:
+    plan = make_plan(
+        changed(spec, "optimizer.type=adafactor"), describe_cluster("8xH100x1"), prepared()
+    )
+    assert plan.stage == 0
+    assert "whole matrices" in plan.reasons["stage"]
