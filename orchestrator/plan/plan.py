@@ -22,7 +22,7 @@ from orchestrator.plan.resources import (
     share_out,
     uses_bf16,
 )
-from orchestrator.plan.schedule import warmup_steps
+from orchestrator.plan.schedule import planned_rates, warmup_steps
 from orchestrator.plan.zero import deepspeed_config
 from orchestrator.spec import JobSpec
 from orchestrator.values import Frozen
@@ -68,6 +68,8 @@ class Plan(Frozen):
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+    planned_rates: tuple[tuple[int, float], ...]
+    """(step, learning rate) of the schedule at about 200 steps, to be held against what was applied."""
     eval_every_steps: int
     metric: str
     """Names the best model."""
@@ -141,6 +143,7 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         warmup_steps=warmup_steps(spec.schedule, total),
+        planned_rates=planned_rates(spec.schedule, spec.optimizer.lr, total),
         eval_every_steps=eval_every,
         metric=metric,
         higher_is_better=spec.task.higher_is_better(metric),

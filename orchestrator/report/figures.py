@@ -34,7 +34,7 @@ LINES = (EVALUATED, "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 MOST_CELL_LABELS = 12
 """Labels up to which a confusion matrix shows its counts as text."""
 GIB = 2**30
-NOT_METRICS = frozenset({"step", "time", "eval_s", "rows"})
+NOT_METRICS = frozenset({"step", "time", "eval_s", "rows", "train_loss"})
 
 
 def scalar_metrics(evals: Sequence[Record]) -> list[str]:

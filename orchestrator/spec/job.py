@@ -8,8 +8,9 @@ from pydantic import Field
 
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.model import FullTuning, ModelSpec, TuningSpec
-from orchestrator.spec.optimization import BatchSpec, LinearSchedule, ScheduleSpec, ZeroSpec
+from orchestrator.spec.optimization import BatchSpec, ZeroSpec
 from orchestrator.spec.optimizer import AdamW, OptimizerSpec
+from orchestrator.spec.schedule import LinearSchedule, ScheduleSpec
 from orchestrator.tasks import TaskSpec
 from orchestrator.values import Frozen
 
@@ -23,6 +24,15 @@ class StopSpec(Frozen):
     """Optimizer steps."""
     max_time_s: Annotated[float, Field(gt=0)] | None = None
     """Seconds of training, restarts included. Reaching it commits a checkpoint first."""
+    target: float | None = None
+    """Stop once `evaluation.metric` reaches this value."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations in a row without a better `evaluation.metric`."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """For `patience`, a value counts as better when it beats the best by more than this."""
+    overfitting_evals: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations in a row in which the evaluation loss rose while the training
+    loss fell."""
 
 
 class ResourcesSpec(Frozen):

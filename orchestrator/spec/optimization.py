@@ -1,51 +1,12 @@
-"""Learning-rate schedule, batch and ZeRO."""
+"""Batch and ZeRO."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
-from orchestrator.values import Frozen, by_type
-
-
-class Warmup(Frozen):
-    """Linear rise of the learning rate from 0 to `optimizer.lr`."""
-
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Optimizer steps of warm-up. At most one of `warmup_steps` and `warmup_ratio`."""
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Warm-up as a share of all steps."""
-
-
-class ConstantSchedule(Warmup):
-    """Warm-up, then the peak rate to the end."""
-
-    type: Literal["constant"]
-
-
-class LinearSchedule(Warmup):
-    """Warm-up, then a straight line down to `min_lr_ratio` of the peak, reached as the last step ends."""
-
-    type: Literal["linear"] = "linear"
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the peak rate that is left when the last step ends; no step is spent at rate 0."""
-
-
-class CosineSchedule(Warmup):
-    """Warm-up, then half a cosine down to `min_lr_ratio` (Loshchilov & Hutter, arXiv 1608.03983)."""
-
-    type: Literal["cosine"]
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the peak rate that is left when the last step ends; no step is spent at rate 0."""
-
-
-ScheduleSpec = Annotated[
-    Annotated[ConstantSchedule, Tag("constant")]
-    | Annotated[LinearSchedule, Tag("linear")]
-    | Annotated[CosineSchedule, Tag("cosine")],
-    by_type("linear"),
-]
+from orchestrator.values import Frozen
 
 
 class BatchSpec(Frozen):

@@ -8,15 +8,13 @@ from pathlib import Path
 
 from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rules
 from orchestrator.spec.model import LoraTuning
-
-NO_EVAL_ROWS = "has no rows to be measured on"
-GIVE_EVAL_ROWS = "set data.eval, or data.eval_fraction=0.1, or drop it"
 
 
 def broken_rules(spec: JobSpec) -> list[Problem]:
     """Every rule across fields that `spec` breaks, in the order of the job file."""
-    rules = (_model, _data, _optimization, _zero, _evaluation, _files)
+    rules = (_model, _data, knob_rules, _batch, _zero, _evaluation, _files)
     return [problem for rule in rules for problem in rule(spec)]
 
 
@@ -62,20 +60,7 @@ def _data(spec: JobSpec) -> Iterator[Problem]:
     yield from spec.task.broken_rules(has_eval=bool(data.eval or data.eval_fraction))
 
 
-def _optimization(spec: JobSpec) -> Iterator[Problem]:
-    schedule = spec.schedule
-    if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
-        yield Problem("schedule.warmup_ratio", "excludes schedule.warmup_steps", "keep one")
-    max_steps = spec.stop.max_steps
-    if max_steps is not None and (schedule.warmup_steps or 0) >= max_steps:
-        yield Problem(
-            "schedule.warmup_steps",
-            f"the warm-up must end before stop.max_steps = {max_steps}",
-            f"at most {max_steps - 1}",
-            schedule.warmup_steps,
-        )
-    if spec.optimizer.type == "sgd" and spec.optimizer.nesterov and spec.optimizer.momentum == 0:
-        yield Problem("optimizer.nesterov", "needs momentum above 0", "momentum: 0.9", True)
+def _batch(spec: JobSpec) -> Iterator[Problem]:
     batch = spec.batch
     if (
         batch.global_rows != "auto"
@@ -92,8 +77,6 @@ def _optimization(spec: JobSpec) -> Iterator[Problem]:
 
 def _zero(spec: JobSpec) -> Iterator[Problem]:
     zero, gpus = spec.zero, spec.resources.gpus_per_worker
-    if spec.optimizer.type == "adafactor":
-        yield from _whole_matrices(spec)
     if zero.offload_param == "cpu" and zero.stage not in (3, "auto"):
         yield Problem(
             "zero.offload_param", "needs zero.stage 3", "zero.stage: 3", zero.offload_param
@@ -113,19 +96,6 @@ def _zero(spec: JobSpec) -> Iterator[Problem]:
             "drop it, or set resources.gpus_per_worker",
             "cpu",
         )
-
-
-def _whole_matrices(spec: JobSpec) -> Iterator[Problem]:
-    zero = spec.zero
-    why = (
-        "cuts weights into flat pieces, and adafactor needs the rows and columns of whole matrices"
-    )
-    fix = "zero.stage: 0, or optimizer.type: adamw or lion"
-    if zero.stage not in (0, "auto"):
-        yield Problem("zero.stage", why, fix, zero.stage)
-    for field in ("offload_optimizer", "offload_param"):
-        if getattr(zero, field) == "cpu":
-            yield Problem(f"zero.{field}", f"needs ZeRO, which {why}", "drop it", "cpu")
 
 
 def _evaluation(spec: JobSpec) -> Iterator[Problem]:

@@ -40,9 +40,12 @@ def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
     return engine
 
 
-def set_learning_rate(engine: Any, plan: Plan, step: int) -> float:
-    """Set the rate of optimizer step `step` (0-based) in every group; returns that of `optimizer.lr`."""
-    lr = plan.spec.optimizer.lr * lr_factor(plan.spec.schedule, step, plan.total_steps)
+def set_learning_rate(engine: Any, plan: Plan, step: int, factor: float = 1.0) -> float:
+    """Set the rate of optimizer step `step` (0-based) in every group; returns that of `optimizer.lr`.
+
+    `factor`: what evaluations so far have left of it, under a plateau schedule.
+    """
+    lr = plan.spec.optimizer.lr * lr_factor(plan.spec.schedule, step, plan.total_steps) * factor
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     return lr

@@ -152,7 +152,9 @@ def model_card(plan: Plan, step: int, figures: dict[str, Any]) -> str:
     """The exported folder's README: what it is, how it was made, how good it is."""
     spec = plan.spec
     best = figures.get("best") or {}
-    scores = {k: v for k, v in best.items() if isinstance(v, float) and k != "eval_s"}
+    scores = {
+        k: v for k, v in best.items() if isinstance(v, float) and k not in ("eval_s", "train_loss")
+    }
     base = spec.model.pretrained or f"a new {plan.model.model_type}"
     lines = [
         "---",

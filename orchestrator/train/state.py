@@ -25,6 +25,12 @@ class Progress:
     best: dict[str, Any] | None = None
     last_eval: dict[str, Any] | None = None
     skipped_in_a_row: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Step, metrics and mean training loss of every evaluation; what stops a run or lowers the rate
+    is a pure function of it."""
+    loss_sum: float = 0.0
+    """Training loss since the last evaluation, and over how many targets."""
+    targets: int = 0
 
 
 @dataclass(frozen=True)

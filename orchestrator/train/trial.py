@@ -14,6 +14,7 @@ import torch.distributed as dist
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
 from orchestrator.plan.plan import Plan
+from orchestrator.plan.schedule import plateau_factor
 from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.run_folder import RunFolder
 from orchestrator.train import engine as zero
@@ -35,6 +36,7 @@ from orchestrator.train.state import (
     memory_in_use_bytes,
     peak_memory_bytes,
 )
+from orchestrator.train.stopping import reason_to_stop
 
 
 def run_trial(plan: Plan, folder: RunFolder) -> Result:
@@ -124,10 +126,12 @@ class Trial:
     def train(self) -> Result:
         """The loop. Every decision is taken from figures that all ranks share."""
         plan, progress = self.plan, self.progress
+        if reason := self._reason_to_stop():
+            return self._result("finished", reason)
         resumed_at_s, wanted = progress.elapsed_s, time.perf_counter()
         for batch in self.stream:
             got = time.perf_counter()
-            lr = zero.set_learning_rate(self.engine, plan, progress.step)
+            lr = zero.set_learning_rate(self.engine, plan, progress.step, self._rate_factor())
             skipped_before = self.engine.skipped_steps
             loss_sum = zero.train_step(self.engine, plan, batch)
             pulse = self._pulse(loss_sum, batch.tokens)
@@ -137,6 +141,8 @@ class Trial:
             if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
                 return self._result("diverged", self._divergence(loss, norm, lr))
             progress.step += 1
+            progress.loss_sum += pulse.loss_sum
+            progress.targets += batch.denominator
             self._record(
                 loss,
                 lr,
@@ -150,13 +156,16 @@ class Trial:
                 if pulse.storage_failed:
                     self._check_storage()
                 improved = self._evaluate_if_due(stopping)
-                self._save_if_due(improved, stopping)
+                reason = self._reason_to_stop()
+                self._save_if_due(improved, stopping or bool(reason))
             except CheckpointError as error:
                 return self._result("storage_failed", str(error))
             if stopping:
                 return self._result(
                     "stopped" if pulse.stop else "out_of_time", self._how_to_go_on()
                 )
+            if reason:
+                return self._result("finished", reason)
             wanted = time.perf_counter()
         return self._result("finished")
 
@@ -194,6 +203,21 @@ class Trial:
         )
         return broken or self.progress.skipped_in_a_row >= self.plan.spec.faults.max_skipped_steps
 
+    def _rate_factor(self) -> float:
+        """What the evaluations so far have left of the planned rate."""
+        plan, schedule = self.plan, self.plan.spec.schedule
+        name = getattr(schedule, "metric", None) or plan.metric
+        values = [record[name] for record in self.progress.history if name in record]
+        return plateau_factor(schedule, values, plan.spec.task.higher_is_better(name))
+
+    def _reason_to_stop(self) -> str:
+        """Why the evaluations so far end training early; empty where they do not."""
+        plan, progress = self.plan, self.progress
+        why = reason_to_stop(plan.spec.stop, progress.history, plan.metric, plan.higher_is_better)
+        if not why or progress.step >= plan.total_steps:
+            return ""
+        return f"stopped early at step {progress.step} of {plan.total_steps}: {why}"
+
     def _evaluate_if_due(self, stopping: bool) -> bool:
         """Evaluate at the plan's steps; returns whether the result is the best so far."""
         step, plan = self.progress.step, self.plan
@@ -204,7 +228,7 @@ class Trial:
         started = time.perf_counter()
         metrics = self.evaluate(self.engine, self.engine.device)
         record = {"step": step, "eval_s": round(time.perf_counter() - started, 3), **metrics}
-        self.progress.last_eval = record
+        self._remember(record)
         if self.evals:
             self.evals.write(time=time.time(), **record)
             self.evals.flush()
@@ -213,6 +237,15 @@ class Trial:
         self.progress.best = record
         self.writer.best_step = step
         return True
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        """Keep an evaluation's figures, beside the training loss since the one before."""
+        progress = self.progress
+        record["train_loss"] = progress.loss_sum / max(progress.targets, 1)
+        progress.loss_sum, progress.targets = 0.0, 0
+        progress.last_eval = record
+        kept = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "eval_s"}
+        progress.history.append(kept)
 
     def _save_if_due(self, improved: bool, stopping: bool) -> None:
         step, plan = self.progress.step, self.plan

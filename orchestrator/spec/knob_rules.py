@@ -1,0 +1,93 @@
+"""Rules across fields about how training goes: optimizer, schedule, stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.errors import Problem
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.schedule import PlateauSchedule, StepSchedule, WSDSchedule
+
+NO_EVAL_ROWS = "has no rows to be measured on"
+GIVE_EVAL_ROWS = "set data.eval, or data.eval_fraction=0.1, or drop it"
+
+
+def knob_rules(spec: JobSpec) -> Iterator[Problem]:
+    """Every rule about training's knobs that `spec` breaks."""
+    yield from _optimizer(spec)
+    yield from _schedule(spec)
+    yield from _stop(spec)
+
+
+def _optimizer(spec: JobSpec) -> Iterator[Problem]:
+    optimizer, zero = spec.optimizer, spec.zero
+    if optimizer.type == "sgd" and optimizer.nesterov and optimizer.momentum == 0:
+        yield Problem("optimizer.nesterov", "needs momentum above 0", "momentum: 0.9", True)
+    if optimizer.type != "adafactor":
+        return
+    why = (
+        "cuts weights into flat pieces, and adafactor needs the rows and columns of whole matrices"
+    )
+    if zero.stage not in (0, "auto"):
+        fix = "zero.stage: 0, or optimizer.type: adamw or lion"
+        yield Problem("zero.stage", why, fix, zero.stage)
+    for field in ("offload_optimizer", "offload_param"):
+        if getattr(zero, field) == "cpu":
+            yield Problem(f"zero.{field}", f"needs ZeRO, which {why}", "drop it", "cpu")
+
+
+def _schedule(spec: JobSpec) -> Iterator[Problem]:
+    schedule, max_steps = spec.schedule, spec.stop.max_steps
+    if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
+        yield Problem("schedule.warmup_ratio", "excludes schedule.warmup_steps", "keep one")
+    if max_steps is not None and (schedule.warmup_steps or 0) >= max_steps:
+        yield Problem(
+            "schedule.warmup_steps",
+            f"the warm-up must end before stop.max_steps = {max_steps}",
+            f"at most {max_steps - 1}",
+            schedule.warmup_steps,
+        )
+    match schedule:
+        case StepSchedule(every_steps=every) if every and "milestones" in schedule.model_fields_set:
+            yield Problem("schedule.milestones", "excludes schedule.every_steps", "keep one")
+        case WSDSchedule(decay_ratio=decay, warmup_ratio=warm) if decay + (warm or 0.0) > 1:
+            yield Problem(
+                "schedule.decay_ratio",
+                f"leaves no room for schedule.warmup_ratio = {warm}",
+                f"at most {1 - (warm or 0.0):g}",
+                decay,
+            )
+        case PlateauSchedule():
+            yield from _plateau(spec, schedule)
+
+
+def _plateau(spec: JobSpec, schedule: PlateauSchedule) -> Iterator[Problem]:
+    if schedule.patience is None and not schedule.thresholds:
+        yield Problem("schedule.patience", "null needs schedule.thresholds", "patience: 2")
+    if schedule.metric is not None and schedule.metric not in spec.task.metric_names:
+        names = ", ".join(spec.task.metric_names)
+        yield Problem(
+            "schedule.metric",
+            f"{spec.task.type} does not report it",
+            f"choose from: {names}",
+            schedule.metric,
+        )
+    yield from _needs_evaluations(spec, "schedule.type", "plateau")
+
+
+def _stop(spec: JobSpec) -> Iterator[Problem]:
+    stop = spec.stop
+    for field in ("target", "patience", "overfitting_evals"):
+        if (value := getattr(stop, field)) is not None:
+            yield from _needs_evaluations(spec, f"stop.{field}", value)
+    if "min_delta" in stop.model_fields_set and stop.patience is None:
+        yield Problem("stop.min_delta", "has no effect without stop.patience", "drop it")
+
+
+def _needs_evaluations(spec: JobSpec, field: str, value: object) -> Iterator[Problem]:
+    """What looks at evaluations during training needs some."""
+    if not (spec.data.eval or spec.data.eval_fraction):
+        yield Problem(field, NO_EVAL_ROWS, GIVE_EVAL_ROWS, value)
+    elif spec.evaluation.every_steps == "end":
+        fix = "evaluation.every_steps: epoch, or a number of steps"
+        yield Problem(field, "looks at evaluations before the end, and there are none", fix, value)

@@ -1,0 +1,46 @@
+"""When evaluations say that training is over. Pure: the same on all ranks, and after a resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.report.overfitting import evals_overfitting
+from orchestrator.spec.job import StopSpec
+
+
+def reason_to_stop(
+    stop: StopSpec, history: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool
+) -> str:
+    """Why training ends after the evaluations in `history`, in words; empty where it goes on."""
+    if not history:
+        return ""
+    values = [float(record[metric]) for record in history]
+    if stop.target is not None and _reached(values[-1], stop.target, higher_is_better):
+        return f"{metric} {values[-1]:.4f} reached stop.target = {stop.target:g}"
+    waited = _without_gain(values, stop.min_delta, higher_is_better)
+    if stop.patience is not None and waited >= stop.patience:
+        return f"{metric} got no better in {waited} evaluations, stop.patience = {stop.patience}"
+    bad = evals_overfitting(history)
+    if stop.overfitting_evals is not None and bad >= stop.overfitting_evals:
+        return (
+            f"over-fitting: in {bad} evaluations in a row the evaluation loss rose while the training loss "
+            f"fell, stop.overfitting_evals = {stop.overfitting_evals}"
+        )
+    return ""
+
+
+def _reached(value: float, target: float, higher_is_better: bool) -> bool:
+    return value >= target if higher_is_better else value <= target
+
+
+def _without_gain(values: Sequence[float], min_delta: float, higher_is_better: bool) -> int:
+    """Evaluations since the last that beat the best before it by more than `min_delta`."""
+    best, waited = -math.inf, 0
+    for value in values:
+        signed = value if higher_is_better else -value
+        waited += 1
+        if math.isfinite(value) and signed > best + min_delta:
+            best, waited = signed, 0
+    return waited
