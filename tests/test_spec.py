@@ -116,7 +116,7 @@ def test_unknown_kinds_and_missing_sections_do_not_hide_other_problems(
         {
             **base,
             "task": {"type": "text_clasification", "labels": ["a", "b"]},
-            "optimizer": {"type": "adam", "momentum": 0.5},
+            "optimizer": {"type": "adan", "momentum": 0.5},
             "evaluation": {"metric": "f1_macro"},
             "zero": {"stage": 0, "offload_optimizer": "cpu"},
         }
@@ -306,7 +306,7 @@ def test_the_json_schema_accepts_what_the_loader_accepts(
     [
         {"optimiser": {}},
         {"optimizer": {"learning_rate": 1}},
-        {"optimizer": {"type": "adam"}},
+        {"optimizer": {"type": "adan"}},
         {"data": {"train": "x", "order": {"shufle": "full"}}},
         {"batch": {"global_rows": 0}},
         {"precision": "fp16"},

@@ -74,7 +74,8 @@ def _within_cycle(step: int, steps: int, cycles: int) -> float:
 def _drops(schedule: StepSchedule, step: int, warm: int, total_steps: int) -> int:
     if schedule.every_steps is not None:
         return (step - warm) // schedule.every_steps
-    return sum(step >= round(share * total_steps) for share in schedule.milestones)
+    after, whole = step - warm, total_steps - warm
+    return sum(after >= math.ceil(share * whole - 1e-9) for share in schedule.milestones)
 
 
 def _wsd(schedule: WSDSchedule, step: int, warm: int, total_steps: int) -> float:

@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.data.order import rows_per_rank
+from orchestrator.plan.chart import text_chart
 from orchestrator.plan.cluster import GIB
 from orchestrator.plan.plan import DataFacts, Plan
 from orchestrator.plan.schedule import lr_factor
+from orchestrator.spec.schedule import PlateauSchedule
 
-BARS = "▁▂▃▄▅▆▇█"
 Row = tuple[str, str, str]
 
 
@@ -28,6 +29,8 @@ def show_plan(plan: Plan) -> RenderableType:
         ("files", _files(plan)),
     ):
         parts.append(_table(title, rows))
+        if title == "batch and steps":
+            parts.append(_schedule_chart(plan))
     parts += [Text(f"warning: {text}", style="yellow") for text in plan.warnings]
     return Group(*parts)
 
@@ -98,9 +101,11 @@ def _how_long(plan: Plan) -> Iterator[Row]:
         )
     yield (
         "schedule",
-        f"{spec.schedule.type}, {plan.warmup_steps} warm-up steps  {_sketch(plan)}",
-        f"lr {optimizer.lr:g} → {optimizer.lr * lr_factor(spec.schedule, plan.total_steps - 1, plan.total_steps):.2g} at the last step",
+        f"{spec.schedule.type}, {plan.warmup_steps} warm-up steps",
+        f"lr {max(lr for _, lr in plan.planned_rates):.2g} → {plan.planned_rates[-1][1]:.2g} at the last step",
     )
+    if isinstance(spec.schedule, PlateauSchedule):
+        yield "", "", _plateau_words(spec.schedule, plan)
     order = spec.data.order
     yield (
         "order",
@@ -118,14 +123,20 @@ def _how_long(plan: Plan) -> Iterator[Row]:
         yield "evaluation", "none", reasons.get("eval_every_steps", "")
 
 
-def _sketch(plan: Plan, width: int = 24) -> str:
-    """The schedule as a line of bars."""
-    last = max(plan.total_steps - 1, 1)
-    steps = [round(i * last / (width - 1)) for i in range(width)]
-    factors = [
-        lr_factor(plan.spec.schedule, min(s, plan.total_steps - 1), plan.total_steps) for s in steps
-    ]
-    return "".join(BARS[min(int(f * len(BARS)), len(BARS) - 1)] for f in factors)
+def _plateau_words(schedule: PlateauSchedule, plan: Plan) -> str:
+    metric = schedule.metric or plan.metric
+    when = [f"{metric} reaches {t:g}" for t in schedule.thresholds]
+    if schedule.patience is not None:
+        when.append(f"{metric} got no better in {schedule.patience} evaluations")
+    return f"at most: times {schedule.factor:g} whenever {', or '.join(when)}"
+
+
+def _schedule_chart(plan: Plan) -> Text:
+    """The learning rate over the run."""
+    schedule, total = plan.spec.schedule, plan.total_steps
+    peak = plan.spec.optimizer.lr
+    lines = text_chart(lambda step: lr_factor(schedule, step, total), total, f"{peak:.2g}")
+    return Text("\n".join(["learning rate by step", *lines]), style="dim", no_wrap=True)
 
 
 def _where(plan: Plan) -> Iterator[Row]:

@@ -27,6 +27,7 @@ from orchestrator.report.drawing import (
     steps_of,
     tall,
 )
+from orchestrator.report.overfitting import overfitting_words
 from orchestrator.report.records import finite
 
 BASELINE = "#059669"
@@ -114,13 +115,42 @@ def wait_chart(steps: Sequence[Record]) -> Chart | None:
     return chart_of("wait", "Waiting for data", note, traces, "ms", log=True)
 
 
-def rate_chart(steps: Sequence[Record]) -> Chart | None:
-    """Learning rate per step."""
-    traces = line(steps_of(steps), column(steps, "lr"), "learning rate", MEASURED, 2)
-    chart = chart_of("lr", "Learning rate", "As set for each step.", traces, "")
+def rate_chart(steps: Sequence[Record], planned: Sequence[Sequence[float]]) -> Chart | None:
+    """Learning rate per step; `planned`: (step, rate) pairs of the schedule."""
+    x, y = steps_of(steps), column(steps, "lr")
+    traces = line(x, y, "applied", MEASURED, 2)
+    if traces and planned:
+        ahead = line([p[0] for p in planned], [p[1] for p in planned], "planned", EXPECTED, 1.5)
+        traces = ahead + traces
+        for trace in ahead:
+            trace.line.dash = "dash"
+    chart = chart_of("lr", "Learning rate", _rate_words(x, y, planned), traces, "")
     if chart:
         chart.figure["layout"]["yaxis"]["exponentformat"] = "e"
     return chart
+
+
+def _rate_words(
+    x: Sequence[float], y: Sequence[float | None], planned: Sequence[Sequence[float]]
+) -> str:
+    """How far the applied rates are from the planned ones, at steps that have both."""
+    applied = dict(zip(x, y, strict=True))
+    pairs = [(p[1], applied[p[0]]) for p in planned if applied.get(p[0]) is not None]
+    off = sum(abs(rate - (got or 0.0)) > 1e-6 * rate for rate, got in pairs)
+    if not pairs:
+        return "As set for each step."
+    if not off:
+        return f"Applied as planned, at all {len(pairs)} steps compared."
+    return f"Applied and planned differ at {off} of {len(pairs)} steps compared."
+
+
+def gap_chart(evals: Sequence[Record]) -> Chart | None:
+    """Evaluation loss minus training loss, at each evaluation."""
+    known = [r for r in evals if None not in (finite(r.get("loss")), finite(r.get("train_loss")))]
+    if len(known) < 2:
+        return None
+    traces = points(steps_of(known), [r["loss"] - r["train_loss"] for r in known], "gap", EVALUATED)
+    return chart_of("gap", "Generalisation gap", overfitting_words(known), traces, "loss")
 
 
 def norm_chart(steps: Sequence[Record], clipping: float | None) -> Chart | None:

@@ -163,7 +163,8 @@ def charts(run: Run) -> list[Chart]:
         figures.wait_chart(run.steps),
         figures.memory_chart(run.steps, sum(_memory(run.plan).values()), peak),
         figures.norm_chart(run.steps, clipping),
-        figures.rate_chart(run.steps),
+        figures.rate_chart(run.steps, run.plan.get("planned_rates") or []),
+        figures.gap_chart(run.evals),
     ]
     found = [chart for chart in drawn if chart]
     if sum(not chart.wide for chart in found) % 2:  # two to a row: the last would leave a hole

@@ -70,7 +70,7 @@ class StepSchedule(Warmup):
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Factor at each milestone."""
     milestones: tuple[Share, ...] = (0.5, 0.75)
-    """Shares of all steps at which the rate drops. At most one of `milestones` and `every_steps`."""
+    """Shares of the steps after the warm-up at which the rate drops. At most one of `milestones` and `every_steps`."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """Drop after each so many steps since the warm-up instead."""
 
