@@ -17,6 +17,7 @@ from orchestrator.spec import JobSpec, load_spec
 
 if TYPE_CHECKING:
     from orchestrator.launch.run import Outcome
+    from orchestrator.remote.head import Head
 
 app = typer.Typer(
     help="Fine-tune Hugging Face models on Ray: one YAML says what.",
@@ -46,6 +47,14 @@ Resume = Annotated[
         help="Go on where a run of this name stopped, or start over (the old folder is kept aside).",
     ),
 ]
+Address = Annotated[
+    str,
+    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The head's Jobs API, http://HEAD:8265."),
+]
+JobId = Annotated[
+    str, typer.Argument(metavar="ID", help="As `submit` printed it.", show_default=False)
+]
+LOCAL_HEAD = "http://127.0.0.1:8265"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -95,6 +104,9 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option(help="Plan for 8xH100x4 (GPUs × type × nodes) or 16cpux2.")
     ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Plan for the live cluster behind http://HEAD:8265.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What would run: each number with its reason. Prepares the data if it is not ready."""
@@ -103,8 +115,10 @@ def plan(
     from orchestrator.api import make_plan
     from orchestrator.plan import describe_cluster
     from orchestrator.plan.show import show_plan
+    from orchestrator.remote.head import Head
 
-    made = make_plan(spec, describe_cluster(cluster) if cluster else None)
+    target = describe_cluster(cluster) if cluster else None
+    made = make_plan(spec, Head(address).cluster() if address else target)
     if as_json:
         print(made.model_dump_json(indent=2))
     else:
@@ -206,6 +220,101 @@ def export(
     from orchestrator.api import find_run
 
     out.print(str(write(find_run(run, storage), target)), soft_wrap=True)
+
+
+@app.command()
+def submit(
+    job: Job,
+    overrides: Overrides = None,
+    address: Address = LOCAL_HEAD,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The submission's id. Default: the run's name and six digits."),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the output and exit as the job does.")] = True,
+) -> None:
+    """Train on a cluster: pack the working directory, submit `train`, follow it to its end."""
+    spec = load_spec(job, overrides or [], submitted=True)
+    _quiet_libraries()
+    from orchestrator.remote import jobs
+    from orchestrator.remote.head import Head
+
+    head = Head(address)
+    request = jobs.submit(spec, job, overrides or [], head, name, _say)
+    _say(f"submitted {request.submission_id}: {request.entrypoint}")
+    if wait:
+        _follow(head, request.submission_id)
+
+
+def _follow(head: Head, submission_id: str) -> None:
+    from orchestrator.remote import jobs
+
+    try:
+        info = jobs.follow(head, submission_id, _write)
+    except KeyboardInterrupt:
+        _say(f"no longer following; the job goes on. orchestrator stop {submission_id} ends it")
+        raise
+    _say(f"{submission_id}: {info.status.value}")
+    raise typer.Exit(jobs.exit_code(info))
+
+
+def _say(text: str) -> None:
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@app.command()
+def jobs(address: Address = LOCAL_HEAD) -> None:
+    """A table of the cluster's jobs."""
+    from orchestrator.remote.head import Head
+    from orchestrator.remote.show import jobs_table
+
+    out.print(jobs_table(Head(address).list()))
+
+
+@app.command()
+def status(submission_id: JobId, address: Address = LOCAL_HEAD, as_json: AsJson = False) -> None:
+    """How a job on a cluster stands."""
+    from orchestrator.remote.head import Head
+    from orchestrator.remote.show import job_facts, job_table
+
+    info = Head(address).job(submission_id)
+    if as_json:
+        print(json.dumps(job_facts(info), indent=2))
+    else:
+        out.print(job_table(info))
+
+
+@app.command()
+def logs(
+    submission_id: JobId,
+    address: Address = LOCAL_HEAD,
+    wait: Annotated[
+        bool,
+        typer.Option("--follow/--no-follow", "-f", help="Go on to the job's end; exit as it does."),
+    ] = False,
+) -> None:
+    """What a job on a cluster printed."""
+    from orchestrator.remote.head import Head
+
+    head = Head(address)
+    head.job(submission_id)
+    if wait:
+        _follow(head, submission_id)
+    _write(head.logs(submission_id))
+
+
+@app.command()
+def stop(submission_id: JobId, address: Address = LOCAL_HEAD) -> None:
+    """Ask a job on a cluster to commit a checkpoint and leave."""
+    from orchestrator.remote import jobs
+    from orchestrator.remote.head import Head
+
+    _say(f"{submission_id}: {jobs.stop(Head(address), submission_id, _say)}")
 
 
 @app.command()

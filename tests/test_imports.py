@@ -17,7 +17,7 @@ FLOORS = {
     "data": 5,
     "plan": 6,
     "train": 7,
-    "launch": 8, "sweep": 8,
+    "launch": 8, "remote": 8, "sweep": 8,
     "top": 9,
 }  # fmt: skip
 TOP = ("__init__", "__main__", "api", "cli")

@@ -16,7 +16,7 @@ from orchestrator.run_folder import RunFolder, read_json, write_atomically, writ
 from orchestrator.spec import dump_spec
 
 MAY_CHANGE = (
-    "name", "storage", "tracking", "checkpoint", "faults", "evaluation", "stop.max_time_s",
+    "name", "storage", "runtime", "tracking", "checkpoint", "faults", "evaluation", "stop.max_time_s",
     "data.prepared_dir", "resources.cpus_per_worker",
 )  # fmt: skip
 """Fields that do not touch the mathematics: a run may be continued with other values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
-from orchestrator.errors import TrainingError
+from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.launch.claim import claimed
 from orchestrator.launch.session import attached_address, ray_session, send_chatter_to
 from orchestrator.launch.workers import make_trainer
@@ -68,6 +69,7 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     """
     console = console or Console(quiet=True)
     machine = this_machine()
+    _must_have_secrets(spec)
     with ray_session(machine.cpus, machine.gpus):
         prepared = _prepared(spec, console)
         plan = make_plan(spec, _cluster(), prepared)
@@ -77,6 +79,16 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
             if outcome is None or outcome["status"] != "finished":
                 outcome = launch(plan, folder, console)
             return finish(plan, folder, outcome, console)
+
+
+def _must_have_secrets(spec: JobSpec) -> None:
+    """Whoever runs the cluster gives its processes the secrets; the job only names them."""
+    missing = [name for name in spec.runtime.secrets if not os.environ.get(name)]
+    if attached_address() and missing:
+        raise OrchestratorError(
+            f"runtime.secrets: {', '.join(missing)} not set where the driver runs. "
+            "Give it to the cluster's containers (env from a Secret), or drop it from the job."
+        )
 
 
 def _prepared(spec: JobSpec, console: Console) -> dict[Split, Prepared]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -49,7 +50,9 @@ def ray_session(cpus: float, gpus: float = 0) -> Iterator[Any]:
         yield ray
         return
     if attached_address():
-        settings = {"env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS}}
+        settings = {
+            "env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS if k not in _job_variables()}
+        }
         ray.init(
             address="auto", runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR
         )
@@ -69,6 +72,13 @@ def ray_session(cpus: float, gpus: float = 0) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _job_variables() -> dict[str, str]:
+    """Variables that the job this process belongs to has set; Ray refuses to have them set again."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    found: dict[str, str] = config.get("runtime_env", {}).get("env_vars", {})
+    return found
 
 
 def send_chatter_to(log_file: Path | None) -> None:

@@ -40,9 +40,14 @@ class Cluster(Frozen):
         return sum(n.gpus for n in self.nodes)
 
     @property
-    def is_described(self) -> bool:
-        """It exists in words only: nothing but these figures is known of it."""
-        return self.source.startswith("described")
+    def is_ray(self) -> bool:
+        """A live Ray cluster, whose CPUs are those that Ray hands out."""
+        return self.source.startswith("Ray cluster")
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Described in words, or asked over HTTP: this machine's disk says nothing about its disk."""
+        return self.source.startswith(("described", "Ray cluster at"))
 
     def __str__(self) -> str:
         kinds: dict[str, int] = {}
@@ -88,23 +93,22 @@ def live_cluster() -> Cluster:
     """The Ray cluster this process is connected to."""
     import ray
 
-    nodes = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            resources = node["Resources"]
-            names = [k.split(":")[1] for k in resources if k.startswith("accelerator_type:")]
-            name = names[0] if names else None
-            gpus = resources.get("GPU", 0)
-            nodes.append(
-                Node(
-                    cpus=resources.get("CPU", 0),
-                    memory_bytes=int(resources.get("memory", 0)),
-                    gpus=gpus,
-                    gpu_name=name if gpus else None,
-                    gpu_memory_bytes=_gpu_memory(name) if gpus else 0,
-                )
-            )
-    return Cluster(source="Ray cluster", nodes=tuple(nodes))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Cluster(source="Ray cluster", nodes=tuple(map(ray_node, alive)))
+
+
+def ray_node(resources: dict[str, float]) -> Node:
+    """A node by the resources that Ray counts on it; memory is in bytes there."""
+    names = [k.split(":")[1] for k in resources if k.startswith("accelerator_type:")]
+    name = names[0] if names else None
+    gpus = resources.get("GPU", 0)
+    return Node(
+        cpus=resources.get("CPU", 0),
+        memory_bytes=int(resources.get("memory", 0)),
+        gpus=gpus,
+        gpu_name=name if gpus else None,
+        gpu_memory_bytes=_gpu_memory(name) if gpus else 0,
+    )
 
 
 def describe_cluster(text: str) -> Cluster:

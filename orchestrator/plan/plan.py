@@ -254,7 +254,7 @@ def _warnings(spec: JobSpec, prepared: dict[Split, Prepared]) -> list[str]:
 def _check_disk(spec: JobSpec, cluster: Cluster, run_dir: str, checkpoint: int) -> None:
     free = shutil.disk_usage(_existing_parent(Path(run_dir))).free
     need = checkpoint * (spec.checkpoint.keep + 2)
-    if need > free and not cluster.is_described:  # this machine's disk says nothing about its disk
+    if need > free and not cluster.is_elsewhere:
         raise PlanError(
             f"checkpoints need up to {need / GIB:.2f} GiB ({spec.checkpoint.keep} kept, the best, one being written); "
             f"{run_dir} has {free / GIB:.2f} GiB free. Free some, lower checkpoint.keep, or set storage."

@@ -81,7 +81,7 @@ def _cpus_per_worker(spec: JobSpec, cluster: Cluster, count: int, reasons: dict[
 def check_cpus(workers: Workers, cluster: Cluster) -> None:
     """Raises PlanError where a live cluster's CPUs are all taken by workers."""
     taken = workers.count * workers.cpus
-    if cluster.source == "Ray cluster" and taken + DATA_CPUS > cluster.cpus:
+    if cluster.is_ray and taken + DATA_CPUS > cluster.cpus:
         raise PlanError(
             f"the workers take {taken:g} of {cluster.cpus:g} CPUs and leave none for Ray Data, "
             f"which needs {DATA_CPUS:g}: reads would starve. Lower resources.cpus_per_worker."

@@ -10,6 +10,7 @@ from orchestrator.spec.data import DataSpec
 from orchestrator.spec.model import FullTuning, ModelSpec, TuningSpec
 from orchestrator.spec.optimization import BatchSpec, ZeroSpec
 from orchestrator.spec.optimizer import AdamW, OptimizerSpec
+from orchestrator.spec.runtime import RuntimeSpec
 from orchestrator.spec.schedule import LinearSchedule, ScheduleSpec
 from orchestrator.tasks import TaskSpec
 from orchestrator.values import Frozen
@@ -124,6 +125,8 @@ class JobSpec(Frozen):
     """When to save."""
     resources: ResourcesSpec = ResourcesSpec()
     """What to run on."""
+    runtime: RuntimeSpec = RuntimeSpec()
+    """What to bring along to a cluster."""
     faults: FaultsSpec = FaultsSpec()
     """How to survive."""
     tracking: TrackingSpec = TrackingSpec()

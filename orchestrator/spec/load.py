@@ -105,8 +105,8 @@ def _with_value(data: Any, path: list[str], value: Any) -> dict[str, Any]:
     return copy
 
 
-def parse_spec(data: dict[str, Any], source: str = "job") -> JobSpec:
-    """Validate a mapping.
+def parse_spec(data: dict[str, Any], source: str = "job", submitted: bool = False) -> JobSpec:
+    """Validate a mapping. `submitted`: the job is to run on a cluster, so absolute paths are not looked for here.
 
     Raises SpecError with all problems: of single fields, and of fields that do not go together.
     """
@@ -114,14 +114,15 @@ def parse_spec(data: dict[str, Any], source: str = "job") -> JobSpec:
         spec = JobSpec.model_validate(data)
     except ValidationError as error:
         problems = problems_from(error, data)
-        raise SpecError(problems + _rules_beside(data, error, problems), source) from error
-    if problems := broken_rules(spec):
+        beside = _rules_beside(data, error, problems, submitted)
+        raise SpecError(problems + beside, source) from error
+    if problems := broken_rules(spec, submitted):
         raise SpecError(problems, source)
     return spec
 
 
 def _rules_beside(
-    data: dict[str, Any], error: ValidationError, found: list[Problem]
+    data: dict[str, Any], error: ValidationError, found: list[Problem], submitted: bool
 ) -> list[Problem]:
     """Rules across fields that break beside the broken fields.
 
@@ -142,7 +143,11 @@ def _rules_beside(
     except ValidationError:
         return []
     broken = [f"{problem.field}." for problem in found]
-    return [p for p in broken_rules(spec) if not any(b.startswith(f"{p.field}.") for b in broken)]
+    return [
+        p
+        for p in broken_rules(spec, submitted)
+        if not any(b.startswith(f"{p.field}.") for b in broken)
+    ]
 
 
 def _breaks_eval(found: list[Problem]) -> bool:
@@ -157,12 +162,12 @@ def _without(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k != head}
 
 
-def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
+def load_spec(path: str | Path, overrides: Sequence[str] = (), submitted: bool = False) -> JobSpec:
     """Read a job file, apply `key=value` overrides, validate.
 
     Raises SpecError listing every problem found.
     """
-    return parse_spec(apply_overrides(read_yaml(path), overrides), str(path))
+    return parse_spec(apply_overrides(read_yaml(path), overrides), str(path), submitted)
 
 
 def dump_spec(spec: JobSpec) -> str:

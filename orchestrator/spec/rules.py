@@ -10,12 +10,20 @@ from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rules
 from orchestrator.spec.model import LoraTuning
+from orchestrator.spec.runtime_rules import in_job_package, kept_folders, runtime_rules
 
 
-def broken_rules(spec: JobSpec) -> list[Problem]:
-    """Every rule across fields that `spec` breaks, in the order of the job file."""
-    rules = (_model, _data, knob_rules, _batch, _zero, _evaluation, _files)
-    return [problem for rule in rules for problem in rule(spec)]
+def broken_rules(spec: JobSpec, submitted: bool = False) -> list[Problem]:
+    """Every rule across fields that `spec` breaks, in the order of the job file.
+
+    `submitted`: absolute paths are the cluster's, so they are not looked for on this machine.
+    """
+    rules = (_model, _data, knob_rules, _batch, _zero, _evaluation, runtime_rules)
+    problems = [problem for rule in rules for problem in rule(spec)]
+    problems += _files(spec, submitted)
+    if submitted or in_job_package():
+        problems += kept_folders(spec)
+    return problems
 
 
 def _model(spec: JobSpec) -> Iterator[Problem]:
@@ -131,14 +139,18 @@ def _evaluation(spec: JobSpec) -> Iterator[Problem]:
         yield Problem("evaluation.baseline_rows", NO_EVAL_ROWS, GIVE_EVAL_ROWS, baseline_rows)
 
 
-def _files(spec: JobSpec) -> Iterator[Problem]:
+def _files(spec: JobSpec, submitted: bool) -> Iterator[Problem]:
     for field in ("train", "eval"):
         value = getattr(spec.data, field)
         for path in (value,) if isinstance(value, str) else (value or ()):
-            if "://" not in path and not glob.glob(path, recursive=True):
+            if "://" in path or (submitted and Path(path).is_absolute()):
+                continue
+            if not glob.glob(path, recursive=True):
                 yield Problem(f"data.{field}", "no such file", _near_file(path), path)
     for field in ("pretrained", "tokenizer"):
         name = getattr(spec.model, field)
+        if submitted and name and Path(name).is_absolute():
+            continue
         if name and _looks_local(name) and not Path(name).is_dir():
             yield Problem(f"model.{field}", "no such folder", _near_file(name), name)
 

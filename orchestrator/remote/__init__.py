@@ -1,0 +1,1 @@
+"""Jobs on a cluster elsewhere, through Ray's Jobs API."""

@@ -1,0 +1,108 @@
+"""The working directory as one zip file: what goes along, and what stays at home."""
+
+from __future__ import annotations
+
+import glob
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pathspec import GitIgnoreSpec
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.spec import JobSpec
+
+MIB = 2**20
+LIMIT_BYTES = 100 * MIB
+"""The Jobs API refuses larger packages (HTTP 413)."""
+HOPELESS_BYTES = 10 * LIMIT_BYTES
+"""More than this is not even compressed to see."""
+NEVER = (".git", ".hg", ".svn", ".venv", "__pycache__", "node_modules")
+IGNORE_FILES = (".gitignore", ".rayignore")
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The time stamp of every file in the zip: unchanged files make an unchanged package, sent once."""
+
+
+def files_to_pack(root: Path, spec: JobSpec, job: Path) -> list[Path]:
+    """Files below `root`, relative to it, sorted.
+
+    Left out are NEVER, what `.gitignore` and `.rayignore` name (at any depth) and `runtime.excludes`;
+    the job file, and relative paths that the job names, are packed all the same.
+    """
+    found = set(_walk(root, spec.runtime.excludes))
+    for named in (str(job), *named_by(spec)):
+        found |= _named(root, named)
+    return sorted(found)
+
+
+def named_by(spec: JobSpec) -> list[str]:
+    """Relative paths and globs in the job: input files, model and tokenizer folders."""
+    data, model = spec.data, spec.model
+    named: list[str | None] = [model.pretrained, model.tokenizer]
+    for value in (data.train, data.eval):
+        named += [value] if isinstance(value, str) else (value or ())
+    return [n for n in named if n and "://" not in n and not Path(n).is_absolute()]
+
+
+def pack(root: Path, files: Sequence[Path], target: Path) -> Path:
+    """Write `files` as a zip to `target`; raises OrchestratorError, with the largest ones, above LIMIT_BYTES."""
+    sizes = {f: (root / f).stat().st_size for f in files}
+    if sum(sizes.values()) > HOPELESS_BYTES:
+        raise _too_large(sum(sizes.values()), sizes)
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for file in files:
+            info = zipfile.ZipInfo(file.as_posix(), EPOCH)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr = ((root / file).stat().st_mode & 0o777) << 16
+            archive.writestr(info, (root / file).read_bytes())
+    if target.stat().st_size >= LIMIT_BYTES:
+        raise _too_large(target.stat().st_size, sizes)
+    return target
+
+
+def _walk(root: Path, excludes: Sequence[str]) -> Iterator[Path]:
+    rules = {root.parent: [(root, GitIgnoreSpec.from_lines(excludes))]}
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        rules[here] = rules[here.parent] + [(here, s) for s in _ignore_files(here)]
+        folders[:] = sorted(
+            f for f in folders if f not in NEVER and not _ignored(here / f, rules[here], "/")
+        )
+        for file in files:
+            path = here / file
+            if path.is_file() and not _ignored(path, rules[here]):
+                yield path.relative_to(root)
+
+
+def _ignore_files(folder: Path) -> Iterator[GitIgnoreSpec]:
+    for name in IGNORE_FILES:
+        if (folder / name).is_file():
+            lines = (folder / name).read_text(encoding="utf-8").splitlines()
+            yield GitIgnoreSpec.from_lines(lines)
+
+
+def _ignored(path: Path, rules: list[tuple[Path, GitIgnoreSpec]], suffix: str = "") -> bool:
+    return any(spec.match_file(path.relative_to(at).as_posix() + suffix) for at, spec in rules)
+
+
+def _named(root: Path, pattern: str) -> set[Path]:
+    """Files of one path or glob below `root`; a hub id matches nothing."""
+    found: set[Path] = set()
+    for match in glob.glob(pattern, root_dir=root, recursive=True):
+        path = root / match
+        if path.is_file():
+            found.add(Path(match))
+        elif path.is_dir():
+            found |= {f.relative_to(root) for f in path.rglob("*") if f.is_file()}
+    return found
+
+
+def _too_large(total: int, sizes: dict[Path, int]) -> OrchestratorError:
+    largest = sorted(sizes.items(), key=lambda kv: -kv[1])[:5]
+    shown = "\n".join(f"  {size / MIB:8.1f} MiB  {file}" for file, size in largest)
+    return OrchestratorError(
+        f"the working directory makes a package of {total / MIB:.0f} MiB; the Jobs API takes {LIMIT_BYTES // MIB} MiB. "
+        f"The largest files:\n{shown}\n"
+        "Name what is not needed in runtime.excludes or .rayignore; put data and models on a path that every node sees."
+    )

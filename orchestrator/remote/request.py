@@ -1,0 +1,109 @@
+"""What is asked of the Jobs API, as a value: it can be printed, tested, and typed by hand."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from orchestrator.errors import PlanError, Problem, SpecError
+from orchestrator.plan.cluster import GIB, Cluster
+from orchestrator.plan.resources import check_cpus, share_out
+from orchestrator.spec import JobSpec
+from orchestrator.values import Frozen
+
+
+class JobRequest(Frozen):
+    """One submission. `working_dir` is a folder for a person's `ray job submit`, a zip file here."""
+
+    submission_id: str
+    run: str
+    entrypoint: str
+    """A shell command; every word that came from outside is quoted."""
+    working_dir: str
+    env_vars: dict[str, str]
+    pip: tuple[str, ...] = ()
+    pip_options: tuple[str, ...] = ()
+    driver_cpus: float = 0
+    driver_memory_bytes: int = 0
+    driver_resources: dict[str, float] = Field(default={})
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """Ray's runtime environment."""
+        found: dict[str, Any] = {"working_dir": self.working_dir, "env_vars": dict(self.env_vars)}
+        if self.pip:
+            found["pip"] = {"packages": list(self.pip)}
+            if self.pip_options:
+                found["pip"]["pip_install_options"] = list(self.pip_options)
+        return found
+
+
+def make_request(
+    spec: JobSpec, job: Path, overrides: Sequence[str], working_dir: str, name: str | None = None
+) -> JobRequest:
+    """The request that trains `job`, a path relative to the working directory.
+
+    `name`: the submission's id; by default the run's name and six random digits, as the Jobs API
+    takes each id once.
+    """
+    runtime = spec.runtime
+    words = ["python", "-m", "orchestrator", "train", job.as_posix(), *overrides]
+    return JobRequest(
+        submission_id=name or f"{spec.name}-{secrets.token_hex(3)}",
+        run=spec.name,
+        entrypoint=shlex.join(words),
+        working_dir=working_dir,
+        # The job's supervisor reads this one from its own environment, which is the job's.
+        env_vars={**runtime.env_vars, "RAY_JOB_STOP_WAIT_TIME_S": str(runtime.stop_wait_s)},
+        pip=runtime.pip,
+        pip_options=runtime.pip_options,
+        driver_cpus=runtime.driver_cpus,
+        driver_memory_bytes=int(runtime.driver_memory_gib * GIB),
+        driver_resources=runtime.driver_resources,
+    )
+
+
+def job_in(root: Path, job: Path) -> Path:
+    """The job file's path relative to `root`; raises SpecError where it lies elsewhere."""
+    try:
+        return job.resolve().relative_to(root.resolve())
+    except ValueError:
+        problem = Problem(
+            str(job),
+            f"lies outside the working directory {root}, which is what the cluster gets",
+            "submit from a folder above it",
+        )
+        raise SpecError([problem], str(job)) from None
+
+
+def must_fit(spec: JobSpec, cluster: Cluster) -> str:
+    """Whether the cluster can ever give what the job asks; returns the workers in words.
+
+    Raises PlanError. Memory is not looked at: it takes the data, which may be the cluster's alone.
+    """
+    workers = share_out(spec, cluster, {})
+    check_cpus(workers, cluster)
+    runtime = spec.runtime
+    if runtime.driver_cpus > max(n.cpus for n in cluster.nodes):
+        raise PlanError(
+            f"runtime.driver_cpus = {runtime.driver_cpus:g}: no node has so many; {cluster}. "
+            "The job would wait for ever. Lower it."
+        )
+    largest = max(n.memory_bytes for n in cluster.nodes)
+    if runtime.driver_memory_gib * GIB > largest:
+        raise PlanError(
+            f"runtime.driver_memory_gib = {runtime.driver_memory_gib:g}: the largest node has {largest / GIB:.1f} GiB. "
+            "The job would wait for ever. Lower it."
+        )
+    if workers.count * workers.cpus + runtime.driver_cpus > cluster.cpus:
+        raise PlanError(
+            f"{workers.count} workers of {workers.cpus} CPUs and runtime.driver_cpus = {runtime.driver_cpus:g} "
+            f"exceed {cluster}. Lower runtime.driver_cpus or resources.cpus_per_worker."
+        )
+    each = f"{workers.gpus:g} GPU" if workers.on_gpu else f"{workers.cpus} CPU"
+    return f"{workers.count} worker(s) of {each} on {cluster}"

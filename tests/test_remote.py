@@ -1,0 +1,211 @@
+"""What is sent to a cluster: the package, the request, the token. Nothing here starts Ray."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import OrchestratorError, PlanError, SpecError
+from orchestrator.plan import describe_cluster
+from orchestrator.remote import package
+from orchestrator.remote.head import RemoteError, find_token
+from orchestrator.remote.jobs import exit_code
+from orchestrator.remote.request import job_in, make_request, must_fit
+from orchestrator.spec import JobSpec, load_spec, parse_spec
+
+KEPT = {"storage": "/shared/runs"}
+
+
+def spec(**fields: Any) -> JobSpec:
+    """A job that could be submitted; its files are the cluster's."""
+    data = {"train": "/cluster/train.jsonl", "prepared_dir": "/shared/prepared"}
+    given = {
+        "name": "job",
+        "task": {"type": "text_classification"},
+        "model": {"pretrained": "org/model"},
+        **KEPT,
+        **fields,
+    }
+    return parse_spec({**given, "data": {**data, **fields.get("data", {})}}, submitted=True)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with code, data, a repository and ignore files."""
+    for name in (
+        "job.yaml", "code/train.py", "code/__pycache__/train.pyc", ".git/HEAD", "data/train.jsonl",
+        "data/huge.bin", "models/bert/config.json", "models/bert/model.safetensors", "models/other/x",
+        "notes/draft.txt", "notes/kept.txt", "scratch/a.tmp",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / ".gitignore").write_text("data/\nmodels/\n")
+    (tmp_path / ".rayignore").write_text("*.tmp\n")
+    (tmp_path / "notes" / ".gitignore").write_text("draft.txt\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_the_job_names_is_packed_and_what_is_ignored_stays_at_home(here: Path) -> None:
+    job = spec(data={"train": "data/*.jsonl"}, model={"pretrained": "models/bert"})
+    packed = {f.as_posix() for f in package.files_to_pack(here, job, Path("job.yaml"))}
+    assert packed == {
+        ".gitignore", ".rayignore", "notes/.gitignore", "job.yaml", "code/train.py", "data/train.jsonl",
+        "models/bert/config.json", "models/bert/model.safetensors", "notes/kept.txt",
+    }  # fmt: skip
+
+
+def test_excludes_of_the_job_hold_too_but_not_for_what_it_names(here: Path) -> None:
+    job = spec(runtime={"excludes": ["notes", "job.yaml", "code/*.py"]})
+    packed = {f.as_posix() for f in package.files_to_pack(here, job, Path("job.yaml"))}
+    assert packed == {".gitignore", ".rayignore", "job.yaml"}
+
+
+def test_unchanged_files_make_an_unchanged_package(here: Path) -> None:
+    files = package.files_to_pack(here, spec(), Path("job.yaml"))
+    first = package.pack(here, files, here / "a.zip").read_bytes()
+    (here / "code" / "train.py").touch()
+    assert package.pack(here, files, here / "b.zip").read_bytes() == first
+    with zipfile.ZipFile(here / "a.zip") as archive:
+        assert archive.read("code/train.py") == b"code/train.py"
+
+
+def test_a_package_that_is_too_large_names_its_largest_files(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "LIMIT_BYTES", 2000)
+    (here / "code" / "noise.bin").write_bytes(os.urandom(4000))
+    files = package.files_to_pack(here, spec(), Path("job.yaml"))
+    with pytest.raises(OrchestratorError, match=r"(?s)largest files:.*code/noise.bin.*excludes"):
+        package.pack(here, files, here / "a.zip")
+    monkeypatch.setattr(package, "HOPELESS_BYTES", 1000)
+    (here / "a.zip").unlink()
+    with pytest.raises(OrchestratorError, match=r"code/noise.bin"):
+        package.pack(here, files, here / "a.zip")
+    assert not (here / "a.zip").exists(), "nobody waits for a gigabyte to be compressed"
+
+
+def test_no_word_of_a_job_reaches_the_shell_unquoted() -> None:
+    hostile = ["name=x; rm -rf /", "data.train=$(id)", "storage=`id`", "model.pretrained='a' && b"]
+    request = make_request(spec(), Path("my jobs/a;b.yaml"), hostile, "x.zip")
+    words = shlex.split(request.entrypoint)
+    assert words == ["python", "-m", "orchestrator", "train", "my jobs/a;b.yaml", *hostile]
+    assert shlex.quote(hostile[1]) in request.entrypoint
+
+
+def test_the_job_gets_time_to_commit_and_its_own_environment() -> None:
+    runtime = {
+        "pip": ["sacrebleu==2.5"],
+        "pip_options": ["--no-index"],
+        "env_vars": {"HF_HUB_OFFLINE": "1"},
+        "stop_wait_s": 300,
+    }
+    request = make_request(spec(runtime=runtime), Path("job.yaml"), [], "x.zip", "mine")
+    assert request.submission_id == "mine"
+    assert request.runtime_env == {
+        "working_dir": "x.zip",
+        "env_vars": {"HF_HUB_OFFLINE": "1", "RAY_JOB_STOP_WAIT_TIME_S": "300"},
+        "pip": {"packages": ["sacrebleu==2.5"], "pip_install_options": ["--no-index"]},
+    }
+    ids = {make_request(spec(), Path("job.yaml"), [], "x.zip").submission_id for _ in range(3)}
+    assert len(ids) == 3
+
+
+def test_a_job_that_would_lose_its_run_or_show_a_secret_is_refused(here: Path) -> None:
+    (here / "job.yaml").write_text(
+        "name: job\ntask: {type: text_classification}\nmodel: {pretrained: org/model}\n"
+        "data: {train: nowhere.jsonl}\nruntime: {env_vars: {HF_TOKEN: abc}, pip_options: [--pre]}\n"
+    )
+    with pytest.raises(SpecError) as caught:
+        load_spec("job.yaml", submitted=True)
+    assert [p.field for p in caught.value.problems] == [
+        "runtime.env_vars.HF_TOKEN", "runtime.pip_options", "data.train", "storage", "data.prepared_dir",
+    ]  # fmt: skip
+    assert "abc" not in str(caught.value)
+
+
+def test_inside_a_job_s_own_folder_training_is_refused_unless_runs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    (folder / "train.csv").write_text("text,label\n")
+    monkeypatch.chdir(folder)
+    data = {"train": "train.csv", "prepared_dir": "/shared/prepared"}
+    given = {"name": "j", "task": {"type": "causal_lm"}, "model": {"pretrained": "a/b"}}
+    with pytest.raises(SpecError, match="Ray deletes when the job ends"):
+        parse_spec({**given, "data": data})
+    assert parse_spec({**given, "data": data, **KEPT}).storage == "/shared/runs"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "TOP_K", "MONKEY"])
+def test_harmless_variables_are_not_taken_for_secrets(name: str) -> None:
+    assert spec(runtime={"env_vars": {name: "1"}}).runtime.env_vars == {name: "1"}
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "DB_PASSWORD"])
+def test_secrets_are_taken_for_secrets(name: str) -> None:
+    with pytest.raises(SpecError, match=r"runtime\.secrets"):
+        spec(runtime={"env_vars": {name: "1"}})
+
+
+def test_a_job_file_outside_the_working_directory_is_refused(here: Path) -> None:
+    assert job_in(here, here / "code" / ".." / "job.yaml") == Path("job.yaml")
+    with pytest.raises(SpecError, match="outside the working directory"):
+        job_in(here / "code", here / "job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"resources": {"num_workers": 9}}, r"num_workers = 9 .* at most 8"),
+        ({"runtime": {"driver_cpus": 5}}, r"driver_cpus = 5: no node has so many"),
+        ({"runtime": {"driver_memory_gib": 99}}, r"driver_memory_gib = 99: the largest node has"),
+        (
+            {"resources": {"num_workers": 2, "cpus_per_worker": 4}, "runtime": {"driver_cpus": 1}},
+            r"exceed .*Lower runtime.driver_cpus",
+        ),
+    ],
+)
+def test_a_request_that_can_never_be_met_is_refused(fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(PlanError, match=why):
+        must_fit(spec(**fields), describe_cluster("4cpux2"))
+
+
+def test_the_token_is_looked_for_where_ray_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_token() == ("", "")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("home\n")
+    assert find_token()[0] == "home"
+    (tmp_path / "token").write_text("file\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert find_token()[0] == "file"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "variable")
+    assert find_token() == ("variable", "RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert find_token() == ("", "")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "gone"))
+    with pytest.raises(RemoteError, match="RAY_AUTH_TOKEN_PATH"):
+        find_token()
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "want"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 130)],
+)  # fmt: skip
+def test_a_job_s_exit_status_is_the_driver_s(status: str, driver: int | None, want: int) -> None:
+    info: Any = SimpleNamespace(status=SimpleNamespace(value=status), driver_exit_code=driver)
+    assert exit_code(info) == want
