@@ -23,8 +23,8 @@ STEPS = 400
 WAIT_S = 120
 SLOW_TO_LEAVE = (
     "import signal, sys, time; "
-    "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(5), print(\"left after 5 s\"), sys.exit())); "
-    "print(\"ready\"); time.sleep(300)"
+    'signal.signal(signal.SIGTERM, lambda *_: (time.sleep(5), print("left after 5 s"), sys.exit())); '
+    'print("ready"); time.sleep(300)'
 )
 
 
