@@ -61,14 +61,15 @@ class Load:
         return sum(need.values()) <= self.room_bytes
 
 
-def fit(load: Load, reasons: dict[str, str]) -> tuple[MemorySetup, int]:
-    """(how the model is held, rows per micro-batch).
+def fit(load: Load, reasons: dict[str, str], stage: Stage | None = None) -> tuple[MemorySetup, int]:
+    """(how the model is held, rows per micro-batch), at the ZeRO stage given or the lowest that fits.
 
     Raises PlanError, with the changes that help, where nothing fits.
     """
     wanted = load.spec.batch.micro_rows
     fewest = 1 if wanted == "auto" else min(wanted, load.rows)
-    stage = _stage(load, fewest, reasons)
+    if stage is None:
+        stage = _stage(load, fewest, reasons)
     if not load.fits(stage, fewest):
         raise PlanError(_too_big(load, stage, fewest))
     return load.setup(stage), fewest if wanted != "auto" else _micro_rows(load, stage, reasons)

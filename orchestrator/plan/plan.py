@@ -14,8 +14,9 @@ from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load, fit
-from orchestrator.plan.memory import ModelFacts, Stage, checkpoint_bytes, memory_bytes
+from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, checkpoint_bytes, memory_bytes
 from orchestrator.plan.resources import (
+    Workers,
     check_cpus,
     memory_limit,
     optimizer_class,
@@ -108,8 +109,7 @@ def make_plan(
     limit = memory_limit(cluster, workers, reasons)
     tokens_per_row = train.manifest.longest_tokens
     load = Load(spec, model, workers, bf16, per_worker, tokens_per_row, limit)
-    setup, micro_rows = fit(load, reasons)
-    accumulation = -(-per_worker // micro_rows)
+    setup, shares = _shares(load, reasons)
     steps_per_epoch = -(-train.manifest.rows // global_rows)
     total = _total_steps(spec, steps_per_epoch, reasons)
     eval_every = _eval_every(spec, prepared, steps_per_epoch, total, reasons)
@@ -130,15 +130,10 @@ def make_plan(
         pad_token_id=load_tokenizer(spec).pad_token_id or 0,
         train_data=data_facts(train),
         eval_data=data_facts(prepared["eval"]) if "eval" in prepared else None,
-        num_workers=workers.count,
         gpus_per_worker=workers.gpus,
         cpus_per_worker=workers.cpus,
         bf16=bf16,
-        stage=setup.stage,
         global_rows=global_rows,
-        rows_per_worker=per_worker,
-        micro_rows=micro_rows,
-        accumulation=accumulation,
         group_by_length=_group_by_length(spec, reasons),
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
@@ -151,12 +146,51 @@ def make_plan(
         checkpoint_bytes=size,
         optimizer_class=optimizer_class(spec, workers.on_gpu, reasons),
         part_rates=part_rates(spec, labels),
-        memory_bytes=memory_bytes(model, setup, micro_rows, tokens_per_row),
         memory_limit_bytes=limit,
-        deepspeed=deepspeed_config(spec, setup, micro_rows, accumulation),
         reasons=reasons,
         warnings=tuple(_warnings(spec, prepared)),
+        **shares,
     )
+
+
+def at_workers(plan: Plan, num_workers: int, stage: Stage | None = None) -> Plan:
+    """The same job on another number of workers: the global batch and all steps stay, shares change.
+
+    `stage`: ZeRO stage, the plan's own by default, since checkpoints are bound to it. Raises PlanError
+    where a worker's share does not fit.
+    """
+    stage = plan.stage if stage is None else stage
+    if (num_workers, stage) == (plan.num_workers, plan.stage):
+        return plan
+    reasons = dict(plan.reasons)
+    load = Load(
+        spec=plan.spec,
+        model=plan.model,
+        workers=Workers(num_workers, plan.gpus_per_worker, plan.cpus_per_worker),
+        bf16=plan.bf16,
+        rows=rows_per_rank(plan.global_rows, num_workers),
+        tokens_per_row=plan.train_data.longest_tokens,
+        limit_bytes=plan.memory_limit_bytes,
+    )
+    _, shares = _shares(load, reasons, stage)
+    return plan.model_copy(update={**shares, "reasons": reasons})
+
+
+def _shares(
+    load: Load, reasons: dict[str, str], stage: Stage | None = None
+) -> tuple[MemorySetup, dict[str, Any]]:
+    """(how the model is held, the plan's fields that follow from the number of workers)."""
+    setup, micro_rows = fit(load, reasons, stage)
+    accumulation = -(-load.rows // micro_rows)
+    return setup, {
+        "num_workers": load.workers.count,
+        "stage": setup.stage,
+        "rows_per_worker": load.rows,
+        "micro_rows": micro_rows,
+        "accumulation": accumulation,
+        "memory_bytes": memory_bytes(load.model, setup, micro_rows, load.tokens_per_row),
+        "deepspeed": deepspeed_config(load.spec, setup, micro_rows, accumulation),
+    }
 
 
 def data_facts(prepared: Prepared) -> DataFacts:

@@ -27,6 +27,8 @@ from orchestrator.errors import CheckpointError
 from orchestrator.run_folder import fsync_dir, read_json, write_json
 
 COMMIT = "COMMIT.json"
+STAGING = ".staging-"
+"""Begins the names of what is being made; whatever a killed attempt left of it is deleted."""
 POLL_S = 0.02
 
 
@@ -90,7 +92,7 @@ def remove_uncommitted(folder: Path) -> None:
     for path in folder.glob("step-*"):
         if not (path / COMMIT).exists():
             shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".staging-*"):
+    for path in folder.glob(f"{STAGING}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -158,7 +160,7 @@ class CheckpointWriter:
         """A folder on fast local disk; beside the target where that is the same file system anyway."""
         same = os.stat(tempfile.gettempdir()).st_dev == os.stat(self.folder).st_dev
         parent = str(self.folder) if same else None
-        return Path(tempfile.mkdtemp(prefix=f".staging-{self.rank:05d}-", dir=parent))
+        return Path(tempfile.mkdtemp(prefix=f"{STAGING}{self.rank:05d}-", dir=parent))
 
     def _finish(self, staging: Path, target: Path, facts: dict[str, Any]) -> None:
         try:

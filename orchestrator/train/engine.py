@@ -103,8 +103,8 @@ def save_shards(engine: Any, folder: Path, rank: int) -> None:
     torch.save(_random_state(), folder / f"random-{rank:05d}.pt")
 
 
-def load_shards(engine: Any, folder: Path, rank: int) -> None:
-    """Restore what `save_shards` wrote at the same world size. Collective.
+def load_shards(engine: Any, folder: Path) -> None:
+    """Restore model and optimizer as `save_shards` wrote them at the same world size. Collective.
 
     DeepSpeed unpickles its own files; they were verified against the checksums of the commit first.
     """
@@ -114,7 +114,6 @@ def load_shards(engine: Any, folder: Path, rank: int) -> None:
         load_module_strict=not has_frozen(engine),
         load_lr_scheduler_states=False,
     )
-    _set_random_state(torch.load(folder / f"random-{rank:05d}.pt", weights_only=False))
 
 
 def has_frozen(engine: Any) -> bool:
@@ -122,9 +121,18 @@ def has_frozen(engine: Any) -> bool:
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
-def seed_everything(seed: int, rank: int) -> None:
+def load_random_state(folder: Path, rank: int, seed: int, step: int) -> None:
+    """Restore this rank's random state; a rank that had none is seeded from (seed, step, rank)."""
+    saved = folder / f"random-{rank:05d}.pt"
+    if saved.exists():
+        _set_random_state(torch.load(saved, weights_only=False))
+    else:
+        seed_everything(seed, rank, step)
+
+
+def seed_everything(seed: int, rank: int, step: int = 0) -> None:
     """Seed every generator; ranks differ, so that their dropout does."""
-    mixed = (seed * 1_000_003 + rank) % 2**32
+    mixed = (seed * 1_000_003 + step * 10_007 + rank) % 2**32
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)

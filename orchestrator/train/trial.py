@@ -27,6 +27,7 @@ from orchestrator.train.checkpoint import (
 from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
+from orchestrator.train.reshard import load_resharded
 from orchestrator.train.state import (
     Progress,
     Pulse,
@@ -75,8 +76,7 @@ class Trial:
         self.stream = self._open_stream()
         self.engine = self._build()
         if found is not None:
-            self._event("load")
-            zero.load_shards(self.engine, found.folder, self.rank)
+            self._load(found)
         self.evaluate = Evaluator(plan) if plan.eval_data else None
         self._event("ready")
 
@@ -122,6 +122,16 @@ class Trial:
             model.config.pad_token_id = plan.pad_token_id
         self._event("engine")
         return zero.open_engine(plan, model)
+
+    def _load(self, found: Committed) -> None:
+        """Restore what the checkpoint holds, whatever the number of workers that wrote it."""
+        writers = found.facts["world_size"]
+        self._event("load", workers=writers)
+        if self.plan.stage and writers != self.world_size:
+            load_resharded(self.engine, found.folder, self.plan.stage, writers)
+        else:  # at stage 0 every rank has everything
+            zero.load_shards(self.engine, found.folder)
+        zero.load_random_state(found.folder, self.rank, self.plan.spec.seed, found.step)
 
     def train(self) -> Result:
         """The loop. Every decision is taken from figures that all ranks share."""
