@@ -11,17 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, RunExistsError
-from orchestrator.plan.plan import Plan
+from orchestrator.plan.plan import Plan, at_workers
 from orchestrator.run_folder import RunFolder, read_json, write_atomically, write_json
 from orchestrator.spec import dump_spec
 
 MAY_CHANGE = (
     "name", "storage", "runtime", "tracking", "checkpoint", "faults", "evaluation", "stop.max_time_s",
-    "data.prepared_dir", "resources.cpus_per_worker",
+    "data.prepared_dir", "resources.cpus_per_worker", "resources.num_workers",
 )  # fmt: skip
 """Fields that do not touch the mathematics: a run may be continued with other values."""
-MUST_MATCH = ("num_workers", "stage", "bf16", "global_rows", "micro_rows", "total_steps", "labels")
-"""Derived figures that a checkpoint depends on."""
+MUST_MATCH = ("stage", "bf16", "global_rows", "total_steps", "labels")
+"""Derived figures that a checkpoint depends on. The same number of workers must also keep `micro_rows`:
+it then goes on bit-identically; another number adds up in another order anyway."""
+
+
+def at_saved_stage(plan: Plan) -> Plan:
+    """The plan, at the ZeRO stage of the run's checkpoints where the job leaves it to `auto`.
+
+    Another number of workers may fit a lower stage; checkpoints are bound to the one they have.
+    """
+    old = read_json(RunFolder(Path(plan.run_dir)).plan)
+    if old is None or plan.spec.zero.stage != "auto" or old.get("stage") in (None, plan.stage):
+        return plan
+    kept = at_workers(plan, plan.num_workers, old["stage"])
+    return kept.model_copy(
+        update={"reasons": {**kept.reasons, "stage": "the run's checkpoints are of this stage"}}
+    )
 
 
 @contextmanager
@@ -88,7 +103,9 @@ def _must_fit(folder: RunFolder, plan: Plan) -> None:
         f"{name}: {_at(old['spec'], name)!r} → {_at(new['spec'], name)!r}"
         for name in _differences(old["spec"], new["spec"])
     ]
-    changed += [f"{k}: {old[k]!r} → {new[k]!r}" for k in MUST_MATCH if old.get(k) != new[k]]
+    same_size = old.get("num_workers") == new["num_workers"]
+    must_match = (*MUST_MATCH, "micro_rows") if same_size else MUST_MATCH
+    changed += [f"{k}: {old[k]!r} → {new[k]!r}" for k in must_match if old.get(k) != new[k]]
     if Path(old["train_data"]["folder"]).name != Path(new["train_data"]["folder"]).name:
         changed.append("the content of the training data")
     if changed:

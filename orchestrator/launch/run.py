@@ -18,7 +18,7 @@ from rich.console import Console
 
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
 from orchestrator.errors import OrchestratorError, TrainingError
-from orchestrator.launch.claim import claimed
+from orchestrator.launch.claim import at_saved_stage, claimed
 from orchestrator.launch.session import attached_address, ray_session, send_chatter_to
 from orchestrator.launch.workers import make_trainer
 from orchestrator.plan import Cluster, Plan, make_plan, this_machine
@@ -73,6 +73,8 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     with ray_session(machine.cpus, machine.gpus):
         prepared = _prepared(spec, console)
         plan = make_plan(spec, _cluster(), prepared)
+        if not fresh:
+            plan = at_saved_stage(plan)
         with claimed(plan, fresh) as folder:
             send_chatter_to(folder.logs / "driver.log")
             outcome = read_json(folder.outcome)
