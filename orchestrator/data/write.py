@@ -41,9 +41,10 @@ def scan_piece(work: PieceWork) -> dict[str, Any]:
     column = work.spec.task.label_source
     assert column is not None
     labels = {
-        str(item.row[column])
+        label
         for item in read_piece(work.piece, work.spec.task.columns)
-        if isinstance(item.row, dict) and item.row.get(column) not in (None, "")
+        if isinstance(item.row, dict)
+        for label in work.spec.task.labels_in(item.row.get(column))
     }
     return {"labels": sorted(labels)[:2000]}
 
@@ -92,7 +93,12 @@ class ShardWriter:
         self.task = work.spec.task
         self.tokenizer = _tokenizer(tokenizer_fingerprint(work.spec), work.spec.model_dump_json())
         self.max_length = max_length_tokens(work.spec)
-        kinds = {"int": pa.int64(), "ints": pa.list_(pa.int32())}
+        kinds = {
+            "int": pa.int64(),
+            "ints": pa.list_(pa.int32()),
+            "float": pa.float64(),
+            "text": pa.string(),
+        }
         fields = [pa.field(n, kinds[k]) for n, k in self.task.features().items()]
         counts = [pa.field("length", pa.int32()), pa.field("n_targets", pa.int32())]
         self.schema = pa.schema(fields + counts)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.config import load_config
+from orchestrator.model.head import fate_of_head, redraw_head
 from orchestrator.spec import JobSpec
 from orchestrator.spec.model import FullTuning, LoraTuning
 
@@ -24,7 +25,7 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
     import torch
     import transformers
 
-    config = load_config(spec, labels)
+    config, head = load_config(spec, labels), fate_of_head(spec, labels)
     auto = getattr(transformers, spec.task.auto_class)
     extra = {} if spec.model.attention == "auto" else {"attn_implementation": spec.model.attention}
     if on_meta:
@@ -43,10 +44,12 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
             revision=spec.model.revision,
             dtype=torch.float32,
             # A classifier for other labels keeps its body; its head is drawn anew.
-            ignore_mismatched_sizes=spec.task.type == "text_classification",
+            ignore_mismatched_sizes=spec.task.labelled_head,
             **_gguf(spec),
             **extra,
         )
+        if head == "new":
+            redraw_head(model, spec.seed)
     _check_inputs(model, spec)
     if spec.gradient_checkpointing and not on_meta:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -108,14 +111,13 @@ def _add_lora(model: Any, lora: LoraTuning, spec: JobSpec) -> torch.nn.Module:
     if targets == "auto":
         known = KNOWN.get(model.config.model_type)
         targets = tuple(known) if known else "all-linear"
-    kind = TaskType.SEQ_CLS if spec.task.type == "text_classification" else TaskType.CAUSAL_LM
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes floats, its hint says int
         lora_dropout=lora.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=lora.use_rslora,
-        task_type=kind,
+        task_type=TaskType[spec.task.peft_task],
     )
     if spec.gradient_checkpointing:
         model.enable_input_require_grads()

@@ -23,27 +23,29 @@ def load_config(spec: JobSpec, labels: tuple[str, ...]) -> Any:
 
     Raises OrchestratorError where it cannot be had.
     """
+    config = _own_config(spec)
+    for name, value in spec.task.config_overrides(labels).items():
+        setattr(config, name, value)
+    if spec.model.dropout is not None:
+        _set_dropout(config, spec.model.dropout)
+    return config
+
+
+def _own_config(spec: JobSpec) -> Any:
+    """The config as its maker wrote it."""
     from transformers import AutoConfig
 
     model = spec.model
     try:
         if model.config is not None:
             fields = dict(model.config)
-            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        else:
-            extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-            config = AutoConfig.from_pretrained(
-                model.pretrained or "", revision=model.revision, **extra
-            )
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+        return AutoConfig.from_pretrained(model.pretrained or "", revision=model.revision, **extra)
     except (OSError, ValueError) as error:
         raise OrchestratorError(
             _unavailable("model", model.pretrained or "model.config", error)
         ) from error
-    for name, value in spec.task.config_overrides(labels).items():
-        setattr(config, name, value)
-    if model.dropout is not None:
-        _set_dropout(config, model.dropout)
-    return config
 
 
 def _set_dropout(config: Any, value: float) -> None:
@@ -98,19 +100,20 @@ def check_max_length(spec: JobSpec) -> None:
 
 def _positions(spec: JobSpec) -> int | None:
     """Tokens that the model has positions for; None where its config names no limit."""
-    config = _raw_config(spec)
+    config = raw_config(spec)
     limit = config.get("max_position_embeddings") or config.get("n_positions")  # GPT-2's name
     return int(limit) if limit else None
 
 
-def _raw_config(spec: JobSpec) -> dict[str, Any]:
+def raw_config(spec: JobSpec) -> dict[str, Any]:
+    """The fields of the model's config as its maker wrote them."""
     if spec.model.config is not None:
         return spec.model.config
     path = Path(spec.model.pretrained or "") / "config.json"
     if path.is_file() and not spec.model.gguf_file:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    loaded: dict[str, Any] = load_config(spec, ()).to_dict()
+    loaded: dict[str, Any] = _own_config(spec).to_dict()
     return loaded
 
 

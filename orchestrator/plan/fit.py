@@ -52,7 +52,7 @@ class Load:
             bucket_elements=bucket_elements(spec, self.model.trainable),
             gradient_checkpointing=spec.gradient_checkpointing,
             on_gpu=self.workers.on_gpu,
-            all_logits=spec.task.type == "causal_lm",
+            all_logits=spec.task.all_logits,
         )
 
     def fits(self, stage: Stage, rows: int) -> bool:

@@ -203,7 +203,7 @@ def data_facts(prepared: Prepared) -> DataFacts:
 def _global_rows(spec: JobSpec, rows: int, reasons: dict[str, str]) -> int:
     if spec.batch.global_rows != "auto":
         return spec.batch.global_rows
-    usual = 16 if spec.task.type == "causal_lm" else 32
+    usual = spec.task.usual_global_rows
     reasons["global_rows"] = (
         f"default: {usual} (Devlin et al., arXiv 1810.04805, tuned BERT with 16 and 32)"
         if rows >= usual

@@ -31,6 +31,7 @@ from orchestrator.report.overfitting import overfitting_words
 from orchestrator.report.records import finite
 
 BASELINE = "#059669"
+SCORES_PER_LABEL = {"f1": EVALUATED, "precision": "#7c3aed", "recall": "#0891b2"}
 LINES = (EVALUATED, "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 MOST_CELL_LABELS = 12
 """Labels up to which a confusion matrix shows its counts as text."""
@@ -212,23 +213,30 @@ def confusion_chart(record: Record, labels: Sequence[str]) -> Chart | None:
 
 
 def per_label_chart(record: Record) -> Chart | None:
-    """F1 of each label at one evaluation, the weakest on top."""
+    """Precision, recall and F1 of each label at one evaluation, the lowest F1 on top."""
     import plotly.graph_objects as go
 
     scores = record.get("f1_per_class")
     if not isinstance(scores, Mapping) or not scores:
         return None
-    ordered = sorted(scores.items(), key=lambda item: finite(item[1]) or 0.0)[:MOST_BARS]
-    names, values = [str(name) for name, _ in ordered], [finite(v) for _, v in ordered]
-    bar = go.Bar(
-        x=values, orientation="h", marker_color=EVALUATED,
-        text=[f"{v:.3f}" if v is not None else "–" for v in values],
-        hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-    )  # fmt: skip
+    ordered = sorted(scores, key=lambda name: finite(scores[name]) or 0.0)[:MOST_BARS]
+    bars = []
+    for kind, colour in SCORES_PER_LABEL.items():
+        of_label = record.get(f"{kind}_per_class")
+        if isinstance(of_label, Mapping):
+            values = [finite(of_label.get(name)) for name in ordered]
+            bars.append(
+                go.Bar(
+                    x=values, orientation="h", name=kind, marker_color=colour,
+                    text=[f"{v:.3f}" if v is not None else "–" for v in values],
+                    hovertemplate=f"{kind} of %{{y}}: %{{x:.4f}}<extra></extra>",
+                )
+            )  # fmt: skip
     which = "The weakest first" if len(scores) <= MOST_BARS else f"The {MOST_BARS} weakest"
     note = f"{which}; evaluation at step {record.get('step', '?')}."
-    chart = built("f1", "F1 per label", note, [bar], "", height_px=tall(names))
+    names = [str(name) for name in ordered]
+    chart = built("per-label", "Scores per label", note, bars, "", height_px=tall(names * len(bars)))
     chart.figure["layout"]["yaxis"].update(autorange="reversed", **named_axis(names))
-    chart.figure["layout"]["xaxis"].update(title={"text": "F1"}, range=[0, 1.02])
-    chart.figure["layout"].update(hovermode="closest", bargap=0.35)
+    chart.figure["layout"]["xaxis"].update(title={"text": "score"}, range=[0, 1.02])
+    chart.figure["layout"].update(hovermode="closest", bargap=0.35, showlegend=len(bars) > 1)
     return chart

@@ -13,7 +13,6 @@ from orchestrator.report import figures
 from orchestrator.report.drawing import Chart, Marks
 from orchestrator.report.records import finite
 from orchestrator.report.run import (
-    LOWER_IS_BETTER,
     Facts,
     Run,
     best_eval,
@@ -23,6 +22,7 @@ from orchestrator.report.run import (
 from orchestrator.report.story import starts, time_spent, timeline
 from orchestrator.report.words import bytes_text, clock, duration, metric_text, number, pretty
 from orchestrator.run_folder import RunFolder, write_atomically
+from orchestrator.values import LOWER_IS_BETTER
 
 STATUS_WORDS = {
     "finished": ("Finished", "good"),

@@ -8,9 +8,9 @@ from typing import Any
 
 from orchestrator.report.records import finite, read_records, read_steps
 from orchestrator.run_folder import RunFolder, read_json
+from orchestrator.values import LOWER_IS_BETTER
 
 Facts = dict[str, Any]
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 @dataclass(frozen=True)

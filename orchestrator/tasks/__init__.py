@@ -9,8 +9,22 @@ from pydantic import Field
 
 from orchestrator.tasks.base import BadRow, EncodedRow, Task
 from orchestrator.tasks.causal_lm import CausalLM
+from orchestrator.tasks.multi_label import MultiLabelClassification
+from orchestrator.tasks.regression import TextRegression
 from orchestrator.tasks.text_classification import TextClassification
 
-TaskSpec = Annotated[TextClassification | CausalLM, Field(discriminator="type")]
+TaskSpec = Annotated[
+    TextClassification | MultiLabelClassification | TextRegression | CausalLM,
+    Field(discriminator="type"),
+]
 
-__all__ = ["BadRow", "CausalLM", "EncodedRow", "Task", "TaskSpec", "TextClassification"]
+__all__ = [
+    "BadRow",
+    "CausalLM",
+    "EncodedRow",
+    "MultiLabelClassification",
+    "Task",
+    "TaskSpec",
+    "TextClassification",
+    "TextRegression",
+]

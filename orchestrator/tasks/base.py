@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from orchestrator.errors import Problem
-from orchestrator.values import Frozen
+from orchestrator.errors import DataError, Problem
+from orchestrator.values import LOWER_IS_BETTER, Frozen
 
 if TYPE_CHECKING:  # annotations only: no import at run time, so no cycle and nothing heavy
     import numpy as np
@@ -15,7 +16,9 @@ if TYPE_CHECKING:  # annotations only: no import at run time, so no cycle and no
 
 RawRow = dict[str, Any]
 EncodedRow = dict[str, Any]
-"""Feature name → int or list of int. `input_ids` is always there; `n_targets` counts what is predicted."""
+"""Feature name → value, and `n_targets`, which counts what is predicted."""
+FeatureKind = Literal["int", "ints", "float", "text"]
+"""What a feature holds per row: a number, a list of integers, or a text."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,25 @@ class BadRow:
 
 
 class Task(Frozen):
-    """Base of all tasks: text columns → features → batch → loss → metrics → predictions."""
+    """Base of all tasks: input columns → features → batch → loss → metrics → predictions."""
 
+    type: str
     metric_names: ClassVar[tuple[str, ...]]
     """Metrics an evaluation reports."""
     default_metric: ClassVar[str]
     """The metric that names the best model unless the job says otherwise."""
     auto_class: ClassVar[str]
     """The `transformers` auto class that builds the model."""
+    pipeline_tag: ClassVar[str]
+    """The hub's name for what the exported model does."""
+    peft_task: ClassVar[str]
+    """peft's `TaskType` for adapters."""
+    labelled_head: ClassVar[bool] = False
+    """The model's outputs stand for the label set, so a head for other labels is drawn anew."""
+    all_logits: ClassVar[bool] = False
+    """The head predicts a token of the vocabulary at every position."""
+    usual_global_rows: ClassVar[int] = 32
+    """Rows per step unless the job says otherwise."""
     required_inputs: ClassVar[tuple[str, ...]] = ()
     """Arguments that the model's forward must take, beyond what every model takes."""
     fixed_length: ClassVar[bool] = False
@@ -45,7 +59,7 @@ class Task(Frozen):
 
     def higher_is_better(self, metric: str) -> bool:
         """Whether `metric` is to be maximised."""
-        return metric not in ("loss", "perplexity")
+        return metric not in LOWER_IS_BETTER
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -53,11 +67,20 @@ class Task(Frozen):
         raise NotImplementedError
 
     @property
+    def predict_columns(self) -> tuple[str, ...]:
+        """The columns a prediction needs."""
+        raise NotImplementedError
+
+    @property
     def label_source(self) -> str | None:
-        """The column whose distinct values make the label set, where the job does not give one."""
+        """The column whose distinct labels make the label set, where the job does not give one."""
         return None
 
-    def features(self) -> dict[str, Literal["int", "ints"]]:
+    def labels_in(self, value: Any) -> Iterable[str]:
+        """The labels that a value of `label_source` names."""
+        return () if value is None or value == "" else (str(value),)
+
+    def features(self) -> dict[str, FeatureKind]:
         """Feature columns of prepared rows."""
         raise NotImplementedError
 
@@ -103,10 +126,28 @@ class Task(Frozen):
         """Metrics over the whole evaluation set, every row once."""
         raise NotImplementedError
 
+    def row_of(self, given: str | RawRow) -> RawRow:
+        """What a prediction is asked for, as a row.
+
+        A text is the one column that the task predicts from, or a JSON object where it takes several.
+        Raises DataError where a column is missing.
+        """
+        wanted = self.predict_columns
+        if isinstance(given, str) and len(wanted) == 1:
+            return {wanted[0]: given}
+        try:
+            row = json.loads(given) if isinstance(given, str) else given
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or any(column not in row for column in wanted):
+            needs = ", ".join(map(repr, wanted))
+            raise DataError(f"{given!r}: {self.type} predicts from an object with {needs}")
+        return row
+
     def predict(
-        self, model: Any, tokenizer: Any, texts: Sequence[str], max_length: int
+        self, model: Any, tokenizer: Any, rows: Sequence[RawRow], max_length: int
     ) -> list[dict[str, Any]]:
-        """One JSON-ready prediction per text."""
+        """One JSON-ready prediction per row; a row holds `predict_columns`."""
         raise NotImplementedError
 
 
@@ -134,3 +175,34 @@ def pad(arrays: Sequence[np.ndarray], value: int) -> torch.Tensor:
     for row, array in zip(out, arrays, strict=True):
         row[: len(array)] = array
     return torch.from_numpy(out)
+
+
+def tokens_and_mask(arrays: Sequence[np.ndarray], pad_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both (rows, longest)."""
+    import numpy as np
+
+    return {
+        "input_ids": pad(arrays, pad_id),
+        "attention_mask": pad([np.ones(len(a), dtype=np.int64) for a in arrays], 0),
+    }
+
+
+def label_problems(labels: tuple[str, ...] | None) -> Iterator[Problem]:
+    """What is wrong with a label set that the job gives."""
+    if labels is None:
+        return
+    if len(set(labels)) != len(labels):
+        yield Problem("task.labels", "holds a label twice", "list each once", labels)
+    if len(labels) < 2:
+        yield Problem("task.labels", "needs at least two labels", "", labels)
+
+
+def per_label(
+    labels: Sequence[str], precision: Iterable[Any], recall: Iterable[Any], f1: Iterable[Any]
+) -> dict[str, dict[str, float]]:
+    """Scores of each label as metrics of their own, in the names the report draws."""
+    scores = {"precision": precision, "recall": recall, "f1": f1}
+    return {
+        f"{name}_per_class": {k: float(v) for k, v in zip(labels, values, strict=True)}
+        for name, values in scores.items()
+    }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Tag
 
-from orchestrator.tasks.base import BadRow, EncodedRow, RawRow, Task, pad
+from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, Task, pad
 from orchestrator.tasks.packing import document, pack_stream, pack_whole
 from orchestrator.tasks.templating import Targets, chat, instruction, plain, prompt_ids
 from orchestrator.values import Frozen, by_type
@@ -67,6 +67,10 @@ class CausalLM(Task):
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     default_metric: ClassVar[str] = "loss"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    pipeline_tag: ClassVar[str] = "text-generation"
+    peft_task: ClassVar[str] = "CAUSAL_LM"
+    all_logits: ClassVar[bool] = True
+    usual_global_rows: ClassVar[int] = 16
     required_inputs: ClassVar[tuple[str, ...]] = ("position_ids",)
     fixed_length: ClassVar[bool] = True
 
@@ -80,7 +84,11 @@ class CausalLM(Task):
             case ChatRows(messages_column=column):
                 return (column,)
 
-    def features(self) -> dict[str, Literal["int", "ints"]]:
+    @property
+    def predict_columns(self) -> tuple[str, ...]:
+        return self.columns[:1]
+
+    def features(self) -> dict[str, FeatureKind]:
         return {"input_ids": "ints", "is_target": "ints", "doc_lengths": "ints"}
 
     def encode(
@@ -178,12 +186,13 @@ class CausalLM(Task):
         }
 
     def predict(
-        self, model: Any, tokenizer: Any, texts: Sequence[str], max_length: int
+        self, model: Any, tokenizer: Any, rows: Sequence[RawRow], max_length: int
     ) -> list[dict[str, Any]]:
         import torch
 
         out = []
-        for text in texts:
+        for row in rows:
+            text = row[self.predict_columns[0]]
             inputs = prompt_ids(text, not isinstance(self.rows, PlainRows), tokenizer).to(
                 model.device
             )

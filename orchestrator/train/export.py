@@ -159,7 +159,7 @@ def model_card(plan: Plan, step: int, figures: dict[str, Any]) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        f"pipeline_tag: {'text-classification' if spec.task.type == 'text_classification' else 'text-generation'}",
+        f"pipeline_tag: {spec.task.pipeline_tag}",
         "---",
         "",
         f"# {spec.name}",

@@ -1,0 +1,50 @@
+"""A pretrained head for labels: kept where it stands for the job's labels, else drawn anew."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.model.config import raw_config
+from orchestrator.spec import JobSpec
+
+UNNAMED = re.compile(r"LABEL_\d+$")
+"""What `transformers` calls labels that nobody named."""
+
+
+def fate_of_head(spec: JobSpec, labels: tuple[str, ...]) -> Literal["kept", "new"]:
+    """Whether the pretrained head's outputs mean what the job's labels mean.
+
+    Labels without names are taken for the job's. Raises OrchestratorError where the names are the
+    same in another order: training would start from outputs that mean something else.
+    """
+    if not spec.task.labelled_head or spec.model.pretrained is None:
+        return "kept"
+    named = raw_config(spec).get("id2label") or {}
+    theirs = [str(name) for _, name in sorted(named.items(), key=lambda item: int(item[0]))]
+    if not theirs or all(UNNAMED.match(name) for name in theirs):
+        return "kept"
+    ours = [label.casefold() for label in labels]
+    pretrained = [name.casefold() for name in theirs]
+    if pretrained == ours:
+        return "kept"
+    if sorted(pretrained) == sorted(ours):
+        raise OrchestratorError(
+            f"task.labels = {list(labels)}: the head of {spec.model.pretrained!r} has the same labels in "
+            f"another order. Set task.labels=[{', '.join(theirs)}], in the spelling of the data, to keep it."
+        )
+    return "new"
+
+
+def redraw_head(model: Any, seed: int) -> None:
+    """Everything outside the model's body as `type(model)` draws it from `seed`, in place."""
+    import torch
+
+    torch.manual_seed(seed)
+    drawn = dict(type(model)(model.config).named_parameters())
+    body = f"{model.base_model_prefix}."
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith(body):
+                parameter.copy_(drawn[name])

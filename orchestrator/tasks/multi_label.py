@@ -1,0 +1,130 @@
+"""Multi-label text classification: any number of labels per text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from orchestrator.errors import Problem
+from orchestrator.tasks.base import BadRow, FeatureKind, label_problems, per_label
+from orchestrator.tasks.sequence import SequenceTask
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class MultiLabelClassification(SequenceTask):
+    """None, one or several labels per text: one yes or no per label."""
+
+    type: Literal["multi_label_classification"]
+    labels_column: str = "labels"
+    """Column with the labels: a list, or a text with `separator` between them. Empty: no label holds."""
+    separator: Annotated[str, Field(min_length=1)] = ","
+    """Cuts labels that come as one text, as in CSV files."""
+    labels: tuple[str, ...] | None = None
+    """The label set, in the order of the model's outputs. Default: all labels of the training rows, sorted."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """A label holds where its probability is above this: in metrics and predictions."""
+
+    metric_names: ClassVar[tuple[str, ...]] = (
+        "f1_micro",
+        "f1_macro",
+        "precision_micro",
+        "precision_macro",
+        "recall_micro",
+        "recall_macro",
+        "exact_match",
+        "loss",
+    )
+    default_metric: ClassVar[str] = "f1_micro"
+    labelled_head: ClassVar[bool] = True
+    target_kind: ClassVar[FeatureKind] = "ints"
+
+    def broken_rules(self, has_eval: bool) -> Iterator[Problem]:
+        yield from label_problems(self.labels)
+
+    @property
+    def target_column(self) -> str:
+        return self.labels_column
+
+    @property
+    def label_source(self) -> str | None:
+        return self.labels_column if self.labels is None else None
+
+    def labels_in(self, value: Any) -> Iterable[str]:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(self.separator)]
+        if not isinstance(value, list | tuple):
+            return ()
+        return (str(label) for label in value if label is not None and label != "")
+
+    def target(self, value: Any, index: Mapping[str, int]) -> Any:
+        if not isinstance(value, str | list | tuple):
+            return BadRow(
+                f"column {self.labels_column!r} must be a list of labels or a text, got {value!r}"
+            )
+        held = set(self.labels_in(value))
+        if unknown := sorted(held - index.keys()):
+            known = ", ".join(list(index)[:10])
+            return BadRow(f"unknown label {unknown[0]!r}; the job knows: {known}")
+        return [int(label in held) for label in index]
+
+    def config_overrides(self, labels: tuple[str, ...]) -> dict[str, Any]:
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": "multi_label_classification",
+        }
+
+    def target_tensor(self, targets: Sequence[Any]) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        return torch.from_numpy(np.stack(targets).astype(np.int64))
+
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Binary cross-entropy, the mean over labels."""
+        import torch.nn.functional as functional
+
+        each = functional.binary_cross_entropy_with_logits(
+            logits, targets.to(logits.dtype), reduction="none"
+        )
+        return each.mean(-1)
+
+    def outcome(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
+        held = logits.sigmoid() > self.threshold
+        return {"predicted": held.long().cpu().numpy(), "label": targets.cpu().numpy()}
+
+    def metrics(self, gathered: dict[str, np.ndarray], labels: tuple[str, ...]) -> dict[str, Any]:
+        import torch
+        from torchmetrics.functional import classification as tm
+
+        predicted = torch.from_numpy(gathered["predicted"])
+        target = torch.from_numpy(gathered["label"])
+        scores = {
+            "precision": tm.multilabel_precision,
+            "recall": tm.multilabel_recall,
+            "f1": tm.multilabel_f1_score,
+        }
+        micro, each = (
+            {
+                name: score(predicted, target, num_labels=len(labels), average=average)
+                for name, score in scores.items()
+            }
+            for average in ("micro", "none")
+        )
+        return {
+            "loss": float(gathered["loss"].astype("float64").mean()),
+            "exact_match": float((predicted == target).all(-1).double().mean()),
+            **{f"{name}_micro": float(score) for name, score in micro.items()},
+            **{f"{name}_macro": float(score.mean()) for name, score in each.items()},
+            **per_label(labels, each["precision"], each["recall"], each["f1"]),
+        }
+
+    def prediction(self, outputs: torch.Tensor, names: Mapping[int, str]) -> dict[str, Any]:
+        scores = {names[i]: round(float(p), 6) for i, p in enumerate(outputs.sigmoid())}
+        return {"labels": [n for n, p in scores.items() if p > self.threshold], "scores": scores}
