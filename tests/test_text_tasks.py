@@ -168,9 +168,11 @@ def trained_head(models: tiny.Tiny, tmp_path: Path) -> Path:
     return tmp_path / "trained"
 
 
-def head_of(folder: Path, labels: tuple[str, ...], tmp_path: Path) -> Any:
+def head_of(
+    folder: Path, labels: tuple[str, ...], tmp_path: Path, kind: str = "text_classification"
+) -> Any:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(2))
-    task = {"type": "text_classification", "labels": labels}
+    task = {"type": kind, "labels": labels}
     spec: JobSpec = tiny.job(folder, rows, tmp_path, task=task)
     model: Any = build_model(spec, labels)
     return model.classifier.weight.detach()
@@ -194,3 +196,10 @@ def test_a_head_for_as_many_other_labels_is_drawn_anew(trained_head: Path, tmp_p
     assert after.shape == before.shape
     assert not after.equal(before)
     assert after.equal(head_of(trained_head, ("new", "old"), tmp_path))
+
+
+def test_a_head_of_another_kind_is_drawn_anew(trained_head: Path, tmp_path: Path) -> None:
+    before = AutoModelForSequenceClassification.from_pretrained(trained_head).classifier.weight
+    after = head_of(trained_head, ("B-x", "O"), tmp_path, "token_classification")
+    assert after.shape == before.shape
+    assert not after.equal(before)

@@ -42,7 +42,8 @@ class StepRows:
     """One rank's share of one global batch.
 
     `rows`: feature arrays per row. `weights` (rows,): 0 where a row only fills. `denominator`: targets
-    in the whole global batch, over all ranks. `row_ids` (rows,): global row ids.
+    in the whole global batch, over all ranks. `row_ids` (rows,): global row ids. `tokens`: those of
+    rows that count.
     """
 
     step: int
@@ -50,12 +51,7 @@ class StepRows:
     weights: np.ndarray
     row_ids: np.ndarray
     denominator: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of rows that count."""
-        real = zip(self.rows, self.weights, strict=True)
-        return sum(len(row["input_ids"]) for row, weight in real if weight > 0)
+    tokens: int
 
 
 Segment = tuple[int, int]
@@ -177,12 +173,13 @@ def _verify(step: int, rank: int, due: int, mine: int) -> None:
 def unpack(table: pa.Table, rows_per_step: int) -> Iterator[tuple[StepRows, int, int]]:
     """Cut a block into steps: (rows, step, rank)."""
     ids, steps, ranks, totals = (table.column(name).to_numpy() for name in POSITION)
-    rows = unpack_rows(table)
+    rows, lengths = unpack_rows(table), table.column("length").to_numpy()
     for start in range(0, table.num_rows, rows_per_step):
         span = slice(start, start + rows_per_step)
         weights = (ids[span] != PADDING).astype(np.float32)
         step = int(steps[start])
-        mine = StepRows(step, rows[span], weights, ids[span], int(totals[start]))
+        tokens = int(lengths[span][weights > 0].sum())
+        mine = StepRows(step, rows[span], weights, ids[span], int(totals[start]), tokens)
         yield mine, step, int(ranks[start])
 
 

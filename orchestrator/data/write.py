@@ -159,7 +159,7 @@ class ShardWriter:
         rows, self.ready = self.ready[:count], self.ready[count:]
         name = f"shard-{self.work.piece.index:05d}-{len(self.shards):05d}.arrow"
         path = Path(self.work.folder) / name
-        lengths = [len(row["input_ids"]) for row in rows]
+        lengths = [self.task.length(row) for row in rows]
         targets = [row["n_targets"] for row in rows]
         columns = [[row[n] for row in rows] for n in self.task.features()] + [lengths, targets]
         arrays = [pa.array(c, type=f.type) for c, f in zip(columns, self.schema, strict=True)]

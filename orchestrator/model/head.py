@@ -9,6 +9,8 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.model.config import raw_config
 from orchestrator.spec import JobSpec
 
+LABELLED = re.compile(r"For(Sequence|Token|Image|Audio)Classification$")
+"""Ends of the names of model classes whose outputs stand for labels."""
 UNNAMED = re.compile(r"LABEL_\d+$")
 """What `transformers` calls labels that nobody named."""
 
@@ -16,12 +18,17 @@ UNNAMED = re.compile(r"LABEL_\d+$")
 def fate_of_head(spec: JobSpec, labels: tuple[str, ...]) -> Literal["kept", "new"]:
     """Whether the pretrained head's outputs mean what the job's labels mean.
 
-    Labels without names are taken for the job's. Raises OrchestratorError where the names are the
+    A head of another kind, as one for texts is for words, never does, though its weights may have the
+    same name and shape. Labels without names are taken for the job's. Raises OrchestratorError where the names are the
     same in another order: training would start from outputs that mean something else.
     """
     if not spec.task.labelled_head or spec.model.pretrained is None:
         return "kept"
-    named = raw_config(spec).get("id2label") or {}
+    config = raw_config(spec)
+    kinds = {m[0] for name in config.get("architectures") or () if (m := LABELLED.search(name))}
+    if kinds and spec.task.auto_class.removeprefix("AutoModel") not in kinds:
+        return "new"
+    named = config.get("id2label") or {}
     theirs = [str(name) for _, name in sorted(named.items(), key=lambda item: int(item[0]))]
     if not theirs or all(UNNAMED.match(name) for name in theirs):
         return "kept"

@@ -235,7 +235,9 @@ def per_label_chart(record: Record) -> Chart | None:
     which = "The weakest first" if len(scores) <= MOST_BARS else f"The {MOST_BARS} weakest"
     note = f"{which}; evaluation at step {record.get('step', '?')}."
     names = [str(name) for name in ordered]
-    chart = built("per-label", "Scores per label", note, bars, "", height_px=tall(names * len(bars)))
+    chart = built(
+        "per-label", "Scores per label", note, bars, "", height_px=tall(names * len(bars))
+    )
     chart.figure["layout"]["yaxis"].update(autorange="reversed", **named_axis(names))
     chart.figure["layout"]["xaxis"].update(title={"text": "score"}, range=[0, 1.02])
     chart.figure["layout"].update(hovermode="closest", bargap=0.35, showlegend=len(bars) > 1)

@@ -12,9 +12,10 @@ from orchestrator.tasks.causal_lm import CausalLM
 from orchestrator.tasks.multi_label import MultiLabelClassification
 from orchestrator.tasks.regression import TextRegression
 from orchestrator.tasks.text_classification import TextClassification
+from orchestrator.tasks.token_classification import TokenClassification
 
 TaskSpec = Annotated[
-    TextClassification | MultiLabelClassification | TextRegression | CausalLM,
+    TextClassification | MultiLabelClassification | TextRegression | TokenClassification | CausalLM,
     Field(discriminator="type"),
 ]
 
@@ -27,4 +28,5 @@ __all__ = [
     "TaskSpec",
     "TextClassification",
     "TextRegression",
+    "TokenClassification",
 ]

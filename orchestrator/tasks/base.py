@@ -20,6 +20,9 @@ EncodedRow = dict[str, Any]
 FeatureKind = Literal["int", "ints", "float", "text"]
 """What a feature holds per row: a number, a list of integers, or a text."""
 
+IGNORED = -100
+"""`transformers`' label value for positions without loss."""
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -46,6 +49,10 @@ class Task(Frozen):
     """The model's outputs stand for the label set, so a head for other labels is drawn anew."""
     all_logits: ClassVar[bool] = False
     """The head predicts a token of the vocabulary at every position."""
+    kept_features: ClassVar[tuple[str, ...]] = ()
+    """Features that `metrics` needs beside what `measure` keeps."""
+    needs_tokenizer: ClassVar[bool] = False
+    """Evaluation calls `decode` before `metrics`."""
     usual_global_rows: ClassVar[int] = 32
     """Rows per step unless the job says otherwise."""
     required_inputs: ClassVar[tuple[str, ...]] = ()
@@ -93,10 +100,14 @@ class Task(Frozen):
         """
         raise NotImplementedError
 
+    def length(self, row: EncodedRow) -> int:
+        """Tokens of an encoded row: what batches are grouped by, and what throughput counts."""
+        return len(row["input_ids"])
+
     def pack(
         self, rows: Sequence[EncodedRow], max_length: int
     ) -> tuple[list[EncodedRow], list[EncodedRow]]:
-        """(rows ready to be written, rows kept back for the next call); by default nothing is packed."""
+        """(rows ready to be written, rows kept back for the next call); by default all as they are."""
         return list(rows), []
 
     def config_overrides(self, labels: tuple[str, ...]) -> dict[str, Any]:
@@ -119,8 +130,12 @@ class Task(Frozen):
     def measure(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
     ) -> dict[str, np.ndarray]:
-        """What evaluation keeps of a batch: named arrays, one row per row of the batch."""
+        """What evaluation keeps of a batch: named arrays, one row (of any length) per row of the batch."""
         raise NotImplementedError
+
+    def decode(self, gathered: dict[str, np.ndarray], tokenizer: Any) -> dict[str, np.ndarray]:
+        """Where `needs_tokenizer`: token ids that `measure` kept → what `metrics` compares."""
+        return gathered
 
     def metrics(self, gathered: dict[str, np.ndarray], labels: tuple[str, ...]) -> dict[str, Any]:
         """Metrics over the whole evaluation set, every row once."""
@@ -206,3 +221,13 @@ def per_label(
         f"{name}_per_class": {k: float(v) for k, v in zip(labels, values, strict=True)}
         for name, values in scores.items()
     }
+
+
+def ragged(values: Sequence[Any]) -> np.ndarray:
+    """An object array (rows,) of values of any kind and length."""
+    import numpy as np
+
+    out = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        out[i] = value
+    return out

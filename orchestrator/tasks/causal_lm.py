@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Tag
 
-from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, Task, pad
+from orchestrator.tasks.base import IGNORED, BadRow, EncodedRow, FeatureKind, RawRow, Task, pad
 from orchestrator.tasks.packing import document, pack_stream, pack_whole
 from orchestrator.tasks.templating import Targets, chat, instruction, plain, prompt_ids
 from orchestrator.values import Frozen, by_type
@@ -15,9 +15,6 @@ from orchestrator.values import Frozen, by_type
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-IGNORED = -100
-"""`transformers`' label value for positions without loss."""
 
 
 class PlainRows(Frozen):

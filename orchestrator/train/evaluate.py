@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,9 @@ import torch.distributed as dist
 from orchestrator.data.order import PADDING
 from orchestrator.data.stream import StepRows
 from orchestrator.errors import DataError
+from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.plan import Plan
+from orchestrator.tasks.base import ragged
 from orchestrator.train.feed import StepStream, open_source
 
 CACHE_BYTES = 256 * 2**20
@@ -46,6 +51,8 @@ class Evaluator:
             tensors = self.plan.spec.task.collate(step.rows, step.weights, self.plan.pad_token_id)
             tensors = {name: t.to(device) for name, t in tensors.items()}
             measured = self.plan.spec.task.measure(model, tensors)
+            for name in self.plan.spec.task.kept_features:
+                measured[name] = ragged([row[name] for row in step.rows])
             real = step.row_ids != PADDING
             parts.append(
                 {"row_id": step.row_ids[real], **{k: v[real] for k, v in measured.items()}}
@@ -83,13 +90,21 @@ class Evaluator:
                 f"evaluation saw {len(seen)} rows, {len(np.unique(seen))} distinct, of {self.data.rows}: "
                 "its figures would be wrong. Please report this."
             )
-        return {**self.plan.spec.task.metrics(gathered, self.plan.labels), "rows": self.data.rows}
+        task = self.plan.spec.task
+        if task.needs_tokenizer:
+            gathered = task.decode(gathered, self._tokenizer)
+        return {**task.metrics(gathered, self.plan.labels), "rows": self.data.rows}
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """Only rank 0 needs it, and only for some tasks."""
+        return load_tokenizer(self.plan.spec)
 
 
 def _owned(step: StepRows) -> StepRows:
     """A copy that does not hold on to Ray's shared memory."""
-    rows = [{name: np.array(value) for name, value in row.items()} for row in step.rows]
-    return StepRows(step.step, rows, step.weights.copy(), step.row_ids.copy(), step.denominator)
+    rows = [{name: deepcopy(value) for name, value in row.items()} for row in step.rows]
+    return replace(step, rows=rows, weights=step.weights.copy(), row_ids=step.row_ids.copy())
 
 
 def _gather(mine: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
