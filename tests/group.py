@@ -43,7 +43,7 @@ def run_trials(plans: Sequence[Plan]) -> list[dict[str, Any]]:
             trial = Trial(plan, folder)
             result = trial.train()
             logits = None
-            if plan.eval_data and plan.labels:
+            if plan.eval_data and plan.spec.task.type == "text_classification":
                 logits = probe(trial.engine, plan)
             if trial.rank == 0:
                 torch.save(logits, folder.root / "logits.pt")

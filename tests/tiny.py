@@ -51,6 +51,11 @@ class Tiny:
         return self.root / "gpt2"
 
     @property
+    def t5(self) -> Path:
+        """A T5 with the tokenizer of the Llama."""
+        return self.root / "t5"
+
+    @property
     def qwen2(self) -> Path:
         """A Qwen2 with that tokenizer and a chat template."""
         return self.root / "qwen2"
@@ -68,6 +73,8 @@ def build(root: Path) -> Tiny:
         LlamaForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
     )
 
     tiny = Tiny(root)
@@ -107,11 +114,24 @@ def build(root: Path) -> Tiny:
         bos_token_id=plain.eos_token_id,
         eos_token_id=plain.eos_token_id,
     )
+    t5 = T5Config(
+        vocab_size=len(plain),
+        d_model=HIDDEN,
+        d_ff=2 * HIDDEN,
+        d_kv=HIDDEN // HEADS,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        dropout_rate=0.0,
+        pad_token_id=plain.pad_token_id,
+        eos_token_id=plain.eos_token_id,
+        decoder_start_token_id=plain.pad_token_id,
+    )
     torch.manual_seed(0)
     for folder, model, tokenizer in (
         (tiny.bert, BertForSequenceClassification(bert), words),
         (tiny.llama, LlamaForCausalLM(LlamaConfig(**rope)), plain),
         (tiny.gpt2, GPT2LMHeadModel(gpt2), plain),
+        (tiny.t5, T5ForConditionalGeneration(t5), plain),
         (tiny.qwen2, Qwen2ForCausalLM(Qwen2Config(**rope)), chat),
     ):
         model.save_pretrained(folder)

@@ -42,6 +42,8 @@ class Manifest(Frozen):
     labels: tuple[str, ...]
     max_length_tokens: int
     longest_tokens: int
+    longest_target_tokens: int = 0
+    """Of what a decoder reads; 0 where there is none."""
     rows: int
     tokens: int
     target_tokens: int

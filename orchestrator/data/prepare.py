@@ -251,6 +251,7 @@ def _manifest(
         labels=labels,
         max_length_tokens=max_length_tokens(spec),
         longest_tokens=max(one["longest"] for one in done),
+        longest_target_tokens=max(one["longest_target"] for one in done),
         rows=total["rows"],
         tokens=total["tokens"],
         target_tokens=total["targets"],

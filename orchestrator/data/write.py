@@ -107,7 +107,7 @@ class ShardWriter:
         self.shards: list[dict[str, Any]] = []
         self.bad: list[tuple[int, str]] = []
         self.input_rows = self.bad_rows = self.truncated = 0
-        self.rows = self.tokens = self.targets = self.longest = 0
+        self.rows = self.tokens = self.targets = self.longest = self.longest_target = 0
 
     def reject(self, number: int, why: str) -> None:
         """Record a row that cannot be used."""
@@ -150,6 +150,7 @@ class ShardWriter:
                 for n, w in sorted(self.bad)
             ],
             "longest": self.longest,
+            "longest_target": self.longest_target,
             **{name: getattr(self, name) for name in COUNTS},
         }
 
@@ -172,6 +173,8 @@ class ShardWriter:
         self.rows += count
         self.tokens += sum(lengths)
         self.targets += sum(targets)
-        self.longest = max(self.longest, *lengths)
+        decoded = [self.task.target_length(row) for row in rows]
+        self.longest = max(self.longest, *(n - d for n, d in zip(lengths, decoded, strict=True)))
+        self.longest_target = max(self.longest_target, *decoded)
         shard = Shard(file=name, rows=count, size_bytes=path.stat().st_size, sha256=sha256_of(path))
         self.shards.append(shard.model_dump())

@@ -26,6 +26,8 @@ def load_config(spec: JobSpec, labels: tuple[str, ...]) -> Any:
     config = _own_config(spec)
     for name, value in spec.task.config_overrides(labels).items():
         setattr(config, name, value)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id  # as T5 and its kin begin
     if spec.model.dropout is not None:
         _set_dropout(config, spec.model.dropout)
     return config
@@ -87,14 +89,34 @@ def max_length_tokens(spec: JobSpec) -> int:
 
 def check_max_length(spec: JobSpec) -> None:
     """Raises OrchestratorError where the job's rows may be longer than the model has positions."""
-    wanted = spec.data.max_length_tokens
-    if wanted == "auto":
-        return
     limit = _positions(spec)
-    if limit is not None and wanted > limit:
+    lengths: dict[str, Any] = {
+        "data.max_length_tokens": spec.data.max_length_tokens,
+        "task.max_target_tokens": getattr(spec.task, "max_target_tokens", "auto"),
+    }
+    for field, wanted in lengths.items():
+        if wanted != "auto" and limit is not None and wanted > limit:
+            raise OrchestratorError(
+                f"{field} = {wanted} exceeds the model's {limit} positions: set {field}={limit} or less."
+            )
+
+
+def check_tokenizer(spec: JobSpec, labels: tuple[str, ...], tokenizer: Any) -> None:
+    """Raises OrchestratorError where tokenizer and model do not speak of the same tokens."""
+    config = load_config(spec, labels)
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    largest = max(tokenizer.get_vocab().values())
+    if known is not None and largest >= known:
         raise OrchestratorError(
-            f"data.max_length_tokens = {wanted} exceeds the model's {limit} positions: "
-            f"set data.max_length_tokens={limit} or less."
+            f"model.config.vocab_size = {known} is too small: the tokenizer's ids go up to {largest}. "
+            f"Set it to {largest + 1} or more, or name the model's own tokenizer."
+        )
+    ends = config.eos_token_id if config.is_encoder_decoder else None
+    ends = ends if isinstance(ends, list | tuple) else [ends]
+    if config.is_encoder_decoder and tokenizer.eos_token_id not in (None, *ends):
+        raise OrchestratorError(
+            f"model.config.eos_token_id = {ends[0]}, but the tokenizer ends texts with "
+            f"{tokenizer.eos_token_id}: the model would never stop writing. Set it to that."
         )
 
 

@@ -19,8 +19,8 @@ def fate_of_head(spec: JobSpec, labels: tuple[str, ...]) -> Literal["kept", "new
     """Whether the pretrained head's outputs mean what the job's labels mean.
 
     A head of another kind, as one for texts is for words, never does, though its weights may have the
-    same name and shape. Labels without names are taken for the job's. Raises OrchestratorError where the names are the
-    same in another order: training would start from outputs that mean something else.
+    same name and shape. Labels without names are taken for the job's. Raises OrchestratorError where
+    the names are the same in another order: training would start from outputs that mean something else.
     """
     if not spec.task.labelled_head or spec.model.pretrained is None:
         return "kept"
@@ -32,7 +32,7 @@ def fate_of_head(spec: JobSpec, labels: tuple[str, ...]) -> Literal["kept", "new
     theirs = [str(name) for _, name in sorted(named.items(), key=lambda item: int(item[0]))]
     if not theirs or all(UNNAMED.match(name) for name in theirs):
         return "kept"
-    ours = [label.casefold() for label in labels]
+    ours = [name.casefold() for name in spec.task.config_overrides(labels)["id2label"].values()]
     pretrained = [name.casefold() for name in theirs]
     if pretrained == ours:
         return "kept"

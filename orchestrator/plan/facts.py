@@ -12,7 +12,11 @@ from orchestrator.spec import JobSpec
 
 def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
     """Sizes of the model that will be trained, adapters included."""
-    model: Any = build_model(spec, labels, on_meta=True)
+    return facts_of(build_model(spec, labels, on_meta=True))
+
+
+def facts_of(model: Any) -> ModelFacts:
+    """Sizes of a `transformers` model, from its parameters and its config."""
     config = model.config
     config = getattr(config, "text_config", None) or config
 
@@ -20,6 +24,7 @@ def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
         return int(next((getattr(config, n) for n in names if getattr(config, n, None)), default))
 
     hidden = first("hidden_size", "n_embd", "d_model", "dim")
+    two_sided = bool(getattr(config, "is_encoder_decoder", False))
     return ModelFacts(
         model_type=str(config.model_type),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -28,10 +33,16 @@ def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
         layers=first("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
         heads=first("num_attention_heads", "n_head", "n_heads", default=1),
         intermediate_size=first(
-            "intermediate_size", "n_inner", "d_ff", "hidden_dim", default=4 * hidden
+            "intermediate_size",
+            "n_inner",
+            "d_ff",
+            "hidden_dim",
+            "encoder_ffn_dim",
+            default=4 * hidden,
         ),
         vocab_size=first("vocab_size"),
         eager_attention=getattr(config, "_attn_implementation", "sdpa") == "eager",
+        decoder_layers=first("decoder_layers", "num_decoder_layers") if two_sided else 0,
     )
 
 

@@ -34,6 +34,8 @@ class Load:
     """A worker's rows of one global batch."""
     tokens_per_row: int
     limit_bytes: int
+    target_tokens_per_row: int = 0
+    """Those that a decoder reads beside an encoder's."""
 
     @property
     def room_bytes(self) -> int:
@@ -57,8 +59,11 @@ class Load:
 
     def fits(self, stage: Stage, rows: int) -> bool:
         """Whether micro-batches of `rows` rows do at a ZeRO stage."""
-        need = memory_bytes(self.model, self.setup(stage), rows, self.tokens_per_row)
-        return sum(need.values()) <= self.room_bytes
+        return sum(self.need(self.model, self.setup(stage), rows).values()) <= self.room_bytes
+
+    def need(self, model: ModelFacts, setup: MemorySetup, rows: int) -> dict[str, int]:
+        """Bytes of a worker, for micro-batches of `rows` of the longest rows."""
+        return memory_bytes(model, setup, rows, self.tokens_per_row, self.target_tokens_per_row)
 
 
 def fit(load: Load, reasons: dict[str, str], stage: Stage | None = None) -> tuple[MemorySetup, int]:
@@ -130,14 +135,14 @@ def optimizer_states(spec: JobSpec) -> int:
 def _too_big(load: Load, stage: Stage, rows: int) -> str:
     """Says what is missing and which change makes it fit: alone, or else which ones together."""
     model, setup = load.model, load.setup(stage)
-    tokens, room = load.tokens_per_row, load.room_bytes
+    room = load.room_bytes
 
     def need(helps: Sequence[_Change]) -> int:
         changed = setup.model_copy(update={k: v for c in helps for k, v in c.setup.items()})
         tuned = LORA_SHARE if any(c.lora for c in helps) else 1
         facts = model.model_copy(update={"trainable": int(model.trainable * tuned)})
         fewer = 1 if any(c.one_row for c in helps) else rows
-        return sum(memory_bytes(facts, changed, fewer, tokens).values())
+        return sum(load.need(facts, changed, fewer).values())
 
     changes = _changes(load.spec, setup, rows)
     fixes = [change.text for change in changes if need([change]) <= room]
@@ -148,7 +153,7 @@ def _too_big(load: Load, stage: Stage, rows: int) -> str:
         fixes = ["a smaller model, a shorter data.max_length_tokens or larger workers"]
     return (
         f"one worker needs {need([]) / GIB:.1f} GiB at ZeRO stage {setup.stage} with {rows} row(s) of "
-        f"{tokens} tokens; {room / GIB:.1f} GiB are to be had. What helps: {', or '.join(fixes)}."
+        f"{load.tokens_per_row} tokens; {room / GIB:.1f} GiB are to be had. What helps: {', or '.join(fixes)}."
     )
 
 

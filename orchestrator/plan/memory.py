@@ -30,6 +30,8 @@ class ModelFacts(Frozen):
     intermediate_size: int
     vocab_size: int
     eager_attention: bool
+    decoder_layers: int = 0
+    """Of a model that also has an encoder, whose layers `layers` then counts."""
 
     @property
     def frozen(self) -> int:
@@ -54,9 +56,17 @@ class MemorySetup(Frozen):
 
 
 def memory_bytes(
-    model: ModelFacts, setup: MemorySetup, micro_rows: int, tokens_per_row: int
+    model: ModelFacts,
+    setup: MemorySetup,
+    micro_rows: int,
+    tokens_per_row: int,
+    target_tokens_per_row: int = 0,
 ) -> dict[str, int]:
-    """Peak bytes per worker by component, of device memory (host memory where there is no GPU)."""
+    """Peak bytes per worker by component, of device memory (host memory where there is no GPU).
+
+    `target_tokens_per_row`: what a decoder reads beside an encoder's `tokens_per_row`.
+    """
+    counts = (micro_rows, tokens_per_row, target_tokens_per_row)
     word = 2 if setup.bf16 else 4
     share = setup.world_size
     shards_params, shards_grads = setup.stage == 3, setup.stage >= 2
@@ -80,39 +90,54 @@ def memory_bytes(
     return {
         **states,
         "buckets": buckets,
-        "activations": activation_bytes(model, setup, micro_rows, tokens_per_row),
-        "logits": _logit_bytes(model, setup, micro_rows, tokens_per_row),
+        "activations": activation_bytes(model, setup, *counts),
+        "logits": _logit_bytes(model, setup, *counts),
         "runtime": GPU_RUNTIME_BYTES if setup.on_gpu else RUNTIME_BYTES,
     }
 
 
 def activation_bytes(
-    model: ModelFacts, setup: MemorySetup, micro_rows: int, tokens_per_row: int
+    model: ModelFacts,
+    setup: MemorySetup,
+    micro_rows: int,
+    tokens_per_row: int,
+    target_tokens_per_row: int = 0,
 ) -> int:
     """Activations kept for the backward pass.
 
     Per layer and token: 34 hidden-sized half-precision values with a 4× wide MLP, of which the MLP
-    accounts for 19; eager attention adds 5 × heads × tokens. fp32 doubles all of it.
+    accounts for 19; eager attention adds 5 × heads × tokens. A decoder's layers also attend to the
+    encoder, by the same count: 9 more values per target token (input, queries, context, norm, dropout
+    mask), 4 per source token (keys, values). fp32 doubles all of it.
     """
-    tokens = micro_rows * tokens_per_row
     scale = 1 if setup.bf16 else 2
-    wide = model.intermediate_size / max(4 * model.hidden_size, 1)
-    per_token = model.hidden_size * (15 + 19 * wide)
-    if model.eager_attention:
-        per_token += 5 * model.heads * tokens_per_row
-    per_layer = int(scale * tokens * per_token)
+    tokens, targets = (
+        scale * micro_rows * tokens_per_row,
+        scale * micro_rows * target_tokens_per_row,
+    )
+    hidden, eager = model.hidden_size, 5 * model.heads if model.eager_attention else 0
+    per_token = hidden * (15 + 19 * model.intermediate_size / max(4 * hidden, 1))
+    encoder = int(tokens * (per_token + eager * tokens_per_row))
+    across = targets * (9 * hidden + eager * tokens_per_row) + tokens * 4 * hidden
+    decoder = int(targets * (per_token + eager * target_tokens_per_row) + across)
     if setup.gradient_checkpointing:
-        return per_layer + model.layers * 2 * scale * tokens * model.hidden_size
-    return model.layers * per_layer
+        kept = 2 * hidden * (model.layers * tokens + model.decoder_layers * targets)
+        return max(encoder, decoder if model.decoder_layers else 0) + kept
+    return model.layers * encoder + model.decoder_layers * decoder
 
 
 def _logit_bytes(
-    model: ModelFacts, setup: MemorySetup, micro_rows: int, tokens_per_row: int
+    model: ModelFacts,
+    setup: MemorySetup,
+    micro_rows: int,
+    tokens_per_row: int,
+    target_tokens_per_row: int,
 ) -> int:
     """Logits, their fp32 copy and their gradient, where every position predicts."""
     if not setup.all_logits:
         return 0
-    return 3 * 4 * micro_rows * tokens_per_row * model.vocab_size
+    predicting = target_tokens_per_row if model.decoder_layers else tokens_per_row
+    return 3 * 4 * micro_rows * predicting * model.vocab_size
 
 
 def checkpoint_bytes(model: ModelFacts, setup: MemorySetup) -> int:

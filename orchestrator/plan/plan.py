@@ -10,11 +10,11 @@ from typing import Any
 from orchestrator.data.order import rows_per_rank
 from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import PlanError
-from orchestrator.model.config import load_tokenizer
+from orchestrator.model.config import check_tokenizer, load_tokenizer
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load, fit
-from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, checkpoint_bytes, memory_bytes
+from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, checkpoint_bytes
 from orchestrator.plan.resources import (
     Workers,
     check_cpus,
@@ -37,6 +37,7 @@ class DataFacts(Frozen):
     tokens: int
     target_tokens: int
     longest_tokens: int
+    longest_target_tokens: int = 0
     truncated_rows: int
     bad_rows: int
 
@@ -101,14 +102,15 @@ def make_plan(
     reasons: dict[str, str] = {}
     train = prepared["train"]
     labels = train.manifest.labels
-    model = model_facts(spec, labels)
+    model, tokenizer = model_facts(spec, labels), load_tokenizer(spec)
+    check_tokenizer(spec, labels, tokenizer)
     workers = share_out(spec, cluster, reasons)
     bf16 = uses_bf16(spec, cluster, workers, reasons)
     global_rows = _global_rows(spec, train.manifest.rows, reasons)
     per_worker = rows_per_rank(global_rows, workers.count)
     limit = memory_limit(cluster, workers, reasons)
-    tokens_per_row = train.manifest.longest_tokens
-    load = Load(spec, model, workers, bf16, per_worker, tokens_per_row, limit)
+    tokens, target_tokens = train.manifest.longest_tokens, train.manifest.longest_target_tokens
+    load = Load(spec, model, workers, bf16, per_worker, tokens, limit, target_tokens)
     setup, shares = _shares(load, reasons)
     steps_per_epoch = -(-train.manifest.rows // global_rows)
     total = _total_steps(spec, steps_per_epoch, reasons)
@@ -127,7 +129,7 @@ def make_plan(
         model=model,
         labels=labels,
         max_length_tokens=train.manifest.max_length_tokens,
-        pad_token_id=load_tokenizer(spec).pad_token_id or 0,
+        pad_token_id=tokenizer.pad_token_id or 0,
         train_data=data_facts(train),
         eval_data=data_facts(prepared["eval"]) if "eval" in prepared else None,
         gpus_per_worker=workers.gpus,
@@ -171,6 +173,7 @@ def at_workers(plan: Plan, num_workers: int, stage: Stage | None = None) -> Plan
         rows=rows_per_rank(plan.global_rows, num_workers),
         tokens_per_row=plan.train_data.longest_tokens,
         limit_bytes=plan.memory_limit_bytes,
+        target_tokens_per_row=plan.train_data.longest_target_tokens,
     )
     _, shares = _shares(load, reasons, stage)
     return plan.model_copy(update={**shares, "reasons": reasons})
@@ -188,7 +191,7 @@ def _shares(
         "rows_per_worker": load.rows,
         "micro_rows": micro_rows,
         "accumulation": accumulation,
-        "memory_bytes": memory_bytes(load.model, setup, micro_rows, load.tokens_per_row),
+        "memory_bytes": load.need(load.model, setup, micro_rows),
         "deepspeed": deepspeed_config(load.spec, setup, micro_rows, accumulation),
     }
 
@@ -196,7 +199,7 @@ def _shares(
 def data_facts(prepared: Prepared) -> DataFacts:
     """A prepared split in the words of the plan."""
     manifest = prepared.manifest
-    names = ("rows", "tokens", "target_tokens", "longest_tokens", "truncated_rows", "bad_rows")
+    names = [name for name in DataFacts.model_fields if name != "folder"]
     return DataFacts(folder=str(prepared.folder), **{n: getattr(manifest, n) for n in names})
 
 

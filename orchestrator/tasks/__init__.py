@@ -11,11 +11,17 @@ from orchestrator.tasks.base import BadRow, EncodedRow, Task
 from orchestrator.tasks.causal_lm import CausalLM
 from orchestrator.tasks.multi_label import MultiLabelClassification
 from orchestrator.tasks.regression import TextRegression
+from orchestrator.tasks.seq2seq import Seq2Seq
 from orchestrator.tasks.text_classification import TextClassification
 from orchestrator.tasks.token_classification import TokenClassification
 
 TaskSpec = Annotated[
-    TextClassification | MultiLabelClassification | TextRegression | TokenClassification | CausalLM,
+    TextClassification
+    | MultiLabelClassification
+    | TextRegression
+    | TokenClassification
+    | Seq2Seq
+    | CausalLM,
     Field(discriminator="type"),
 ]
 
@@ -24,6 +30,7 @@ __all__ = [
     "CausalLM",
     "EncodedRow",
     "MultiLabelClassification",
+    "Seq2Seq",
     "Task",
     "TaskSpec",
     "TextClassification",

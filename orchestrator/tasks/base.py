@@ -46,7 +46,7 @@ class Task(Frozen):
     peft_task: ClassVar[str]
     """peft's `TaskType` for adapters."""
     labelled_head: ClassVar[bool] = False
-    """The model's outputs stand for the label set, so a head for other labels is drawn anew."""
+    """The model's outputs have names (`id2label`); a pretrained head for other ones is drawn anew."""
     all_logits: ClassVar[bool] = False
     """The head predicts a token of the vocabulary at every position."""
     kept_features: ClassVar[tuple[str, ...]] = ()
@@ -103,6 +103,10 @@ class Task(Frozen):
     def length(self, row: EncodedRow) -> int:
         """Tokens of an encoded row: what batches are grouped by, and what throughput counts."""
         return len(row["input_ids"])
+
+    def target_length(self, row: EncodedRow) -> int:
+        """Those of its tokens that a decoder reads, beside the encoder's."""
+        return 0
 
     def pack(
         self, rows: Sequence[EncodedRow], max_length: int
@@ -231,3 +235,11 @@ def ragged(values: Sequence[Any]) -> np.ndarray:
     for i, value in enumerate(values):
         out[i] = value
     return out
+
+
+def in_step_with_others() -> bool:
+    """Whether other ranks write texts at the same time: all then make equally many forward passes,
+    which ZeRO-3 needs to gather weights."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -40,7 +40,6 @@ class MultiLabelClassification(SequenceTask):
         "loss",
     )
     default_metric: ClassVar[str] = "f1_micro"
-    labelled_head: ClassVar[bool] = True
     target_kind: ClassVar[FeatureKind] = "ints"
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:

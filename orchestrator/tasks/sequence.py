@@ -29,6 +29,7 @@ class SequenceTask(Task):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline_tag: ClassVar[str] = "text-classification"
     peft_task: ClassVar[str] = "SEQ_CLS"
+    labelled_head: ClassVar[bool] = True
     target_kind: ClassVar[FeatureKind]
     """What the feature `label` holds."""
 

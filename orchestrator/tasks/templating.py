@@ -24,7 +24,7 @@ def plain(texts: Sequence[Any], column: str, tokenizer: Any) -> list[Targets | B
 
 
 def _all_learnt(ids: list[int], tokenizer: Any) -> Targets:
-    ids = _ended(ids, tokenizer)
+    ids = ended(ids, tokenizer)
     return ids, [1] * len(ids)
 
 
@@ -40,9 +40,7 @@ def instruction(
         messages = [{"role": role, "content": str(content)} for role, content in turns]
         return _templated(messages, tokenizer)
     head = tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"]
-    tail = _ended(
-        tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], tokenizer
-    )
+    tail = ended(tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
     return head + tail, [0] * len(head) + [1] * len(tail)
 
 
@@ -102,6 +100,7 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any) -> Targets | BadR
     return list(encoded["input_ids"]), targets
 
 
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+def ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """The ids, closed by the tokenizer's end of text where it has one."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]

@@ -32,7 +32,6 @@ class TextClassification(SequenceTask):
         "loss",
     )
     default_metric: ClassVar[str] = "accuracy"
-    labelled_head: ClassVar[bool] = True
     target_kind: ClassVar[FeatureKind] = "int"
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:

@@ -1,0 +1,223 @@
+"""Text to text by an encoder and a decoder: translation, summarisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from orchestrator.tasks.base import (
+    IGNORED,
+    BadRow,
+    EncodedRow,
+    FeatureKind,
+    RawRow,
+    Task,
+    in_step_with_others,
+    pad,
+    ragged,
+    text_problem,
+    tokens_and_mask,
+)
+from orchestrator.tasks.templating import ended
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+SHOWN = 5
+"""Outputs that an evaluation's record shows beside their references."""
+
+
+class Seq2Seq(Task):
+    """A source text becomes a target text. Evaluation writes the targets itself and compares them."""
+
+    type: Literal["seq2seq"]
+    source_column: str = "source"
+    """Column with the text that is read."""
+    target_column: str = "target"
+    """Column with the text that is to be written."""
+    prefix: str = ""
+    """Put before every source, as T5's `translate English to German: `."""
+    max_target_tokens: Annotated[int, Field(ge=2)] = 128
+    """Longest target in tokens: longer ones are cut, and none longer is written. Sources are cut to
+    `data.max_length_tokens`."""
+    num_beams: Annotated[int, Field(ge=1)] = 1
+    """Beams of the search in evaluations and predictions; 1 is greedy."""
+    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    """sacrebleu's tokenizer; `zh` for Chinese, `char` for other languages without spaces."""
+
+    metric_names: ClassVar[tuple[str, ...]] = (
+        "bleu",
+        "chrf",
+        *ROUGE,
+        "token_accuracy",
+        "loss",
+    )
+    default_metric: ClassVar[str] = "bleu"
+    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    pipeline_tag: ClassVar[str] = "text2text-generation"
+    peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
+    all_logits: ClassVar[bool] = True
+    kept_features: ClassVar[tuple[str, ...]] = ("reference",)
+    needs_tokenizer: ClassVar[bool] = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.source_column, self.target_column)
+
+    @property
+    def predict_columns(self) -> tuple[str, ...]:
+        return (self.source_column,)
+
+    def features(self) -> dict[str, FeatureKind]:
+        return {"input_ids": "ints", "label_ids": "ints", "reference": "text"}
+
+    def length(self, row: EncodedRow) -> int:
+        return len(row["input_ids"]) + len(row["label_ids"])
+
+    def target_length(self, row: EncodedRow) -> int:
+        return len(row["label_ids"])
+
+    def encode(
+        self, rows: Sequence[RawRow], tokenizer: Any, max_length: int, labels: tuple[str, ...]
+    ) -> list[EncodedRow | BadRow]:
+        return [self._encoded(row, tokenizer, max_length) for row in rows]
+
+    def _encoded(self, row: RawRow, tokenizer: Any, max_length: int) -> EncodedRow | BadRow:
+        for column in self.columns:
+            if why := text_problem(row.get(column), column):
+                return BadRow(why)
+        source = _cut(tokenizer, self.prefix + row[self.source_column], max_length)
+        target = _cut(tokenizer, row[self.target_column], self.max_target_tokens, is_target=True)
+        return {
+            "input_ids": source[0],
+            "label_ids": target[0],
+            "reference": row[self.target_column],
+            "n_targets": len(target[0]),
+            "truncated": int(source[1] or target[1]),
+        }
+
+    def collate(
+        self, rows: Sequence[dict[str, np.ndarray]], weights: np.ndarray, pad_id: int
+    ) -> dict[str, torch.Tensor]:
+        import numpy as np
+
+        labels = [
+            row["label_ids"] if weight > 0 else np.full(len(row["label_ids"]), IGNORED)
+            for row, weight in zip(rows, weights, strict=True)
+        ]
+        sources = tokens_and_mask([row["input_ids"] for row in rows], pad_id)
+        return {**sources, "labels": pad(labels, IGNORED)}
+
+    def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return _losses(_logits(model, batch), batch["labels"]).sum()
+
+    def measure(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    ) -> dict[str, np.ndarray]:
+        logits, labels = _logits(model, batch), batch["labels"]
+        correct = (logits.argmax(-1) == labels) & (labels != IGNORED)
+        return {
+            "loss": _losses(logits, labels).double().sum(-1).cpu().numpy(),
+            "n_targets": (labels != IGNORED).sum(-1).cpu().numpy(),
+            "n_correct": correct.sum(-1).cpu().numpy(),
+            "written": ragged(self._write(model, batch).cpu().tolist()),
+        }
+
+    def _write(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Token ids (rows, longest written) for each source of the batch."""
+        ids: torch.Tensor = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.max_target_tokens,
+            num_beams=self.num_beams,
+            do_sample=False,
+            synced_gpus=in_step_with_others(),
+        )
+        return ids
+
+    def decode(self, gathered: dict[str, np.ndarray], tokenizer: Any) -> dict[str, np.ndarray]:
+        texts = tokenizer.batch_decode(list(gathered["written"]), skip_special_tokens=True)
+        return {**gathered, "written": ragged([text.strip() for text in texts])}
+
+    def metrics(self, gathered: dict[str, np.ndarray], labels: tuple[str, ...]) -> dict[str, Any]:
+        """BLEU and chrF of the whole corpus, 0 to 100 (Post, arXiv 1804.08771; Popović, W15-3049);
+        ROUGE, 0 to 1, is by its definition the mean F over rows (Lin, W04-1013)."""
+        import sacrebleu
+
+        written, references = list(gathered["written"]), list(gathered["reference"])
+        targets = max(int(gathered["n_targets"].sum()), 1)
+        bleu = sacrebleu.corpus_bleu(written, [references], tokenize=self.bleu_tokenize)
+        pairs = list(zip(references, written, strict=True))
+        return {
+            "loss": float(gathered["loss"].sum()) / targets,
+            "token_accuracy": int(gathered["n_correct"].sum()) / targets,
+            "bleu": float(bleu.score),
+            "chrf": float(sacrebleu.corpus_chrf(written, [references]).score),
+            **_rouge(pairs),
+            "examples": [{"reference": a, "written": b} for a, b in pairs[:SHOWN]],
+        }
+
+    def predict(
+        self, model: Any, tokenizer: Any, rows: Sequence[RawRow], max_length: int
+    ) -> list[dict[str, Any]]:
+        import torch
+
+        sources = [row[self.source_column] for row in rows]
+        inputs = tokenizer(
+            [self.prefix + source for source in sources],
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device)
+        with torch.no_grad():
+            ids = self._write(model, inputs)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [
+            {self.source_column: source, self.target_column: text.strip()}
+            for source, text in zip(sources, texts, strict=True)
+        ]
+
+
+def _cut(
+    tokenizer: Any, text: str, max_length: int, is_target: bool = False
+) -> tuple[list[int], bool]:
+    """(token ids, whether some were cut off); both sides end as the tokenizer ends a text."""
+    named = {"text_target": text} if is_target else {"text": text}
+    ids = tokenizer(**named, truncation=False, verbose=False)["input_ids"]
+    if is_target:
+        ids = ended(ids, tokenizer)
+    return (ids, False) if len(ids) <= max_length else ([*ids[: max_length - 1], ids[-1]], True)
+
+
+def _logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Outputs (rows, target tokens, vocabulary) in fp32; the model shifts the labels to the right."""
+    logits: torch.Tensor = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=batch["labels"],
+        use_cache=False,
+    ).logits
+    return logits.float()
+
+
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each target token (rows, target tokens), 0 for padding."""
+    import torch.nn.functional as functional
+
+    flat = functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view_as(labels)
+
+
+def _rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(ROUGE))
+    scores = [scorer.score(reference, written) for reference, written in pairs]
+    return {name: sum(s[name].fmeasure for s in scores) / max(len(scores), 1) for name in ROUGE}

@@ -1,0 +1,146 @@
+"""Every task on two real ZeRO workers: what they measure together is what one process measures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from group import losses, plan_of, run_trials
+
+from orchestrator.api import predict
+from orchestrator.data.manifest import read_manifest
+from orchestrator.data.shards import open_shards
+from orchestrator.data.stream import unpack_rows
+from orchestrator.plan import Plan
+from orchestrator.run_folder import RunFolder, write_json
+from orchestrator.tasks.base import ragged
+from orchestrator.train.export import export_run, load_exported
+
+STEPS, EVAL_ROWS = 6, 13
+
+TASKS: dict[str, dict[str, Any]] = {
+    "multi_label_classification": {
+        "model": "bert",
+        "rows": lambda r: {"text": r["text"], "labels": [r["label"], "any"]},
+        "task": {"labels": ["any", "bad", "good"]},
+        "predicted": "scores",
+    },
+    "text_regression": {
+        "model": "bert",
+        "rows": lambda r: {"text": r["text"], "value": len(r["text"]) / 20},
+        "predicted": "value",
+    },
+    "token_classification": {
+        "model": "bert",
+        "rows": lambda r: {
+            "tokens": r["text"].split(),
+            "tags": ["B-X" if w == "was" else "O" for w in r["text"].split()],
+        },
+        "predicted": "tags",
+        "job": {"tuning": {"type": "lora"}},
+    },
+    "seq2seq": {
+        "model": "t5",
+        "rows": lambda r: {"source": r["text"], "target": r["label"]},
+        "task": {"max_target_tokens": 6},
+        "predicted": "target",
+        "job": {"zero": {"stage": 3}},
+    },
+}
+
+
+def spec_of(kind: str, models: tiny.Tiny, folder: Path) -> Any:
+    given = TASKS[kind]
+    train = tiny.write_jsonl(
+        folder / kind / "train.jsonl", [given["rows"](r) for r in tiny.labelled(60)]
+    )
+    held_out = tiny.write_jsonl(
+        folder / kind / "eval.jsonl",
+        [given["rows"](r) for r in tiny.labelled(EVAL_ROWS, seed=1)],
+    )
+    settings = {
+        "name": kind.replace("_", "-"),
+        "task": {"type": kind, **given.get("task", {})},
+        "data": {"eval": str(held_out)},
+        "batch": {"global_rows": 8},
+        "optimizer": {"lr": 5e-3},
+        "stop": {"max_steps": STEPS},
+        "evaluation": {"every_steps": "end"},
+        "resources": {"num_workers": 2},
+        "zero": {"stage": 2},
+        **given.get("job", {}),
+    }
+    return tiny.job(getattr(models, given["model"]), train, folder, **settings)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Plan, dict[str, Any]]]:
+    """Plan and last evaluation of every task, all trained in one worker group."""
+    folder = tmp_path_factory.mktemp("tasks")
+    plans = {kind: plan_of(spec_of(kind, models, folder)) for kind in TASKS}
+    for plan in plans.values():
+        Path(plan.run_dir).mkdir(parents=True, exist_ok=True)
+    results = run_trials(list(plans.values()))
+    assert [r["status"] for r in results] == ["finished"] * len(plans)
+    out = {}
+    for (kind, plan), result in zip(plans.items(), results, strict=True):
+        folder_of_run = RunFolder(Path(plan.run_dir))
+        write_json(folder_of_run.plan, plan.model_dump(mode="json"))
+        export_run(plan, folder_of_run, folder_of_run.export, {"best": {"step": STEPS}})
+        out[kind] = (plan, result["last_eval"])
+    return out
+
+
+def measured_alone(plan: Plan) -> dict[str, Any]:
+    """Metrics of the exported model over the evaluation rows, row by row in this process."""
+    task, data = plan.spec.task, plan.eval_data
+    assert data is not None
+    _, model, tokenizer = load_exported(RunFolder(Path(plan.run_dir)).export)
+    manifest = read_manifest(Path(data.folder))
+    assert manifest is not None
+    rows = unpack_rows(open_shards(data.folder, manifest).take(np.arange(data.rows)))
+    parts: list[dict[str, Any]] = []
+    for row in rows:
+        with torch.no_grad():
+            batch = task.collate([row], np.ones(1), plan.pad_token_id)
+            parts.append(
+                task.measure(model, batch) | {n: ragged([row[n]]) for n in task.kept_features}
+            )
+    gathered = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if task.needs_tokenizer:
+        gathered = task.decode(gathered, tokenizer)
+    return task.metrics(gathered, plan.labels)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_workers_measure_what_one_process_measures(kind: str, trained: Any) -> None:
+    plan, together = trained[kind]
+    alone = measured_alone(plan)
+    assert together["rows"] == EVAL_ROWS
+    assert plan.metric in plan.spec.task.metric_names
+    for name in plan.spec.task.metric_names:
+        assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-6), name
+        assert math.isfinite(together[name])
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_task_learns(kind: str, trained: Any) -> None:
+    got = losses(trained[kind][0])
+    assert len(got) == STEPS
+    assert min(got[-2:]) < 0.97 * got[0]
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_an_exported_model_answers_lines_as_the_task_says(kind: str, trained: Any) -> None:
+    plan, _ = trained[kind]
+    lines = ["the film was great", "my lunch was dull again"]
+    answers = predict(RunFolder(Path(plan.run_dir)), lines)
+    assert len(answers) == len(lines)
+    assert all(TASKS[kind]["predicted"] in answer for answer in answers)
