@@ -237,7 +237,7 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Follow the output and exit as the job does.")] = True,
 ) -> None:
     """Train on a cluster: pack the working directory, submit `train`, follow it to its end."""
-    spec = load_spec(job, overrides or [], submitted=True)
+    spec = load_spec(job, overrides or [], files="packed")
     _quiet_libraries()
     from orchestrator.remote import jobs
     from orchestrator.remote.head import Head
@@ -361,3 +361,43 @@ def schema(
     from orchestrator.spec.reference import json_schema, reference_page
 
     print(reference_page() if markdown else json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def render(
+    job: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", show_default=False)] = None,
+    overrides: Overrides = None,
+    kuberay: Annotated[bool, typer.Option("--kuberay", help="For KubeRay: the only kind.")] = True,
+    cluster_only: Annotated[
+        bool, typer.Option("--cluster-only", help="A RayCluster that takes jobs.")
+    ] = False,
+    cluster: Annotated[str | None, typer.Option(help="Machines: 8xH100x4, 16cpux2.")] = None,
+    kueue: Annotated[str | None, typer.Option(metavar="QUEUE", help="Queue in Kueue.")] = None,
+    spot: Annotated[bool, typer.Option("--spot", help="Workers on spot machines.")] = False,
+    gcs_ft: Annotated[
+        str | None, typer.Option(metavar="redis://HOST:PORT", help="Survive a lost head.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As [key=value].")
+    ] = None,
+    validate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Check manifests instead of writing them.")
+    ] = None,
+    crds: Annotated[
+        Path | None, typer.Option(help="With --validate: a cluster's own CRDs, file or folder.")
+    ] = None,
+) -> None:
+    """Manifests for Kubernetes, sized as the plan sizes the job; or a check of manifests."""
+    from orchestrator.kube.command import check_file, manifests
+
+    if validate is not None:
+        for line in check_file(validate, crds):
+            out.print(line, highlight=False, soft_wrap=True)
+        return
+    flags = {
+        "kubernetes.cluster": cluster, "kubernetes.kueue.queue": kueue,
+        "kubernetes.worker.spot": "true" if spot else None,
+        "kubernetes.gcs_fault_tolerance.redis": gcs_ft,
+    }  # fmt: skip
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    print(manifests(job, [*(overrides or []), *(set_ or []), *given], cluster_only), end="")

@@ -16,7 +16,7 @@ FLOORS = {
     "model": 4,
     "data": 5,
     "plan": 6,
-    "train": 7,
+    "train": 7, "kube": 7,
     "launch": 8, "remote": 8, "sweep": 8,
     "top": 9,
 }  # fmt: skip

@@ -32,7 +32,7 @@ def spec(**fields: Any) -> JobSpec:
         **KEPT,
         **fields,
     }
-    return parse_spec({**given, "data": {**data, **fields.get("data", {})}}, submitted=True)
+    return parse_spec({**given, "data": {**data, **fields.get("data", {})}}, files="packed")
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_job_that_would_lose_its_run_or_show_a_secret_is_refused(here: Path) -
         "data: {train: nowhere.jsonl}\nruntime: {env_vars: {HF_TOKEN: abc}, pip_options: [--pre]}\n"
     )
     with pytest.raises(SpecError) as caught:
-        load_spec("job.yaml", submitted=True)
+        load_spec("job.yaml", files="packed")
     assert [p.field for p in caught.value.problems] == [
         "runtime.env_vars.HF_TOKEN", "runtime.pip_options", "data.train", "storage", "data.prepared_dir",
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.errors import PlanError
@@ -90,11 +91,17 @@ def memory_limit_bytes() -> int:
 
 
 def live_cluster() -> Cluster:
-    """The Ray cluster this process is connected to."""
+    """The Ray cluster this process is connected to; nodes that offer no CPU (a head) hold no workers."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return Cluster(source="Ray cluster", nodes=tuple(map(ray_node, alive)))
+    return ray_cluster("Ray cluster", alive)
+
+
+def ray_cluster(source: str, nodes: Sequence[dict[str, float]]) -> Cluster:
+    """A live cluster by its nodes' resources. Nodes that offer no CPU, such as a head, hold no workers."""
+    offering = [resources for resources in nodes if resources.get("CPU", 0) > 0]
+    return Cluster(source=source, nodes=tuple(map(ray_node, offering or nodes)))
 
 
 def ray_node(resources: dict[str, float]) -> Node:

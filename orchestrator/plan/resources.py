@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def _gpus_per_worker(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -
 
 
 def _num_workers(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str, str]) -> int:
-    most = int(sum(n.gpus // gpus for n in cluster.nodes)) if gpus else int(cluster.cpus)
+    most = sum(int(n.gpus) * per_gpu(gpus) for n in cluster.nodes) if gpus else int(cluster.cpus)
     wanted = spec.resources.num_workers
     if wanted == "auto":
         reasons["num_workers"] = (
@@ -62,12 +63,20 @@ def _num_workers(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str
     return count
 
 
+def per_gpu(gpus_per_worker: float) -> int:
+    """Workers on one GPU; Ray never splits a worker's share over two."""
+    return max(1, math.floor(1 / gpus_per_worker + 1e-9))
+
+
 def _cpus_per_worker(spec: JobSpec, cluster: Cluster, count: int, reasons: dict[str, str]) -> int:
     wanted = spec.resources.cpus_per_worker
     if wanted == "auto":
         per_node = -(-count // len(cluster.nodes))
-        cpus = max(1, int(min(n.cpus for n in cluster.nodes) // per_node))
-        reasons["cpus_per_worker"] = f"{per_node} worker(s) share a node"
+        kept = DATA_CPUS if cluster.is_ray else 0
+        cpus = max(1, int((min(n.cpus for n in cluster.nodes) - kept) // per_node))
+        reasons["cpus_per_worker"] = f"{per_node} worker(s) share a node" + (
+            f"; {kept:g} CPU is kept for Ray Data" if kept else ""
+        )
     else:
         cpus = wanted
     if count * cpus > cluster.cpus:

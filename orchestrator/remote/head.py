@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.plan.cluster import Cluster, ray_node
+from orchestrator.plan.cluster import Cluster, ray_cluster
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -57,7 +57,7 @@ class Head:
                 StateResource.NODES, ListApiOptions(limit=10_000), raise_on_missing_output=False
             )
         alive = [n["resources_total"] for n in nodes if n["state"] == "ALIVE"]
-        return Cluster(source=f"Ray cluster at {self.address}", nodes=tuple(map(ray_node, alive)))
+        return ray_cluster(f"Ray cluster at {self.address}", alive)
 
     def submit(self, request: JobRequest) -> str:
         """Upload the package and submit; returns the submission's id."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.spec.data import DataSpec
+from orchestrator.spec.kubernetes import KubernetesSpec
 from orchestrator.spec.model import FullTuning, ModelSpec, TuningSpec
 from orchestrator.spec.optimization import BatchSpec, ZeroSpec
 from orchestrator.spec.optimizer import AdamW, OptimizerSpec
@@ -131,6 +132,8 @@ class JobSpec(Frozen):
     """How to survive."""
     tracking: TrackingSpec = TrackingSpec()
     """Whom to tell."""
+    kubernetes: KubernetesSpec = KubernetesSpec()
+    """Where on Kubernetes."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds order, initial weights and dropout."""
     storage: str = "runs"

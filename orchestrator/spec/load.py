@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from orchestrator.errors import Problem, SpecError
 from orchestrator.spec.explain import problems_from
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.rules import broken_rules
+from orchestrator.spec.rules import Files, broken_rules
 
 STAND_INS: dict[str, Any] = {
     "name": "job",
@@ -105,8 +105,8 @@ def _with_value(data: Any, path: list[str], value: Any) -> dict[str, Any]:
     return copy
 
 
-def parse_spec(data: dict[str, Any], source: str = "job", submitted: bool = False) -> JobSpec:
-    """Validate a mapping. `submitted`: the job is to run on a cluster, so absolute paths are not looked for here.
+def parse_spec(data: dict[str, Any], source: str = "job", files: Files = "here") -> JobSpec:
+    """Validate a mapping. `files`: where the job's local paths are looked for.
 
     Raises SpecError with all problems: of single fields, and of fields that do not go together.
     """
@@ -114,15 +114,15 @@ def parse_spec(data: dict[str, Any], source: str = "job", submitted: bool = Fals
         spec = JobSpec.model_validate(data)
     except ValidationError as error:
         problems = problems_from(error, data)
-        beside = _rules_beside(data, error, problems, submitted)
+        beside = _rules_beside(data, error, problems, files)
         raise SpecError(problems + beside, source) from error
-    if problems := broken_rules(spec, submitted):
+    if problems := broken_rules(spec, files):
         raise SpecError(problems, source)
     return spec
 
 
 def _rules_beside(
-    data: dict[str, Any], error: ValidationError, found: list[Problem], submitted: bool
+    data: dict[str, Any], error: ValidationError, found: list[Problem], files: Files
 ) -> list[Problem]:
     """Rules across fields that break beside the broken fields.
 
@@ -144,9 +144,7 @@ def _rules_beside(
         return []
     broken = [f"{problem.field}." for problem in found]
     return [
-        p
-        for p in broken_rules(spec, submitted)
-        if not any(b.startswith(f"{p.field}.") for b in broken)
+        p for p in broken_rules(spec, files) if not any(b.startswith(f"{p.field}.") for b in broken)
     ]
 
 
@@ -162,12 +160,12 @@ def _without(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k != head}
 
 
-def load_spec(path: str | Path, overrides: Sequence[str] = (), submitted: bool = False) -> JobSpec:
+def load_spec(path: str | Path, overrides: Sequence[str] = (), files: Files = "here") -> JobSpec:
     """Read a job file, apply `key=value` overrides, validate.
 
     Raises SpecError listing every problem found.
     """
-    return parse_spec(apply_overrides(read_yaml(path), overrides), str(path), submitted)
+    return parse_spec(apply_overrides(read_yaml(path), overrides), str(path), files)
 
 
 def dump_spec(spec: JobSpec) -> str:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rules
+from orchestrator.spec.kubernetes_rules import kubernetes_rules
 from orchestrator.spec.model import LoraTuning
 from orchestrator.spec.runtime_rules import in_job_package, kept_folders, runtime_rules
 
+Files = Literal["here", "packed", "there"]
+"""Where local paths are looked for: all on this machine; packed, all but absolute ones, which are the
+cluster's; there, none, as all are the cluster's."""
 
-def broken_rules(spec: JobSpec, submitted: bool = False) -> list[Problem]:
-    """Every rule across fields that `spec` breaks, in the order of the job file.
 
-    `submitted`: absolute paths are the cluster's, so they are not looked for on this machine.
-    """
-    rules = (_model, _data, knob_rules, _batch, _zero, _evaluation, runtime_rules)
+def broken_rules(spec: JobSpec, files: Files = "here") -> list[Problem]:
+    """Every rule across fields that `spec` breaks, in the order of the job file."""
+    rules = (
+        _model, _data, knob_rules, _batch, _zero, _evaluation, runtime_rules, kubernetes_rules,
+    )  # fmt: skip
     problems = [problem for rule in rules for problem in rule(spec)]
-    problems += _files(spec, submitted)
-    if submitted or in_job_package():
+    problems += _files(spec, files)
+    if files == "packed" or in_job_package():
         problems += kept_folders(spec)
     return problems
 
@@ -139,17 +144,20 @@ def _evaluation(spec: JobSpec) -> Iterator[Problem]:
         yield Problem("evaluation.baseline_rows", NO_EVAL_ROWS, GIVE_EVAL_ROWS, baseline_rows)
 
 
-def _files(spec: JobSpec, submitted: bool) -> Iterator[Problem]:
+def _files(spec: JobSpec, files: Files) -> Iterator[Problem]:
+    if files == "there":
+        return
+    packed = files == "packed"
     for field in ("train", "eval"):
         value = getattr(spec.data, field)
         for path in (value,) if isinstance(value, str) else (value or ()):
-            if "://" in path or (submitted and Path(path).is_absolute()):
+            if "://" in path or (packed and Path(path).is_absolute()):
                 continue
             if not glob.glob(path, recursive=True):
                 yield Problem(f"data.{field}", "no such file", _near_file(path), path)
     for field in ("pretrained", "tokenizer"):
         name = getattr(spec.model, field)
-        if submitted and name and Path(name).is_absolute():
+        if packed and name and Path(name).is_absolute():
             continue
         if name and _looks_local(name) and not Path(name).is_dir():
             yield Problem(f"model.{field}", "no such folder", _near_file(name), name)

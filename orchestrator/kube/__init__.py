@@ -1,0 +1,1 @@
+"""Kubernetes: manifests from a job, and the checks a cluster would make on them."""

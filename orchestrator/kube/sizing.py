@@ -1,0 +1,128 @@
+"""How many worker pods there are, and how large: the plan's own arithmetic on described machines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from orchestrator.errors import PlanError
+from orchestrator.plan import Cluster, describe_cluster
+from orchestrator.plan.cluster import GIB, Node
+from orchestrator.plan.resources import DATA_CPUS, Workers, check_cpus, per_gpu, share_out
+from orchestrator.spec import JobSpec
+
+MIB = 2**20
+STORE_SHARE = 0.1
+"""Share of a pod's memory for Ray's object store: a few blocks of rows per worker pass through it."""
+MIN_STORE_BYTES, MAX_STORE_BYTES = 256 * MIB, 32 * GIB
+NCCL_SHM_BYTES = 2 * GIB
+"""Room in /dev/shm for NCCL beside the object store: an allowance, not a measurement."""
+
+
+@dataclass(frozen=True)
+class PodSize:
+    """What one Ray pod requests, and is limited to."""
+
+    cpus: int
+    memory_bytes: int
+    gpus: int = 0
+
+    @property
+    def store_bytes(self) -> int:
+        """Ray's object store, inside /dev/shm."""
+        return int(min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, self.memory_bytes * STORE_SHARE)))
+
+    @property
+    def shm_bytes(self) -> int:
+        """/dev/shm. It counts as the pod's memory."""
+        return self.store_bytes + (NCCL_SHM_BYTES if self.gpus else 0)
+
+    @property
+    def ray_memory_bytes(self) -> int:
+        """What Ray reports as the node's memory, and a live plan fills: all but /dev/shm."""
+        return self.memory_bytes - self.shm_bytes
+
+
+@dataclass(frozen=True)
+class Size:
+    """The worker group. `min_pods` is less than `max_pods` for an elastic worker range."""
+
+    workers: Workers
+    workers_per_pod: int
+    min_pods: int
+    max_pods: int
+    pod: PodSize
+    cluster: Cluster
+    """The worker pods as Ray reports them, and as a live plan will see them."""
+    reasons: dict[str, str]
+
+    @property
+    def elastic(self) -> bool:
+        return self.min_pods < self.max_pods
+
+
+def size_of(spec: JobSpec) -> Size:
+    """Worker pods for the machines in `kubernetes.cluster`.
+
+    Raises PlanError, as `plan` does, where the workers do not fit them.
+    """
+    reasons: dict[str, str] = {}
+    machines = _for_pods(describe_cluster(spec.kubernetes.cluster or ""), spec)
+    fewest, most = worker_range(spec, machines, reasons)
+    pods = _pods_needed(machines, most)
+    per_pod = -(-most.count // pods)
+    pod = _pod(machines.nodes[0], most, per_pod)
+    cluster = _as_ray_sees_it(pod, pods, machines)
+    workers = share_out(_with_count(spec, most.count), cluster, reasons)
+    check_cpus(workers, cluster)
+    reasons["pods"] = f"{per_pod} worker(s) a pod: " + (
+        "GPU workers keep together" if workers.on_gpu else "CPU workers spread over all machines"
+    )
+    return Size(workers, per_pod, -(-fewest // per_pod), pods, pod, cluster, reasons)
+
+
+def worker_range(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -> tuple[int, Workers]:
+    """(the fewest workers that training goes on with, the workers of a full house)."""
+    workers = share_out(spec, cluster, reasons)
+    return workers.count, workers
+
+
+def _for_pods(machines: Cluster, spec: JobSpec) -> Cluster:
+    """The machines less what Kubernetes keeps of them."""
+    reserve, node = spec.kubernetes.node_reserve, machines.nodes[0]
+    cpus = math.floor(node.cpus * (1 - reserve))
+    if cpus < 1 + DATA_CPUS:
+        raise PlanError(
+            f"kubernetes.cluster = {spec.kubernetes.cluster}: {cpus} of {node.cpus:g} CPUs are left after "
+            f"kubernetes.node_reserve = {reserve:g}; a worker needs 1 and Ray Data {DATA_CPUS:g}. "
+            f"Take machines of {math.ceil((1 + DATA_CPUS) / (1 - reserve))} CPUs or more."
+        )
+    memory = int(node.memory_bytes * (1 - reserve)) // MIB * MIB
+    left = node.model_copy(update={"cpus": cpus, "memory_bytes": memory})
+    return machines.model_copy(update={"nodes": (left,) * len(machines.nodes)})
+
+
+def _pods_needed(machines: Cluster, workers: Workers) -> int:
+    """GPU workers keep together, on the fewest machines; CPU workers have more cores apart."""
+    if workers.on_gpu:
+        return -(-workers.count // (int(machines.nodes[0].gpus) * per_gpu(workers.gpus)))
+    return min(workers.count, len(machines.nodes))
+
+
+def _pod(machine: Node, workers: Workers, per_pod: int) -> PodSize:
+    """GPU pods ask for the GPUs they use and their share of the machine, CPU pods for all of it."""
+    gpus = -(-per_pod // per_gpu(workers.gpus)) if workers.on_gpu else 0
+    share = gpus / machine.gpus if gpus else 1.0
+    memory = int(machine.memory_bytes * share) // MIB * MIB
+    return PodSize(max(1, math.floor(machine.cpus * share)), memory, gpus)
+
+
+def _as_ray_sees_it(pod: PodSize, count: int, machines: Cluster) -> Cluster:
+    figures = {"cpus": pod.cpus, "memory_bytes": pod.ray_memory_bytes, "gpus": pod.gpus}
+    node = machines.nodes[0].model_copy(update=figures)
+    return Cluster(source=f"Ray cluster of pods on {machines.source}", nodes=(node,) * count)
+
+
+def _with_count(spec: JobSpec, count: int) -> JobSpec:
+    resources = spec.resources.model_copy(update={"num_workers": count})
+    return spec.model_copy(update={"resources": resources})
