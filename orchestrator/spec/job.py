@@ -13,6 +13,7 @@ from orchestrator.spec.optimization import BatchSpec, ZeroSpec
 from orchestrator.spec.optimizer import AdamW, OptimizerSpec
 from orchestrator.spec.runtime import RuntimeSpec
 from orchestrator.spec.schedule import LinearSchedule, ScheduleSpec
+from orchestrator.spec.sweep import SweepSpec
 from orchestrator.tasks import TaskSpec
 from orchestrator.values import Frozen
 
@@ -134,6 +135,8 @@ class JobSpec(Frozen):
     """Whom to tell."""
     kubernetes: KubernetesSpec = KubernetesSpec()
     """Where on Kubernetes."""
+    sweep: SweepSpec | None = None
+    """Search over fields of this job; `orchestrator sweep` runs it, `train` leaves it alone."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds order, initial weights and dropout."""
     storage: str = "runs"

@@ -13,6 +13,7 @@ from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rule
 from orchestrator.spec.kubernetes_rules import kubernetes_rules
 from orchestrator.spec.model import LoraTuning
 from orchestrator.spec.runtime_rules import in_job_package, kept_folders, runtime_rules
+from orchestrator.spec.sweep_rules import sweep_rules
 
 Files = Literal["here", "packed", "there"]
 """Where local paths are looked for: all on this machine; packed, all but absolute ones, which are the
@@ -23,6 +24,7 @@ def broken_rules(spec: JobSpec, files: Files = "here") -> list[Problem]:
     """Every rule across fields that `spec` breaks, in the order of the job file."""
     rules = (
         _model, _data, knob_rules, _batch, _zero, _evaluation, runtime_rules, kubernetes_rules,
+        sweep_rules,
     )  # fmt: skip
     problems = [problem for rule in rules for problem in rule(spec)]
     problems += _files(spec, files)

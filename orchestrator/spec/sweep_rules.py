@@ -1,0 +1,135 @@
+"""Rules of a sweep: its space must name fields of the job and values they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from orchestrator.errors import Problem
+from orchestrator.spec.expression import Expression, ExpressionError
+from orchestrator.spec.sweep import (
+    Choice,
+    Dimension,
+    GridSearch,
+    NoScheduler,
+    PbtScheduler,
+    SweepSpec,
+)
+
+if TYPE_CHECKING:
+    from orchestrator.spec.job import JobSpec
+
+FIXED = ("name", "storage", "sweep", "tracking", "checkpoint", "faults", "evaluation", "data.prepared_dir")
+"""Fields that belong to the run and not to the model: searching them means nothing."""  # fmt: skip
+
+
+def sweep_rules(spec: JobSpec) -> Iterator[Problem]:
+    """Every rule that the sweep section breaks; none where there is no such section."""
+    sweep = spec.sweep
+    if sweep is None:
+        return
+    if spec.data.eval is None and spec.data.eval_fraction is None:
+        yield Problem(
+            "sweep", "compares trials on held-out rows, and there are none", "set data.eval"
+        )
+    dimensions = sweep.dimensions()
+    for path, dimension in dimensions.items():
+        yield from _dimension(spec, path, dimension, dimensions)
+    yield from _searcher(sweep, dimensions)
+    for number, text in enumerate(sweep.constraints):
+        yield from _constraint(number, text, dimensions)
+
+
+def with_values(spec: JobSpec, values: dict[str, Any]) -> dict[str, Any]:
+    """The job's mapping with fields set by dotted path, and without its sweep section."""
+    data = spec.model_dump(mode="json", exclude_unset=True)
+    data.pop("sweep", None)
+    for path, value in values.items():
+        here = data
+        *parents, last = path.split(".")
+        for part in parents:
+            here[part] = dict(here.get(part) or {})
+            here = here[part]
+        here[last] = value
+    return data
+
+
+def _dimension(
+    spec: JobSpec, path: str, dimension: Dimension, all_of_them: dict[str, Any]
+) -> Iterator[Problem]:
+    field = f"sweep.space.{path}"
+    if any(path == f or path.startswith(f"{f}.") for f in FIXED):
+        yield Problem(field, "belongs to the run, not to the model: it cannot be searched", "drop it")
+        return
+    if not isinstance(dimension, Choice) and dimension.low >= dimension.high:  # type: ignore[attr-defined]
+        yield Problem(f"{field}.low", "must be below `high`", "swap them", dimension.low)  # type: ignore[attr-defined]
+        return
+    unknown = [other for other in dimension.when if other not in all_of_them or other == path]
+    if unknown:
+        yield Problem(
+            f"{field}.when", f"{unknown[0]!r} is not another searched field",
+            f"choose from: {', '.join(p for p in all_of_them if p != path)}",
+        )  # fmt: skip
+        return
+    for value in ends(dimension):
+        why = _refused(spec, {**dimension.when, path: value})
+        if why:
+            yield Problem(field, f"the job refuses {value!r}: {why}", "", None)
+            return
+
+
+def ends(dimension: Dimension) -> tuple[Any, ...]:
+    """The values that bound a dimension: its choices, or its two ends."""
+    if isinstance(dimension, Choice):
+        return dimension.values
+    return (dimension.low, dimension.high)  # type: ignore[attr-defined]
+
+
+def _refused(spec: JobSpec, values: dict[str, Any]) -> str | None:
+    """Why the job cannot have these values, or None. Rules across fields are left to the trial."""
+    data = with_values(spec, values)
+    try:
+        type(spec).model_validate(data)
+    except ValidationError as error:
+        from orchestrator.spec.explain import problems_from
+
+        problem = problems_from(error, data)[0]
+        return f"{problem.why}" + (f" ({problem.fix})" if problem.fix else "")
+    return None
+
+
+def _searcher(sweep: SweepSpec, dimensions: dict[str, Any]) -> Iterator[Problem]:
+    if isinstance(sweep.searcher, GridSearch):
+        for path, dimension in dimensions.items():
+            if not isinstance(dimension, Choice):
+                yield Problem(
+                    f"sweep.space.{path}", "a grid needs a list of values", "list them, or searcher: {type: random}"
+                )  # fmt: skip
+    elif sweep.num_trials is None and isinstance(sweep.scheduler, NoScheduler):
+        return
+    if isinstance(sweep.scheduler, PbtScheduler):
+        if isinstance(sweep.searcher, GridSearch):
+            yield Problem("sweep.searcher", "PBT draws its population at random", "drop it", "grid")
+        if sweep.num_trials is not None and sweep.num_trials < 4:
+            yield Problem("sweep.num_trials", "PBT needs a population of 4 or more", "4", sweep.num_trials)
+        for path in dimensions:
+            if path.split(".")[0] in ("model", "tuning", "task", "data", "batch", "zero", "stop", "resources"):
+                yield Problem(
+                    f"sweep.space.{path}", "a checkpoint cannot be taken over into another value of it",
+                    "under PBT search fields of optimizer, schedule and regularisation",
+                )  # fmt: skip
+
+
+def _constraint(number: int, text: str, dimensions: dict[str, Any]) -> Iterator[Problem]:
+    field = f"sweep.constraints.{number}"
+    try:
+        names = Expression(text).names
+    except ExpressionError as error:
+        yield Problem(field, str(error), "as in optimizer.lr * batch.global_rows < 0.1", text)
+        return
+    for name in sorted(names - dimensions.keys()):
+        yield Problem(
+            field, f"{name!r} is not searched", f"choose from: {', '.join(dimensions)}", text
+        )

@@ -1,0 +1,1 @@
+"""Many trials of one job: Ray Tune decides, a fleet of warm worker groups executes."""
