@@ -17,11 +17,12 @@ from orchestrator.plan import Cluster, Plan, this_machine
 from orchestrator.report.html import write_report
 from orchestrator.run_folder import RunFolder, find_run, read_json
 from orchestrator.spec import JobSpec
+from orchestrator.sweep.run import SweepOutcome, sweep
 from orchestrator.train.export import export_run, load_exported, load_plan
 
 __all__ = [
-    "Outcome", "Plan", "evaluate", "export", "find_run", "make_plan", "predict", "prepare",
-    "report", "train",
+    "Outcome", "Plan", "SweepOutcome", "evaluate", "export", "find_run", "make_plan", "predict", "prepare",
+    "report", "sweep", "train",
 ]  # fmt: skip
 
 

@@ -181,6 +181,41 @@ def _final_table(outcome: Outcome) -> Table:
     return table
 
 
+@app.command()
+def sweep(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
+    """Run the job's sweep: many trials on warm worker groups; the same command again goes on."""
+    spec = _load(job, overrides)
+    _quiet_libraries()
+    from orchestrator.api import sweep as run
+    from orchestrator.report.sweep_view import results_table
+    from orchestrator.sweep.results import open_log
+
+    outcome = run(spec, fresh=not resume, console=out)
+    out.print(results_table(open_log(outcome.folder), outcome.folder))
+    if outcome.message:
+        out.print(outcome.message, highlight=False)
+    for name, path in (
+        ("best job", outcome.folder.best),
+        ("model", outcome.export),
+        ("report", outcome.report),
+    ):
+        if path is not None and path.exists():
+            out.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+    if outcome.status == "stopped":
+        raise typer.Exit(130)
+
+
+@app.command()
+def results(run: Run, storage: Storage = Path("runs")) -> None:
+    """All trials of a sweep, best first."""
+    from orchestrator.report.sweep_view import results_table
+    from orchestrator.run_folder import find_sweep
+    from orchestrator.sweep.results import open_log
+
+    folder = find_sweep(run, storage)
+    out.print(results_table(open_log(folder), folder))
+
+
 @app.command(name="eval")
 def evaluate(
     run: Run,

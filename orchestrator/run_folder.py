@@ -119,6 +119,73 @@ class RunFolder:
         return self.root / "report.html"
 
 
+@dataclass(frozen=True)
+class SweepFolder:
+    """Paths of one sweep. Its trials are runs, each with a run folder below `trials`."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def spec(self) -> Path:
+        return self.root / "job.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "sweep.json"
+
+    @property
+    def log(self) -> Path:
+        """Trials, reports, verdicts and ends: the truth of the sweep."""
+        return self.root / "trials.jsonl"
+
+    @property
+    def slots(self) -> Path:
+        """Which slot ran which trial from when to when."""
+        return self.root / "slots.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """Starts and ends of the sweep itself."""
+        return self.root / "events.jsonl"
+
+    @property
+    def best(self) -> Path:
+        """The best trial's job, ready to `train`."""
+        return self.root / "best.yaml"
+
+    @property
+    def outcome(self) -> Path:
+        return self.root / "outcome.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def trial(self, trial: str) -> RunFolder:
+        """The run folder of one trial."""
+        return RunFolder(self.root / "trials" / trial)
+
+
+def find_sweep(run: str | Path, storage: str | Path = "runs") -> SweepFolder:
+    """A sweep by name below `storage`, or by path. Raises OrchestratorError where there is none."""
+    for root in (Path(storage) / run, Path(run)):
+        if (root / "sweep.json").exists():
+            return SweepFolder(root.absolute())
+    raise OrchestratorError(f"{run}: no such sweep below {storage}/.")
+
+
 def list_runs(storage: Path) -> list[RunFolder]:
     """Every run below `storage`, oldest first."""
     found = [path.parent for path in storage.glob("*/plan.json")]

@@ -17,8 +17,9 @@ FLOORS = {
     "data": 5,
     "plan": 6,
     "train": 7, "kube": 7,
-    "launch": 8, "remote": 8, "sweep": 8,
-    "top": 9,
+    "launch": 8, "remote": 8,
+    "sweep": 9,
+    "top": 10,
 }  # fmt: skip
 TOP = ("__init__", "__main__", "api", "cli")
 HEAVY = {"torch", "ray", "deepspeed", "transformers"}

@@ -47,12 +47,8 @@ def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
     job that differs in more than MAY_CHANGE.
     """
     folder = RunFolder(Path(plan.run_dir))
-    _make_writable(folder)
-    with _locked(folder):
-        if fresh:
-            _put_aside(folder)
-            _make_writable(folder)
-        elif folder.plan.exists():
+    with claimed_folder(folder.root, fresh):
+        if folder.plan.exists():
             _must_fit(folder, plan)
         write_atomically(folder.spec, dump_spec(plan.spec))
         write_json(folder.plan, plan.model_dump(mode="json"))
@@ -60,40 +56,53 @@ def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
         yield folder
 
 
-def _make_writable(folder: RunFolder) -> None:
+@contextmanager
+def claimed_folder(root: Path, fresh: bool) -> Iterator[None]:
+    """A writable folder that no other process works in; with `fresh`, an empty one.
+
+    Raises RunExistsError where another process has it, OrchestratorError where it cannot be written.
+    """
+    _make_writable(root)
+    with _locked(root):
+        if fresh:
+            _put_aside(root)
+            _make_writable(root)
+        yield
+
+
+def _make_writable(root: Path) -> None:
     """Find out now, not at the first checkpoint."""
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        folder.reserve.write_bytes(bytes(2**20))
+        root.mkdir(parents=True, exist_ok=True)
+        RunFolder(root).reserve.write_bytes(bytes(2**20))
     except OSError as error:
         raise OrchestratorError(
-            f"{folder.root} cannot be written: {error.strerror}. "
+            f"{root} cannot be written: {error.strerror}. "
             "Mend its permissions or free space, or set storage=… to another folder."
         ) from error
 
 
 @contextmanager
-def _locked(folder: RunFolder) -> Iterator[None]:
+def _locked(root: Path) -> Iterator[None]:
     """The lock dies with its process, so a killed driver leaves nothing to clean up."""
-    path = folder.root.with_name(f".{folder.name}.lock")
+    path = root.with_name(f".{root.name}.lock")
     with open(path, "w", encoding="ascii") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunExistsError(
-                f"{folder.root}: another process is training this run. Wait for it, stop it, or use name=…"
+                f"{root}: another process is training this run. Wait for it, stop it, or use name=…"
             ) from error
         handle.write(str(os.getpid()))
         handle.flush()
         yield
 
 
-def _put_aside(folder: RunFolder) -> None:
+def _put_aside(root: Path) -> None:
     """`--fresh` never overwrites: what was there moves to a dated folder beside it."""
-    if folder.plan.exists():
+    if any(path.name != RunFolder(root).reserve.name for path in root.iterdir()):
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        folder.root.rename(folder.root.with_name(f"{folder.name}.before-{stamp}"))
-        folder.root.mkdir()
+        root.rename(root.with_name(f"{root.name}.before-{stamp}"))
 
 
 def _must_fit(folder: RunFolder, plan: Plan) -> None:
@@ -101,7 +110,7 @@ def _must_fit(folder: RunFolder, plan: Plan) -> None:
     new = plan.model_dump(mode="json")
     changed = [
         f"{name}: {_at(old['spec'], name)!r} → {_at(new['spec'], name)!r}"
-        for name in _differences(old["spec"], new["spec"])
+        for name in differences(old["spec"], new["spec"])
     ]
     same_size = old.get("num_workers") == new["num_workers"]
     must_match = (*MUST_MATCH, "micro_rows") if same_size else MUST_MATCH
@@ -109,21 +118,30 @@ def _must_fit(folder: RunFolder, plan: Plan) -> None:
     if Path(old["train_data"]["folder"]).name != Path(new["train_data"]["folder"]).name:
         changed.append("the content of the training data")
     if changed:
-        raise RunExistsError(
-            f"{folder.root} holds a run of another job; it differs in:\n  "
-            + "\n  ".join(changed)
-            + "\nUse another name=…, put the old values back, or start over with --fresh (keeps the old folder)."
-        )
+        raise another_job(folder.root, changed)
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+def another_job(root: Path, changed: list[str]) -> RunExistsError:
+    """The error that names every difference between a run and the job that claims its name."""
+    return RunExistsError(
+        f"{root} holds a run of another job; it differs in:\n  "
+        + "\n  ".join(changed)
+        + "\nUse another name=…, put the old values back, or start over with --fresh (keeps the old folder)."
+    )
+
+
+def differences(
+    old: Any, new: Any, may_change: tuple[str, ...] = MAY_CHANGE, path: str = ""
+) -> list[str]:
     """Dotted paths at which two specs differ, without those that may change."""
-    if path in MAY_CHANGE:
+    if path in may_change:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*old, *new])
         return [
-            d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))
+            d
+            for k in keys
+            for d in differences(old.get(k), new.get(k), may_change, f"{path}.{k}".lstrip("."))
         ]
     return [] if old == new else [path]
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +53,12 @@ def plan_job(spec: JobSpec, cluster: Cluster | None = None) -> Plan:
     if prepared is None or (cluster is None and attached_address()):
         with ray_session(this_machine().cpus):
             prepared = prepare(spec)
-            cluster = cluster or _cluster()
+            cluster = cluster or cluster_here()
     return make_plan(spec, cluster or this_machine(), prepared)
 
 
-def _cluster() -> Cluster:
+def cluster_here() -> Cluster:
+    """The cluster this process belongs to, else this machine."""
     return live_cluster() if attached_address() else this_machine()
 
 
@@ -71,8 +72,8 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     machine = this_machine()
     _must_have_secrets(spec)
     with ray_session(machine.cpus, machine.gpus):
-        prepared = _prepared(spec, console)
-        plan = make_plan(spec, _cluster(), prepared)
+        prepared = prepared_data(spec, console)
+        plan = make_plan(spec, cluster_here(), prepared)
         if not fresh:
             plan = at_saved_stage(plan)
         with claimed(plan, fresh) as folder:
@@ -93,7 +94,7 @@ def _must_have_secrets(spec: JobSpec) -> None:
         )
 
 
-def _prepared(spec: JobSpec, console: Console) -> dict[Split, Prepared]:
+def prepared_data(spec: JobSpec, console: Console) -> dict[Split, Prepared]:
     done = prepare(spec)
     for split, one in done.items():
         m = one.manifest
@@ -120,7 +121,7 @@ def launch(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any]:
     tracker = Tracker(folder, tracking.mlflow, tracking.project or plan.spec.name)
     with (
         ProgressView(folder, plan.total_steps, plan.metric, console) as view,
-        _stop_on_signals(folder, view),
+        stop_on_signals(lambda: _ask_to_stop(folder), view.say),
     ):
         fit.start()
         while fit.is_alive():
@@ -162,23 +163,30 @@ class _FitThread(threading.Thread):
             self.error = error
 
 
+def _ask_to_stop(folder: RunFolder) -> bool:
+    """Ask the workers to commit and leave; False where they have been asked before."""
+    if folder.stop_request.exists():
+        return False
+    folder.stop_request.touch()
+    return True
+
+
 @contextmanager
-def _stop_on_signals(folder: RunFolder, view: ProgressView) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the workers to commit and leave; a second one quits at once."""
+def stop_on_signals(ask: Callable[[], bool], say: Callable[[str], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM `ask` the workers to commit and leave; a second one quits at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def ask(number: int, frame: Any) -> None:
-        if folder.stop_request.exists():
+    def on_signal(number: int, frame: Any) -> None:
+        if not ask():
             raise KeyboardInterrupt
-        folder.stop_request.touch()
-        view.say(
+        say(
             f"[yellow]{signal.Signals(number).name}: finishing the step and committing a checkpoint "
             "(once more quits at once)[/]"
         )
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -17,25 +17,32 @@ from orchestrator.run_folder import RunFolder, write_json
 def make_trainer(plan: Plan, launch_id: str) -> Any:
     """A Ray Train run of this plan. Its name is new per launch: Ray's own snapshot of an earlier
     launch, which may be torn, is never read. Ours are the checkpoints that count."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(plan.spec.faults.health_timeout_s)
-    resources = {"CPU": float(plan.cpus_per_worker)}
-    if plan.on_gpu:
-        resources["GPU"] = plan.gpus_per_worker
     return TorchTrainer(
         work,
         train_loop_config={"plan": plan.model_dump_json()},
         torch_config=TorchConfig(backend="nccl" if plan.on_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=plan.num_workers, use_gpu=plan.on_gpu, resources_per_worker=resources
-        ),
+        scaling_config=scaling(plan),
         run_config=RunConfig(
             name=f"launch-{launch_id}",
             storage_path=str(Path(plan.run_dir) / "ray"),
             failure_config=FailureConfig(max_failures=plan.spec.faults.max_restarts),
         ),
+    )
+
+
+def scaling(plan: Plan) -> Any:
+    """A worker group of the plan's size."""
+    from ray.train import ScalingConfig
+
+    resources = {"CPU": float(plan.cpus_per_worker)}
+    if plan.on_gpu:
+        resources["GPU"] = plan.gpus_per_worker
+    return ScalingConfig(
+        num_workers=plan.num_workers, use_gpu=plan.on_gpu, resources_per_worker=resources
     )
 
 
@@ -50,7 +57,7 @@ def work(config: dict[str, Any]) -> None:
         os.chdir(plan.work_dir)
     if rank == 0:
         append_event(folder.events, "imports")
-    _log_to(folder, rank)
+    log_to(folder.logs / f"worker-{rank:05d}.log")
     import torch
 
     from orchestrator.train.trial import run_trial
@@ -63,10 +70,10 @@ def work(config: dict[str, Any]) -> None:
         write_json(folder.outcome, asdict(result))
 
 
-def _log_to(folder: RunFolder, rank: int) -> None:
-    """Everything that libraries say goes to a file of this rank."""
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder.logs / f"worker-{rank:05d}.log")
+def log_to(path: Path) -> None:
+    """Everything that libraries say in this process goes to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:

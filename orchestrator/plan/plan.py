@@ -73,6 +73,8 @@ class Plan(Frozen):
     planned_rates: tuple[tuple[int, float], ...]
     """(step, learning rate) of the schedule at about 200 steps, to be held against what was applied."""
     eval_every_steps: int
+    rungs: tuple[int, ...] = ()
+    """Steps of a sweep's rungs: evaluated too, and reported to who compares the trials."""
     metric: str
     """Names the best model."""
     higher_is_better: bool

@@ -14,7 +14,7 @@ Scalar = bool | int | float | str | None
 class Dimension(Frozen):
     """One searched field."""
 
-    when: dict[str, Scalar] = {}
+    when: Annotated[dict[str, Scalar], Field(default_factory=dict)]
     """Searched only in trials in which these other searched fields have these values."""
 
 
@@ -186,6 +186,6 @@ class SweepSpec(Frozen):
     def dimensions(self) -> dict[str, DimensionSpec]:
         """The space, plain lists read as choices."""
         return {
-            path: Choice(values=value) if isinstance(value, tuple) else value
+            path: Choice(values=value, when={}) if isinstance(value, tuple) else value
             for path, value in self.space.items()
         }

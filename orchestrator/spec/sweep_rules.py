@@ -21,7 +21,16 @@ from orchestrator.spec.sweep import (
 if TYPE_CHECKING:
     from orchestrator.spec.job import JobSpec
 
-FIXED = ("name", "storage", "sweep", "tracking", "checkpoint", "faults", "evaluation", "data.prepared_dir")
+FIXED = (
+    "name",
+    "storage",
+    "sweep",
+    "tracking",
+    "checkpoint",
+    "faults",
+    "evaluation",
+    "data.prepared_dir",
+)
 """Fields that belong to the run and not to the model: searching them means nothing."""  # fmt: skip
 
 
@@ -61,7 +70,9 @@ def _dimension(
 ) -> Iterator[Problem]:
     field = f"sweep.space.{path}"
     if any(path == f or path.startswith(f"{f}.") for f in FIXED):
-        yield Problem(field, "belongs to the run, not to the model: it cannot be searched", "drop it")
+        yield Problem(
+            field, "belongs to the run, not to the model: it cannot be searched", "drop it"
+        )
         return
     if not isinstance(dimension, Choice) and dimension.low >= dimension.high:  # type: ignore[attr-defined]
         yield Problem(f"{field}.low", "must be below `high`", "swap them", dimension.low)  # type: ignore[attr-defined]
@@ -113,9 +124,20 @@ def _searcher(sweep: SweepSpec, dimensions: dict[str, Any]) -> Iterator[Problem]
         if isinstance(sweep.searcher, GridSearch):
             yield Problem("sweep.searcher", "PBT draws its population at random", "drop it", "grid")
         if sweep.num_trials is not None and sweep.num_trials < 4:
-            yield Problem("sweep.num_trials", "PBT needs a population of 4 or more", "4", sweep.num_trials)
+            yield Problem(
+                "sweep.num_trials", "PBT needs a population of 4 or more", "4", sweep.num_trials
+            )
         for path in dimensions:
-            if path.split(".")[0] in ("model", "tuning", "task", "data", "batch", "zero", "stop", "resources"):
+            if path.split(".")[0] in (
+                "model",
+                "tuning",
+                "task",
+                "data",
+                "batch",
+                "zero",
+                "stop",
+                "resources",
+            ):
                 yield Problem(
                     f"sweep.space.{path}", "a checkpoint cannot be taken over into another value of it",
                     "under PBT search fields of optimizer, schedule and regularisation",

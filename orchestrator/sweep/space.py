@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.report.trial_log import SweepLog
 from orchestrator.spec.expression import Expression
 from orchestrator.spec.sweep import (
     Choice,
@@ -43,6 +44,19 @@ class Seen:
     reports: tuple[tuple[int, float], ...]
     ended: bool
     failed: bool = False
+
+
+def seen_in(log: SweepLog) -> list[Seen]:
+    """All trials as a searcher sees them, in the order they were proposed."""
+    return [
+        Seen(
+            t.values,
+            tuple((step, log.value(t, step)) for step in sorted(t.reports)),
+            t.status is not None,
+            t.status not in (None, "finished", "pruned"),
+        )
+        for t in log.trials.values()
+    ]
 
 
 class Draw(Protocol):
@@ -166,7 +180,7 @@ class _Estimator:
         self, sweep: SweepSpec, tpe: TPESearch, seen: Sequence[Seen], maximize: bool
     ) -> None:
         self.sweep, self.tpe = sweep, tpe
-        self.direction = "maximize" if maximize else "minimize"
+        self.direction: Any = "maximize" if maximize else "minimize"
         self.seen = [t for t in seen if t.ended and t.reports and not t.failed]
 
     def __call__(self, index: int, attempt: int) -> Values:

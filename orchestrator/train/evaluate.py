@@ -27,12 +27,14 @@ CACHE_BYTES = 256 * 2**20
 class Evaluator:
     """Measures a model on the plan's evaluation rows, as often as asked. Every call is collective."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, kept: dict[Any, list[StepRows]] | None = None) -> None:
+        """`kept`: rows of earlier trials in this worker, and where this one leaves its own."""
         assert plan.eval_data is not None
         self.plan, self.data = plan, plan.eval_data
         world_size = dist.get_world_size()
         self.global_rows = min(plan.micro_rows * world_size, max(self.data.rows, world_size))
-        self._cache: list[StepRows] | None = None
+        self._kept = {} if kept is None else kept
+        self._key = (self.data.folder, self.global_rows, world_size, plan.spec.seed)
 
     def __call__(self, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
         """Metrics of `model`, the same on all ranks. The random state is left as it was."""
@@ -60,8 +62,8 @@ class Evaluator:
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def _steps(self) -> Iterable[StepRows]:
-        if self._cache is not None:
-            return self._cache
+        if self._key in self._kept:
+            return self._kept[self._key]
         source = None
         if dist.get_rank() == 0:
             source = open_source(self.plan, self.data, self.global_rows, for_training=False)
@@ -69,8 +71,9 @@ class Evaluator:
         steps = StepStream(source, self.global_rows, 0, count)
         if self.data.tokens * 4 > CACHE_BYTES:
             return steps
-        self._cache = [_owned(step) for step in steps]
-        return self._cache
+        self._kept.clear()  # one set at a time: trials that differ in it are few
+        self._kept[self._key] = [_owned(step) for step in steps]
+        return self._kept[self._key]
 
     def _share(self, gathered: dict[str, np.ndarray] | None) -> dict[str, Any]:
         """Metrics from rank 0 to all; an error there is raised on all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,11 @@ import torch.distributed as dist
 
 from orchestrator.plan.plan import Plan
 
-Status = Literal["finished", "stopped", "out_of_time", "diverged", "storage_failed", "failed"]
+Status = Literal[
+    "finished", "pruned", "stopped", "out_of_time", "diverged", "storage_failed", "failed"
+]
+Judge = Callable[[dict[str, Any]], tuple[bool, bool]]
+"""Told of each evaluation by rank 0 alone; answers (whether to go on, whether to save a checkpoint)."""
 
 
 @dataclass

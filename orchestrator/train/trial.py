@@ -29,6 +29,7 @@ from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
 from orchestrator.train.reshard import load_resharded
 from orchestrator.train.state import (
+    Judge,
     Progress,
     Pulse,
     Result,
@@ -38,16 +39,21 @@ from orchestrator.train.state import (
     peak_memory_bytes,
 )
 from orchestrator.train.stopping import reason_to_stop
+from orchestrator.train.warm import Warm
 
 
-def run_trial(plan: Plan, folder: RunFolder) -> Result:
+def run_trial(
+    plan: Plan, folder: RunFolder, warm: Warm | None = None, judge: Judge | None = None
+) -> Result:
     """Train to the plan's last step, from the newest valid checkpoint. Collective.
+
+    `warm`: what this worker keeps from trial to trial. `judge`: who decides after each evaluation.
 
     Returns the same Result on all ranks. Raises what the cluster did (a lost peer), so that Ray Train
     restarts the group; what the job itself did wrong comes back as a status: trying again is no use.
     """
     try:
-        trial = Trial(plan, folder)
+        trial = Trial(plan, folder, warm, judge)
     except OrchestratorError as error:
         return Result("failed", 0, None, None, str(error))
     try:
@@ -63,8 +69,15 @@ class Trial:
     background, builds the model and the engine and loads their state.
     """
 
-    def __init__(self, plan: Plan, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        warm: Warm | None = None,
+        judge: Judge | None = None,
+    ) -> None:
         self.plan, self.folder = plan, folder
+        self.warm, self.judge = warm, judge
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.started_at = time.monotonic()
         self.stepped = False
@@ -77,7 +90,9 @@ class Trial:
         self.engine = self._build()
         if found is not None:
             self._load(found)
-        self.evaluate = Evaluator(plan) if plan.eval_data else None
+        self.evaluate: Evaluator | None = None
+        if plan.eval_data:
+            self.evaluate = Evaluator(plan, warm.eval_rows if warm else None)
         self._event("ready")
 
     def _find_checkpoint(self) -> Committed | None:
@@ -116,12 +131,16 @@ class Trial:
         plan = self.plan
         self._event("model")
         zero.seed_everything(plan.spec.seed, self.rank)
-        model: Any = together(lambda: build_model(plan.spec, plan.labels))
+        model: Any = together(self._new_model)
         zero.seed_everything(plan.spec.seed, self.rank)
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = plan.pad_token_id
         self._event("engine")
         return zero.open_engine(plan, model)
+
+    def _new_model(self) -> torch.nn.Module:
+        plan = self.plan
+        return self.warm.model(plan) if self.warm else build_model(plan.spec, plan.labels)
 
     def _load(self, found: Committed) -> None:
         """Restore what the checkpoint holds, whatever the number of workers that wrote it."""
@@ -165,9 +184,9 @@ class Trial:
             try:
                 if pulse.storage_failed:
                     self._check_storage()
-                improved = self._evaluate_if_due(stopping)
+                go_on, worth_saving = self._evaluate_if_due(stopping)
                 reason = self._reason_to_stop()
-                self._save_if_due(improved, stopping or bool(reason))
+                self._save_if_due(worth_saving, stopping or bool(reason))
             except CheckpointError as error:
                 return self._result("storage_failed", str(error))
             if stopping:
@@ -176,6 +195,8 @@ class Trial:
                 )
             if reason:
                 return self._result("finished", reason)
+            if not go_on and progress.step < plan.total_steps:
+                return self._result("pruned")
             wanted = time.perf_counter()
         return self._result("finished")
 
@@ -228,13 +249,13 @@ class Trial:
             return ""
         return f"stopped early at step {progress.step} of {plan.total_steps}: {why}"
 
-    def _evaluate_if_due(self, stopping: bool) -> bool:
-        """Evaluate at the plan's steps; returns whether the result is the best so far."""
+    def _evaluate_if_due(self, stopping: bool) -> tuple[bool, bool]:
+        """Evaluate at the plan's steps: (whether to go on, whether the state is worth a checkpoint)."""
         step, plan = self.progress.step, self.plan
         if self.evaluate is None or stopping:
-            return False
-        if step % plan.eval_every_steps and step != plan.total_steps:
-            return False
+            return True, False
+        if step % plan.eval_every_steps and step not in (plan.total_steps, *plan.rungs):
+            return True, False
         started = time.perf_counter()
         metrics = self.evaluate(self.engine, self.engine.device)
         record = {"step": step, "eval_s": round(time.perf_counter() - started, 3), **metrics}
@@ -242,25 +263,37 @@ class Trial:
         if self.evals:
             self.evals.write(time=time.time(), **record)
             self.evals.flush()
-        if not is_better(metrics[plan.metric], self.progress.best, plan):
-            return False
-        self.progress.best = record
-        self.writer.best_step = step
-        return True
+        better = is_better(metrics[plan.metric], self.progress.best, plan)
+        if better:
+            self.progress.best = record
+        go_on, worth_saving = True, better
+        if self.judge is not None:
+            go_on, worth_saving = broadcast(self.judge(record) if self.rank == 0 else None)
+        if better and worth_saving:
+            self.writer.best_step = step
+        return go_on, worth_saving
 
     def _remember(self, record: dict[str, Any]) -> None:
-        """Keep an evaluation's figures, beside the training loss since the one before."""
-        progress = self.progress
+        """Keep an evaluation's figures, beside the training loss since the one before.
+
+        One at a sweep's rung is not kept: the job alone would not have made it, and what follows
+        from the history (a plateau's rate, patience) must be the same.
+        """
+        progress, plan = self.progress, self.plan
+        progress.last_eval = record
+        if progress.step % plan.eval_every_steps and progress.step != plan.total_steps:
+            return
         record["train_loss"] = progress.loss_sum / max(progress.targets, 1)
         progress.loss_sum, progress.targets = 0.0, 0
-        progress.last_eval = record
         kept = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "eval_s"}
         progress.history.append(kept)
 
-    def _save_if_due(self, improved: bool, stopping: bool) -> None:
+    def _save_if_due(self, worth_saving: bool, stopping: bool) -> None:
         step, plan = self.progress.step, self.plan
-        ending = stopping or step == plan.total_steps
-        if not (improved or ending or step % plan.checkpoint_every_steps == 0):
+        last = step == plan.total_steps
+        ending = stopping or (last and self.judge is None)  # a judged trial's last step is a report
+        due = step % plan.checkpoint_every_steps == 0 and not last
+        if not (worth_saving or ending or due):
             return
         if self.steps:
             self.steps.flush()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.report.records import read_records
-from orchestrator.sweep.space import Seen, Values
 
 Ended = Literal["finished", "pruned", "diverged", "failed", "storage_failed"]
 
@@ -30,9 +29,10 @@ class TrialState:
 
     id: str
     index: int
-    values: Values
+    values: dict[str, Any]
     parent: tuple[str, int] | None = None
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+    keys: dict[int, float] = field(default_factory=dict)
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     status: Ended | None = None
     message: str = ""
@@ -52,17 +52,25 @@ class SweepLog:
         self.trials: dict[str, TrialState] = {}
         self.order: list[tuple[str, str, int]] = []
         """(kind, trial, step) of every record, in the order of events."""
+        self._best: TrialState | None = None
         for record in read_records(path):
             self._fold(record)
+        if path.exists() and not _ends_well(path):  # a killed writer's last line
+            with open(path, "a", encoding="utf-8") as handle:
+                handle.write("\n")
 
-    def trial(self, trial: str, index: int, values: Values, parent: tuple[str, int] | None) -> None:
+    def trial(
+        self, trial: str, index: int, values: dict[str, Any], parent: tuple[str, int] | None
+    ) -> None:
         """A trial was proposed."""
         self._append(kind="trial", trial=trial, index=index, values=values, parent=parent)
 
-    def report(self, trial: str, step: int, metrics: dict[str, Any], verdict: Verdict) -> None:
-        """A trial reached a rung and was told what to do."""
+    def report(
+        self, trial: str, step: int, key: float, metrics: dict[str, float], verdict: Verdict
+    ) -> None:
+        """A trial reached a rung (`key`: how far, in the scheduler's unit) and was told what to do."""
         self._append(
-            kind="report", trial=trial, step=step, metrics=metrics,
+            kind="report", trial=trial, step=step, key=key, metrics=metrics,
             go_on=verdict.go_on, save=verdict.save,
         )  # fmt: skip
 
@@ -82,28 +90,12 @@ class SweepLog:
 
     def best(self) -> TrialState | None:
         """The trial with the best report so far."""
-        found: TrialState | None = None
-        for trial in self.trials.values():
-            if trial.best is not None and self.is_better(trial.best, found.best if found else None):
-                found = trial
-        return found
+        return self._best
 
     def ranked(self) -> list[TrialState]:
         """Trials that reported anything, best first."""
         known = [t for t in self.trials.values() if t.best is not None]
         return sorted(known, key=lambda t: t.best or 0.0, reverse=self.maximize)
-
-    def seen(self) -> list[Seen]:
-        """All trials as a searcher sees them, in the order they were proposed."""
-        return [
-            Seen(
-                t.values,
-                tuple((step, self.value(t, step)) for step in sorted(t.reports)),
-                t.status is not None,
-                t.status not in (None, "finished", "pruned"),
-            )
-            for t in self.trials.values()
-        ]
 
     def steps_total(self) -> int:
         """Optimizer steps of all trials, by their last reports."""
@@ -113,9 +105,8 @@ class SweepLog:
     def _append(self, **record: Any) -> None:
         record = {"time": time.time(), **record}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and not _ends_well(self.path)
         with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(("\n" if torn else "") + json.dumps(record) + "\n")
+            handle.write(json.dumps(record) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
         self._fold(record)
@@ -131,10 +122,13 @@ class SweepLog:
         match kind:
             case "report":
                 state.reports[record["step"]] = record["metrics"]
+                state.keys[record["step"]] = record["key"]
                 state.verdicts[record["step"]] = Verdict(record["go_on"], record["save"])
                 value = self.value(state, record["step"])
                 if self.is_better(value, state.best):
                     state.best = value
+                if self.is_better(value, self._best.best if self._best else None):
+                    self._best = state
             case "end":
                 state.status, state.message = record["status"], record["message"]
 

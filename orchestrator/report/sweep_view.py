@@ -1,0 +1,136 @@
+"""What the terminal shows while a sweep is under way, and the table of its results."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.report.records import read_records
+from orchestrator.report.trial_log import SweepLog, TrialState
+from orchestrator.run_folder import SweepFolder
+
+SHOWN_TRIALS = 12
+PLAIN_EVERY_S = 10.0
+"""Seconds between lines where the output is no terminal."""
+REFRESH_S = 1.0
+
+
+class SweepView:
+    """Follows the log of a sweep; `update` is called a few times a second."""
+
+    def __init__(
+        self, folder: SweepFolder, num_trials: int, slots: int, log: SweepLog, console: Console
+    ) -> None:
+        self.folder, self.num_trials, self.slots = folder, num_trials, slots
+        self.log, self.console = log, console
+        self._started_at = self._drawn_at = time.monotonic()
+        self._ended_before = self._ended()
+        self._told = len(log.order)
+        self._live = Live(console=console, auto_refresh=False, transient=False)
+
+    def __enter__(self) -> SweepView:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.update(at_once=True)
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False)
+
+    def update(self, at_once: bool = False) -> None:
+        """Show what is new."""
+        if self.console.is_terminal:
+            if at_once or time.monotonic() - self._drawn_at >= REFRESH_S:
+                self._drawn_at = time.monotonic()
+                self._live.update(self._table(), refresh=True)
+            return
+        for kind, trial, step in self.log.order[self._told :]:
+            if kind != "trial":
+                self.say(_line(self.log, self.log.trials[trial], kind, step))
+        self._told = len(self.log.order)
+        if time.monotonic() - self._drawn_at >= PLAIN_EVERY_S:
+            self._drawn_at = time.monotonic()
+            self.say(self._summary())
+
+    def _table(self) -> Group:
+        trials = list(self.log.trials.values())
+        recent = [t for t in trials if t.status is None] + self.log.ranked()
+        shown = list({t.id: t for t in recent}.values())[:SHOWN_TRIALS]
+        return Group(Text(self._summary(), style="bold"), trials_table(self.log, shown))
+
+    def _summary(self) -> str:
+        running = sum(t.status is None for t in self.log.trials.values())
+        best = self.log.best()
+        parts = [f"{self._ended()} of {self.num_trials} trials ended"]
+        parts.append(f"{min(running, self.slots)} of {self.slots} slots busy")
+        if best is not None:
+            parts.append(f"best {self.log.metric} {best.best:.4f} ({best.id})")
+        if (left := self._left_s()) is not None:
+            parts.append(f"about {left:.0f} s left")
+        return "  ·  ".join(parts)
+
+    def _ended(self) -> int:
+        return sum(t.status is not None for t in self.log.trials.values())
+
+    def _left_s(self) -> float | None:
+        done = self._ended() - self._ended_before
+        if done < self.slots:
+            return None
+        rate = (time.monotonic() - self._started_at) / done
+        return rate * max(self.num_trials - self._ended(), 0)
+
+
+def _line(log: SweepLog, trial: TrialState, kind: str, step: int) -> str:
+    if kind == "end":
+        why = f": {trial.message.splitlines()[0]}" if trial.message else ""
+        return f"{trial.id} {trial.status} at step {max(trial.step, step)}{why}"
+    going = "" if trial.verdicts[step].go_on else ", stopped here"
+    return f"{trial.id} step {step}  {log.metric} {log.value(trial, step):.4f}{going}"
+
+
+def trials_table(log: SweepLog, trials: list[TrialState]) -> Table:
+    """One line per trial: values, how far it got, its last and best figure."""
+    paths = list(dict.fromkeys(path for t in log.trials.values() for path in t.values))
+    table = Table(box=None, pad_edge=False)
+    for name in ("trial", "status", "step", log.metric, "best"):
+        table.add_column(name, justify="right" if name not in ("trial", "status") else "left")
+    for path in paths:
+        table.add_column(path.rpartition(".")[2], justify="right", style="dim")
+    best = log.best()
+    for trial in trials:
+        last = f"{log.value(trial, trial.step):.4f}" if trial.reports else ""
+        style = "bold green" if best is not None and trial.id == best.id else ""
+        figures = ("" if trial.best is None else f"{trial.best:.4f}",)
+        values = (_shown(trial.values.get(path)) for path in paths)
+        status = trial.status or "running"
+        table.add_row(trial.id, status, str(trial.step), last, *figures, *values, style=style)
+    return table
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def results_table(log: SweepLog, folder: SweepFolder) -> Group:
+    """All trials, best first, then those that reported nothing."""
+    ranked = log.ranked()
+    rest = [t for t in log.trials.values() if t.best is None]
+    launches = [r for r in read_records(folder.events) if r["kind"] == "launch"]
+    title = f"{folder.name}: {len(log.trials)} trials, {len(launches)} launch(es)"
+    return Group(Text(title, style="bold"), trials_table(log, ranked + rest))

@@ -1,0 +1,168 @@
+"""The one actor between Tune's light trials and the slots: who runs what, what was reported, what was said."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Any
+
+IDLE_S = 15.0
+"""A slot that has nothing to do asks again after this long: its ranks wait in a collective meanwhile."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trial to run: its plan as JSON, and the workers it needs."""
+
+    trial: str
+    plan: str
+    num_workers: int
+
+
+class Broker:
+    """An async Ray actor. Holds nothing that is not in the log or in the trials' run folders."""
+
+    def __init__(self, max_failures: int, spoken: dict[str, dict[int, tuple[bool, bool]]]) -> None:
+        """`spoken`: verdicts of an earlier launch; a replayed step gets the same answer."""
+        self._max_failures = max_failures
+        self._spoken: dict[tuple[str, int], tuple[bool, bool]] = {
+            (trial, step): verdict
+            for trial, by_step in spoken.items()
+            for step, verdict in by_step.items()
+        }
+        self._queue: deque[Task] = deque()
+        self._held: dict[int, Task] = {}
+        self._failures: dict[str, int] = defaultdict(int)
+        self._last_words: dict[str, str] = {}
+        self._reports: dict[str, asyncio.Queue[dict[str, Any]]] = defaultdict(asyncio.Queue)
+        self._waiting: dict[tuple[str, int], asyncio.Future[tuple[bool, bool]]] = {}
+        self._changed = asyncio.Event()
+        self._closing = False
+        self._cancelled = False
+
+    # what the driver calls
+
+    async def enqueue(self, trial: str, plan: str, num_workers: int) -> None:
+        """A trial is ready to run."""
+        if self._cancelled:
+            await self._reports[trial].put(_end(trial, "stopped", 0, ""))
+            return
+        self._queue.append(Task(trial, plan, num_workers))
+        self._wake()
+
+    async def fail(self, trial: str, message: str) -> None:
+        """A trial cannot run at all."""
+        await self._reports[trial].put(_end(trial, "failed", 0, message))
+
+    async def verdict(self, trial: str, step: int, go_on: bool, save: bool) -> None:
+        """The answer to a report."""
+        self._spoken[trial, step] = (go_on, save)
+        waiting = self._waiting.pop((trial, step), None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result((go_on, save))
+
+    async def wanted(self, slot: int) -> int | None:
+        """Workers that a slot should have for what comes next; None where nothing will."""
+        while not self._queue and not self._closing:
+            await self._change(IDLE_S)
+        return self._queue[0].num_workers if self._queue else None
+
+    async def running(self) -> dict[int, str]:
+        """Slot → trial."""
+        return {slot: task.trial for slot, task in self._held.items()}
+
+    async def cancel(self) -> None:
+        """The sweep is stopping: what no slot has begun is not begun."""
+        self._cancelled = True
+        while self._queue:
+            trial = self._queue.popleft().trial
+            await self._reports[trial].put(_end(trial, "stopped", 0, ""))
+
+    async def release(self) -> None:
+        """Nobody will judge any more: those who wait for a verdict are let go."""
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_result((False, False))
+        self._waiting.clear()
+
+    async def close(self) -> None:
+        """Nothing more will come: slots leave when they ask."""
+        self._closing = True
+        self._wake()
+
+    # what a light trial calls
+
+    async def next_report(self, trial: str) -> dict[str, Any]:
+        """The trial's next report, or its end."""
+        return await self._reports[trial].get()
+
+    # what rank 0 of a slot calls
+
+    async def next_task(self, slot: int, num_workers: int) -> dict[str, Any]:
+        """What a slot does next: `run` a plan, `idle`, or `leave`.
+
+        A slot that asks while it holds a trial was lost while running it: it gets the trial again, or
+        the trial has cost too many workers.
+        """
+        held = self._held.get(slot)
+        if held is not None:
+            self._failures[held.trial] += 1
+            if self._failures[held.trial] <= self._max_failures:
+                return {"kind": "run", "trial": held.trial, "plan": held.plan}
+            del self._held[slot]
+            await self._reports[held.trial].put(_end(held.trial, "failed", 0, self._lost(held)))
+        deadline = time.monotonic() + IDLE_S
+        while (left := deadline - time.monotonic()) > 0:
+            if self._closing and not self._queue:
+                return {"kind": "leave"}
+            if self._queue:
+                task = next((t for t in self._queue if t.num_workers == num_workers), None)
+                if task is None:
+                    return {"kind": "leave"}  # to come back with as many workers as are wanted
+                self._queue.remove(task)
+                self._held[slot] = task
+                return {"kind": "run", "trial": task.trial, "plan": task.plan}
+            await self._change(left)
+        return {"kind": "idle"}
+
+    async def report(
+        self, trial: str, step: int, metrics: dict[str, Any], last: bool
+    ) -> tuple[bool, bool]:
+        """Pass a report on and wait for (go on, save). A step that was judged before is not passed on."""
+        known = self._spoken.get((trial, step))
+        if known is not None:
+            return known
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting[trial, step] = answer
+        said = {"kind": "report", "trial": trial, "step": step, "metrics": metrics, "last": last}
+        await self._reports[trial].put(said)
+        return await answer
+
+    async def ended(self, slot: int, trial: str, status: str, step: int, message: str) -> None:
+        """A trial left its slot. `stopped` and `out_of_time` are no end: it may go on another day."""
+        self._held.pop(slot, None)
+        await self._reports[trial].put(_end(trial, status, step, message))
+
+    async def crashed(self, trial: str, message: str) -> None:
+        """What a worker said before it died."""
+        self._last_words[trial] = message
+
+    def _lost(self, task: Task) -> str:
+        words = self._last_words.get(task.trial, "no last words: killed, or out of memory")
+        return f"its workers were lost {self._failures[task.trial]} times: {words}"
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self, timeout_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return
+
+
+def _end(trial: str, status: str, step: int, message: str) -> dict[str, Any]:
+    return {"kind": "end", "trial": trial, "status": status, "step": step, "message": message}

@@ -1,0 +1,237 @@
+"""Decides what runs next and what becomes of it, and writes down both before anybody acts on it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.plan.plan import Plan
+from orchestrator.report.trial_log import SweepLog, TrialState
+from orchestrator.run_folder import RunFolder, SweepFolder, write_atomically, write_json
+from orchestrator.spec import dump_spec
+from orchestrator.spec.sweep import PbtScheduler
+from orchestrator.sweep.plan import SweepPlan, unit_per_step
+from orchestrator.sweep.referee import Referee
+from orchestrator.sweep.space import Values, perturbed, propose, seen_in
+from orchestrator.train.checkpoint import committed, retain
+
+NO_MORE: Final = TrialState("", -1, {})
+"""What `next_trial` returns when there will be no further trial."""
+FAILURES = ("diverged", "failed", "storage_failed")
+
+MakePlan = Callable[[str, Values], Plan]
+
+
+class Director:
+    """One per sweep, in the driver. Called by Tune's loop; plans are made in a thread beside it."""
+
+    def __init__(
+        self, plan: SweepPlan, log: SweepLog, broker: Any, folder: SweepFolder, make_plan: MakePlan
+    ) -> None:
+        self.plan, self.log, self.broker, self.folder = plan, log, broker, folder
+        self.make_plan = make_plan
+        self.referee = Referee(plan, log)
+        self.plans: dict[str, Plan] = {}
+        self.stopping: str | None = None
+        """Why the sweep ends early, once it does."""
+        self.started_at = time.monotonic()
+        self.live: set[str] = set()
+        self._unfinished = [t for t in log.trials.values() if t.status is None]
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
+
+    def next_trial(self) -> TrialState | None:
+        """The next trial to run; None where one may come later, NO_MORE where none will."""
+        self._check_budget()
+        if self.stopping:
+            return NO_MORE
+        if self._unfinished:
+            return self._start(self._unfinished.pop(0))
+        proposed = self._propose()
+        if proposed is None or proposed is NO_MORE:
+            return proposed
+        self.log.trial(proposed.id, proposed.index, proposed.values, proposed.parent)
+        trial = self.log.trials[proposed.id]
+        self.referee.proposed(trial)
+        return self._start(trial)
+
+    def reported(self, said: dict[str, Any]) -> None:
+        """Judge a report, log it, answer."""
+        trial, step = self.log.trials[said["trial"]], said["step"]
+        value = said["metrics"].get(self.log.metric, math.nan)
+        key = step * unit_per_step(self.plan.sweep, self.plans[trial.id])
+        verdict = self.referee.judge(trial, step, key, value, said["last"])
+        self.log.report(trial.id, step, key, said["metrics"], verdict)
+        self.broker.verdict.remote(trial.id, step, verdict.go_on, verdict.save)
+        self._check_budget()
+
+    def ended(self, said: dict[str, Any]) -> None:
+        """Log an end. A trial that was asked to stop stays open: a resumed sweep goes on with it."""
+        self.live.discard(said["trial"])
+        if said["status"] in ("stopped", "out_of_time"):
+            return
+        self.log.end(said["trial"], said["status"], said["step"], said["message"])
+        self.referee.ended(self.log.trials[said["trial"]])
+        self._forget_checkpoints()
+
+    def orphaned(self, trial: str) -> None:
+        """Tune lost the light trial's process."""
+        self.live.discard(trial)
+
+    def stop(self, why: str) -> None:
+        """Ask every running trial to commit a checkpoint and leave; propose no more."""
+        self.stopping = self.stopping or why
+        self.broker.cancel.remote()
+        for trial in self.live:
+            folder = self.folder.trial(trial)
+            if folder.root.exists():
+                folder.stop_request.touch()
+
+    def close(self) -> None:
+        """Wait for plans in the making."""
+        self._planner.shutdown(wait=True, cancel_futures=True)
+
+    # proposals
+
+    def _propose(self) -> TrialState | None:
+        index = len(self.log.trials)
+        if isinstance(self.plan.sweep.scheduler, PbtScheduler):
+            return self._next_of_population(self.plan.sweep.scheduler, index)
+        if index >= self.plan.num_trials:
+            return NO_MORE
+        values = propose(self.plan.sweep, index, seen_in(self.log), self.log.maximize)
+        return NO_MORE if values is None else TrialState(f"t{index:05d}", index, values)
+
+    def _next_of_population(self, pbt: PbtScheduler, index: int) -> TrialState | None:
+        """Member m of generation g. A generation begins when the one before has ended."""
+        generation, member = divmod(index, self.plan.num_trials)
+        if generation >= len(self.plan.rungs):
+            return NO_MORE
+        if generation == 0:
+            values = propose(self.plan.sweep, index, [], self.log.maximize)
+            return None if values is None else TrialState(f"m{member:03d}g00", index, values)
+        before = [
+            t for t in self.log.trials.values() if t.index // self.plan.num_trials == generation - 1
+        ]
+        if any(t.status is None for t in before):
+            return None
+        alive = sorted(
+            (t for t in before if t.status not in FAILURES and t.best is not None),
+            key=lambda t: self.log.value(t, t.step),
+            reverse=self.log.maximize,
+        )
+        if not alive:
+            self.stopping = "no member of the population is left"
+            return NO_MORE
+        parent, values = self._heir(pbt, before[member], alive, generation, member)
+        return TrialState(
+            f"m{member:03d}g{generation:02d}", index, values, (parent.id, parent.step)
+        )
+
+    def _heir(
+        self,
+        pbt: PbtScheduler,
+        mine: TrialState,
+        alive: list[TrialState],
+        generation: int,
+        member: int,
+    ) -> tuple[TrialState, Values]:
+        """Whose checkpoint a member goes on from, and with which values: its own, or a winner's, changed."""
+        count = max(1, int(len(alive) * pbt.quantile))
+        losers = {t.id for t in alive[len(alive) - count :]} if len(alive) > count else set()
+        if mine in alive and mine.id not in losers:
+            return mine, mine.values
+        draw = np.random.default_rng([self.plan.sweep.seed, generation, member, 7])
+        donor = alive[int(draw.integers(count))]
+        values = perturbed(
+            self.plan.sweep, donor.values, pbt.resample_probability, generation, member
+        )
+        return donor, values
+
+    # starting
+
+    def _start(self, trial: TrialState) -> TrialState:
+        self.live.add(trial.id)
+        self._planner.submit(self._prepare, trial)
+        return trial
+
+    def _prepare(self, trial: TrialState) -> None:
+        """Plan a trial, lay out its folder, hand it to the slots; what cannot be planned has failed."""
+        try:
+            plan = self.make_plan(trial.id, trial.values)
+            folder = RunFolder(Path(plan.run_dir))
+            folder.root.mkdir(parents=True, exist_ok=True)
+            folder.stop_request.unlink(missing_ok=True)
+            write_atomically(folder.spec, dump_spec(plan.spec))
+            write_json(folder.plan, plan.model_dump(mode="json"))
+            if trial.parent is not None:
+                self._inherit(folder, trial.parent)
+            self.plans[trial.id] = plan
+        except OrchestratorError as error:
+            self.broker.fail.remote(trial.id, str(error))
+            return
+        except Exception as error:  # noqa: BLE001, one trial's trouble must not end the sweep
+            self.broker.fail.remote(trial.id, f"{type(error).__name__}: {error}")
+            return
+        self.broker.enqueue.remote(trial.id, plan.model_dump_json(), plan.num_workers)
+
+    def _inherit(self, folder: RunFolder, parent: tuple[str, int]) -> None:
+        """Give a trial its parent's checkpoint: the same files, linked where the file system can."""
+        if committed(folder.checkpoints):
+            return
+        name, step = parent
+        found = [c for c in committed(self.folder.trial(name).checkpoints) if c.step == step]
+        if not found:
+            raise OrchestratorError(f"{name} has no checkpoint of step {step} to go on from")
+        temporary = folder.checkpoints / f".inherited-{found[0].folder.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(found[0].folder, temporary, copy_function=_link)
+        temporary.rename(folder.checkpoints / found[0].folder.name)
+
+    # endings
+
+    def _check_budget(self) -> None:
+        budget = self.plan.sweep.budget
+        spent = time.monotonic() - self.started_at
+        if self.stopping:
+            return
+        if budget.max_time_s is not None and spent >= budget.max_time_s:
+            self.stop(f"sweep.budget.max_time_s = {budget.max_time_s:g} is used up")
+        elif (
+            budget.max_steps_total is not None and self.log.steps_total() >= budget.max_steps_total
+        ):
+            self.stop(f"sweep.budget.max_steps_total = {budget.max_steps_total:,} are used up")
+        elif budget.patience_trials is not None and self._stale() >= budget.patience_trials:
+            self.stop(f"the best has not improved for {self._stale()} trials")
+
+    def _stale(self) -> int:
+        """Ended trials since the one that holds the best value was proposed."""
+        best = self.log.best()
+        ended = [t for t in self.log.trials.values() if t.status is not None]
+        return len([t for t in ended if best is not None and t.index > best.index])
+
+    def _forget_checkpoints(self) -> None:
+        """Delete checkpoints of ended trials that are not among the best."""
+        if isinstance(self.plan.sweep.scheduler, PbtScheduler):
+            return
+        kept = {t.id for t in self.log.ranked()[: self.plan.sweep.keep_trials]}
+        for trial in self.log.trials.values():
+            folder = self.folder.trial(trial.id).checkpoints
+            if trial.status is not None and trial.id not in kept and folder.exists():
+                retain(folder, 0, None)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

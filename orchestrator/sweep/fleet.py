@@ -1,0 +1,154 @@
+"""Slots: long-lived Ray Train worker groups that run trial after trial."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import traceback
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.launch.workers import log_to, scaling
+from orchestrator.plan.plan import Plan
+from orchestrator.report.records import append_event
+from orchestrator.run_folder import RunFolder, read_json, write_json
+
+RESTARTS_WITHOUT_WORK = 3
+"""Times in a row that a slot may fail to start before it is given up."""
+CRASH_CHARS = 2000
+
+logger = logging.getLogger(__name__)
+
+
+class Fleet:
+    """All slots; each is a thread of the driver around one `TorchTrainer.fit()` after another."""
+
+    def __init__(self, base: Plan, root: Path, slots: int, broker: Any, broker_name: str) -> None:
+        self.base, self.root, self.broker, self.broker_name = base, root, broker, broker_name
+        self.errors: list[BaseException] = []
+        self._threads = [
+            threading.Thread(target=self._keep, args=(slot,), name=f"slot-{slot}", daemon=True)
+            for slot in range(slots)
+        ]
+
+    def start(self) -> None:
+        """Start all slots at once; their workers import while trials are being proposed."""
+        for thread in self._threads:
+            thread.start()
+
+    def alive(self) -> bool:
+        """Whether any slot can still run a trial."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the slots to leave; the broker has been closed."""
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _keep(self, slot: int) -> None:
+        """A slot's life: a worker group of the size that is wanted, again and again until none is."""
+        import ray
+
+        failures, workers = 0, self.base.num_workers
+        while failures < RESTARTS_WITHOUT_WORK:
+            try:
+                self._trainer(slot, workers).fit()
+                failures = 0
+            except Exception as error:  # noqa: BLE001, a slot's end is not the sweep's
+                logger.warning("slot %d: %s", slot, error)
+                failures += 1
+                if failures == RESTARTS_WITHOUT_WORK:
+                    self.errors.append(error)
+                    return
+            with contextlib.suppress(ray.exceptions.RayError):
+                wanted = ray.get(self.broker.wanted.remote(slot))
+                if wanted is None:
+                    return
+                workers = wanted
+
+    def _trainer(self, slot: int, workers: int) -> Any:
+        from ray.train import FailureConfig, RunConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        plan = self.base.model_copy(update={"num_workers": workers})
+        return TorchTrainer(
+            serve,
+            train_loop_config={
+                "slot": slot, "root": str(self.root), "broker": self.broker_name, "work_dir": plan.work_dir,
+            },
+            torch_config=TorchConfig(backend="nccl" if plan.on_gpu else "gloo"),
+            scaling_config=scaling(plan),
+            run_config=RunConfig(
+                name=f"slot-{slot}-{uuid.uuid4().hex[:6]}",
+                storage_path=str(self.root / "ray"),
+                failure_config=FailureConfig(max_failures=-1),  # the broker counts them, per trial
+            ),
+        )  # fmt: skip
+
+
+def serve(config: dict[str, Any]) -> None:
+    """What each worker of a slot runs: take a trial, run it, report, until there is no more."""
+    import ray
+    import torch.distributed as dist
+
+    from orchestrator.train.group import broadcast
+    from orchestrator.train.warm import Warm
+
+    root, slot, rank = Path(config["root"]), config["slot"], dist.get_rank()
+    if Path(config["work_dir"]).is_dir():
+        os.chdir(config["work_dir"])
+    log_to(root / "logs" / f"slot-{slot:03d}-{rank:05d}.log")
+    broker = ray.get_actor(config["broker"])
+    warm = Warm()
+    while True:
+        task: Any = None
+        if rank == 0:
+            task = ray.get(broker.next_task.remote(slot, dist.get_world_size()))
+        task = broadcast(task)
+        if task["kind"] == "leave":
+            return
+        if task["kind"] == "run":
+            began = time.time()
+            _run(Plan.model_validate_json(task["plan"]), task["trial"], slot, broker, warm)
+            if rank == 0:
+                times = {"slot": slot, "began": began, "ended": time.time()}
+                append_event(root / "slots.jsonl", "ran", trial=task["trial"], **times)
+
+
+def _run(plan: Plan, trial: str, slot: int, broker: Any, warm: Any) -> None:
+    """One trial, its outcome on disk before the broker hears of it."""
+    import ray
+    import torch
+    import torch.distributed as dist
+
+    from orchestrator.train.trial import run_trial
+
+    folder, rank = RunFolder(Path(plan.run_dir)), dist.get_rank()
+    torch.set_num_threads(plan.cpus_per_worker)
+    outcome = read_json(folder.outcome)
+    if outcome is None:
+
+        def judge(record: dict[str, Any]) -> tuple[bool, bool]:
+            step = record["step"]
+            figures = {k: v for k, v in record.items() if isinstance(v, float)}
+            answer = broker.report.remote(trial, step, figures, step == plan.total_steps)
+            verdict: tuple[bool, bool] = ray.get(answer)
+            return verdict
+
+        try:
+            outcome = asdict(run_trial(plan, folder, warm, judge))
+        except Exception:
+            words = traceback.format_exc()[-CRASH_CHARS:]
+            ray.get(broker.crashed.remote(trial, words))
+            raise
+        if rank == 0 and outcome["status"] not in ("stopped", "out_of_time"):
+            write_json(folder.outcome, outcome)
+    if rank == 0:
+        ended = (slot, trial, outcome["status"], outcome["step"], outcome["message"])
+        ray.get(broker.ended.remote(*ended))

@@ -1,0 +1,105 @@
+"""Goes on or stops: verdicts from the log's reports alone, so that a resumed sweep gives the same ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from orchestrator.report.trial_log import SweepLog, TrialState, Verdict
+from orchestrator.spec.sweep import AshaScheduler, MedianScheduler, NoScheduler, PbtScheduler
+from orchestrator.sweep.plan import SweepPlan, first_rung
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What Tune's ASHA needs of a trial: its id, the same before and after a resume."""
+
+    trial_id: str
+
+
+class Referee:
+    """Judges reports. ASHA's rungs are refilled from the log; Tune itself forgets them on a restore."""
+
+    def __init__(self, plan: SweepPlan, log: SweepLog) -> None:
+        self.plan, self.log = plan, log
+        self.asha = _asha(plan, log.maximize)
+        for kind, trial, step in log.order:
+            self._replay(kind, log.trials[trial], step)
+
+    def judge(self, trial: TrialState, step: int, key: float, value: float, last: bool) -> Verdict:
+        """What becomes of a trial that reports `value` at `step`; `last`: it has no step after it."""
+        best = self.log.best()
+        save = self.log.is_better(value, best.best if best else None)
+        match self.plan.sweep.scheduler:
+            case AshaScheduler():
+                return Verdict(self._asha_goes_on(trial, key, value) or last, save)
+            case MedianScheduler():
+                return Verdict(last or self._above_median(trial, key, value), save)
+            case PbtScheduler():
+                return Verdict(last or step not in self.plan.rungs, True)
+            case NoScheduler():
+                return Verdict(True, save)
+
+    def proposed(self, trial: TrialState) -> None:
+        """A trial was added."""
+        self._replay("trial", trial, 0)
+
+    def ended(self, trial: TrialState) -> None:
+        """A trial is over."""
+        self._replay("end", trial, trial.step)
+
+    def _replay(self, kind: str, trial: TrialState, step: int) -> None:
+        if self.asha is None:
+            return
+        named = _Named(trial.id)
+        match kind:
+            case "trial":
+                self.asha.on_trial_add(None, named)  # type: ignore[arg-type]
+            case "report":
+                self._asha_goes_on(trial, trial.keys[step], self.log.value(trial, step))
+            case "end":
+                self.asha.on_trial_remove(None, named)  # type: ignore[arg-type]
+
+    def _asha_goes_on(self, trial: TrialState, key: float, value: float) -> bool:
+        assert self.asha is not None
+        if not math.isfinite(value):  # NaN < cutoff is False: ASHA would let it live
+            return False
+        result = {"key": key, "value": value}
+        action = self.asha.on_trial_result(None, _Named(trial.id), result)  # type: ignore[arg-type]
+        return action != TrialScheduler.STOP
+
+    def _above_median(self, trial: TrialState, key: float, value: float) -> bool:
+        """Vizier's rule: the trial's best so far against the median of the others' running means."""
+        scheduler = self.plan.sweep.scheduler
+        assert isinstance(scheduler, MedianScheduler)
+        if key < first_rung(self.plan.sweep, self.plan.base):
+            return True
+        means = []
+        for other in self.log.trials.values():
+            upto = [self.log.value(other, s) for s, k in other.keys.items() if k <= key]
+            finite = [v for v in upto if math.isfinite(v)]
+            if other.id != trial.id and finite and max(other.keys.values()) >= key:
+                means.append(fmean(finite))
+        if len(means) < scheduler.min_trials:
+            return True
+        mine = [self.log.value(trial, s) for s in trial.reports] + [value]
+        best = max(mine) if self.log.maximize else min(mine)
+        return best >= median(means) if self.log.maximize else best <= median(means)
+
+
+def _asha(plan: SweepPlan, maximize: bool) -> AsyncHyperBandScheduler | None:
+    scheduler = plan.sweep.scheduler
+    if not isinstance(scheduler, AshaScheduler):
+        return None
+    first = first_rung(plan.sweep, plan.base)
+    return AsyncHyperBandScheduler(
+        time_attr="key",
+        metric="value",
+        mode="max" if maximize else "min",
+        max_t=10**18,  # a trial ends by its own plan
+        grace_period=first,  # type: ignore[arg-type]
+        reduction_factor=scheduler.reduction_factor,
+    )

@@ -1,0 +1,228 @@
+"""A sweep from job to best model: prepare, plan, claim, fleet, Tune, export."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
+from orchestrator.errors import TrainingError
+from orchestrator.launch.claim import MAY_CHANGE, another_job, claimed_folder, differences
+from orchestrator.launch.run import cluster_here, prepared_data, stop_on_signals
+from orchestrator.launch.session import ray_session, send_chatter_to
+from orchestrator.plan import Cluster, Plan, this_machine
+from orchestrator.report.records import append_event
+from orchestrator.report.sweep_html import write_sweep_report
+from orchestrator.report.sweep_view import SweepView
+from orchestrator.report.trial_log import SweepLog, TrialState
+from orchestrator.run_folder import SweepFolder, read_json, write_atomically, write_json
+from orchestrator.spec import JobSpec, dump_spec, parse_spec
+from orchestrator.spec.sweep_rules import with_values
+from orchestrator.sweep.broker import Broker
+from orchestrator.sweep.director import Director
+from orchestrator.sweep.fleet import Fleet
+from orchestrator.sweep.plan import SweepPlan, plan_sweep, plan_trial
+from orchestrator.sweep.space import Values
+
+POLL_S = 0.2
+LEAVE_S = 60.0
+"""How long slots may take to leave when there is nothing left to do."""
+MAY_CHANGE_IN_SWEEP = (
+    *MAY_CHANGE, "sweep.num_trials", "sweep.slots", "sweep.budget", "sweep.keep_trials",
+    "sweep.max_trial_failures",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """What a sweep left behind. `status`: `finished`, `budget` or `stopped`."""
+
+    folder: SweepFolder
+    plan: SweepPlan
+    status: str
+    message: str
+    best: TrialState | None
+    trials: int
+    export: Path | None
+    report: Path
+
+
+def make_sweep_plan(spec: JobSpec, cluster: Cluster | None = None) -> SweepPlan:
+    """The plan of a sweep, its data prepared first where it is not. Raises what plan_sweep raises."""
+    prepared = find_prepared(spec)
+    if prepared is None:
+        with ray_session(this_machine().cpus):
+            prepared = prepare(spec)
+    return plan_sweep(spec, cluster or this_machine(), prepared)
+
+
+def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) -> SweepOutcome:
+    """Run a sweep to its end, or on from where it stopped.
+
+    Raises what prepare and plan_sweep raise, RunExistsError for a folder of another job, and
+    TrainingError where no trial could report anything.
+    """
+    console = console or Console(quiet=True)
+    machine = this_machine()
+    with ray_session(machine.cpus, machine.gpus):
+        prepared = prepared_data(spec, console)
+        plan = plan_sweep(spec, cluster_here(), prepared)
+        folder = SweepFolder(Path(plan.run_dir))
+        with claimed_folder(folder.root, fresh):
+            _check_same_job(folder, plan)
+            write_atomically(folder.spec, dump_spec(spec))
+            write_json(folder.plan, plan.model_dump(mode="json"))
+            send_chatter_to(folder.logs / "driver.log")
+            status, message = _run(plan, folder, prepared, console)
+            return finish(plan, folder, status, message)
+
+
+def _check_same_job(folder: SweepFolder, plan: SweepPlan) -> None:
+    old = read_json(folder.plan)
+    if old is None:
+        return
+    new = plan.model_dump(mode="json")
+    changed = differences(old["spec"], new["spec"], MAY_CHANGE_IN_SWEEP)
+    if changed:
+        raise another_job(folder.root, changed)
+
+
+def _run(
+    plan: SweepPlan, folder: SweepFolder, prepared: dict[Split, Prepared], console: Console
+) -> tuple[str, str]:
+    """Trials until there are no more; returns (status, why it ended early)."""
+    import ray
+
+    from orchestrator.sweep.tuning import make_tuner
+
+    append_event(folder.events, "launch", slots=plan.slots)
+    log = SweepLog(folder.log, plan.base.metric, plan.base.higher_is_better)
+    name = f"broker-{uuid.uuid4().hex[:8]}"
+    actor: Any = ray.remote(Broker)
+    broker: Any = actor.options(name=name, num_cpus=0, max_concurrency=1000).remote(
+        plan.sweep.max_trial_failures, _spoken(log)
+    )
+    fleet = Fleet(plan.base, folder.root, plan.slots, broker, name)
+    fleet.start()
+    director = Director(plan, log, broker, folder, _planner(plan, prepared))
+    tuner = make_tuner(director, name, folder.root / "ray", plan.slots + 1)
+    tuning = _Background(tuner.fit)
+    with (
+        SweepView(folder, plan.num_trials, plan.slots, log, console) as view,
+        stop_on_signals(lambda: _ask_to_stop(director), view.say),
+    ):
+        tuning.start()
+        while tuning.is_alive():
+            view.update()
+            if not fleet.alive() and director.live:
+                director.stop("no slot is left")
+            time.sleep(POLL_S)
+        view.update()
+    if tuning.error is not None:
+        director.stop("Ray Tune failed")
+        ray.get(broker.release.remote())
+    director.close()
+    ray.get(broker.close.remote())
+    fleet.join(LEAVE_S)
+    append_event(folder.events, "end", trials=len(log.trials))
+    if tuning.error is not None:
+        raise tuning.error
+    if fleet.errors and not log.best():
+        raise TrainingError(_no_slots(fleet, folder))
+    if director.stopping is None:
+        return "finished", ""
+    return ("stopped" if director.stopping == STOPPED else "budget"), director.stopping
+
+
+STOPPED = "stopped on request; the same command goes on"
+
+
+def _ask_to_stop(director: Director) -> bool:
+    if director.stopping == STOPPED:
+        return False
+    director.stop(STOPPED)
+    return True
+
+
+def _spoken(log: SweepLog) -> dict[str, dict[int, tuple[bool, bool]]]:
+    """Every verdict in the log."""
+    return {
+        t.id: {step: (v.go_on, v.save) for step, v in t.verdicts.items()}
+        for t in log.trials.values()
+    }
+
+
+def _planner(plan: SweepPlan, prepared: dict[Split, Prepared]) -> Any:
+    """Plans trials; rows are prepared anew where a searched field changes their fingerprint."""
+
+    def make_plan(trial: str, values: Values) -> Plan:
+        mine = prepared
+        if any(path.split(".")[0] in ("data", "task", "model") for path in values):
+            mine = prepare(parse_spec(with_values(plan.spec, values)))
+        return plan_trial(plan, trial, values, mine)
+
+    return make_plan
+
+
+class _Background(threading.Thread):
+    """A call off the main thread, which keeps the signals and the screen."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__(name="tune", daemon=True)
+        self.call = call
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.call()
+        except BaseException as error:  # noqa: BLE001, raised by _run
+            self.error = error
+
+
+def _no_slots(fleet: Fleet, folder: SweepFolder) -> str:
+    last = str(fleet.errors[-1]).strip().splitlines()[-12:] if fleet.errors else []
+    return "no slot could be kept running:\n  " + "\n  ".join(last) + f"\nLogs: {folder.logs}"
+
+
+def finish(plan: SweepPlan, folder: SweepFolder, status: str, message: str) -> SweepOutcome:
+    """Best job, its exported model, report."""
+    log = SweepLog(folder.log, plan.base.metric, plan.base.higher_is_better)
+    best = log.best()
+    if best is None and status == "finished":
+        why = next((t.message for t in log.trials.values() if t.message), "")
+        raise TrainingError(
+            f"no trial reported anything. The first one said: {why}\nLogs: {folder.logs}"
+        )
+    exported = _export_best(plan, folder, best) if best is not None else None
+    outcome = {
+        "status": status, "message": message, "best": best.id if best else None,
+        "value": best.best if best else None, "trials": len(log.trials),
+    }  # fmt: skip
+    write_json(folder.outcome, outcome)
+    report = write_sweep_report(folder)
+    return SweepOutcome(folder, plan, status, message, best, len(log.trials), exported, report)
+
+
+def _export_best(plan: SweepPlan, folder: SweepFolder, best: TrialState) -> Path | None:
+    from orchestrator.train.checkpoint import committed
+    from orchestrator.train.export import export_run, load_plan
+
+    write_atomically(folder.best, best_job(plan, best))
+    mine = folder.trial(best.id)
+    if not committed(mine.checkpoints):
+        return folder.export if folder.export.exists() else None
+    step = max(s for s in best.reports if best.reports[s][plan.base.metric] == best.best)
+    figures = {"best": {"step": step, **best.reports[step]}}
+    return export_run(load_plan(mine), mine, folder.export, figures)
+
+
+def best_job(plan: SweepPlan, best: TrialState) -> str:
+    """The job with the best trial's values, as YAML that `train` takes."""
+    data = with_values(plan.spec, {**best.values, "name": f"{plan.spec.name}-best"})
+    return dump_spec(parse_spec(data))

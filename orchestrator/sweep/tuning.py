@@ -1,0 +1,124 @@
+"""Ray Tune's side: light trials that hold no torch, a searcher and a scheduler that ask the director."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from orchestrator.sweep.director import NO_MORE, Director
+
+TRIAL_CPUS = 0.01
+"""What a light trial asks of the cluster: Tune refuses a request of nothing."""
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),  # Tune's own state is never read: the log is the truth
+    "TUNE_MAX_PENDING_TRIALS_PG": "auto",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TUNE_ENABLE_STATE_TRACKING": "0",
+}
+
+
+class LightTrial(tune.Trainable):
+    """One trial as Tune sees it: each `step` is its next report, which a slot works for."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.trial: str = config["trial"]
+        self.broker = ray.get_actor(config["broker"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The same process takes the next trial."""
+        self.setup(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        said: Any = ray.get(self.broker.next_report.remote(self.trial))
+        # As text: Tune takes nested results apart.
+        return {"said": json.dumps(said), "done": said["kind"] == "end"}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: the trial's checkpoints are its own."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing."""
+
+
+class LogSearcher(Searcher):
+    """Tune's searcher: the next trial is the director's."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune saves its parts; these have nothing to save."""
+        return {}
+
+    def __init__(self, director: Director, broker_name: str) -> None:
+        super().__init__()
+        self.director, self.broker_name = director, broker_name
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | Any:
+        trial = self.director.next_trial()
+        if trial is None:
+            return None
+        if trial is NO_MORE:
+            return Searcher.FINISHED
+        return {"trial": trial.id, "broker": self.broker_name}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing: the log knows."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a resumed sweep asks the log."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+
+class LogScheduler(FIFOScheduler):
+    """Tune's scheduler: every report is judged, logged and answered before training goes on."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune saves its parts; these have nothing to save."""
+        return {}
+
+    def __init__(self, director: Director) -> None:
+        super().__init__()
+        self.director = director
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Always CONTINUE: a pruned trial's slot reports its end when it has let go of it."""
+        self.director.reported(json.loads(result["said"]))
+        return TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self.director.ended(json.loads(result["said"]))
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """The light trial's own process died: the trial in its slot did not."""
+        self.director.orphaned(trial.config["trial"])
+
+
+def make_tuner(director: Director, broker_name: str, storage: Path, in_flight: int) -> tune.Tuner:
+    """Tune over the director's trials, `in_flight` at a time."""
+    os.environ.update(QUIET)
+    return tune.Tuner(
+        tune.with_resources(LightTrial, {"cpu": TRIAL_CPUS}),
+        tune_config=tune.TuneConfig(
+            search_alg=LogSearcher(director, broker_name),
+            scheduler=LogScheduler(director),
+            num_samples=-1,
+            max_concurrent_trials=in_flight,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
+    )

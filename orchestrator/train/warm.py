@@ -1,0 +1,44 @@
+"""What a worker keeps from one trial to the next: the untouched model, the evaluation rows."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from orchestrator.data.stream import StepRows
+from orchestrator.model.build import build_model
+from orchestrator.plan.plan import Plan
+
+KEPT_MODEL_BYTES = 2 * 2**30
+"""A larger model is read anew for every trial; the operating system's file cache holds it anyway."""
+NOT_IN_MODEL = {
+    "name", "data", "optimizer", "schedule", "batch", "gradient_clipping", "zero", "stop",
+    "evaluation", "checkpoint", "resources", "faults", "tracking", "sweep", "storage",
+}  # fmt: skip
+"""Fields that a new model does not depend on. Any other one that changes makes a new model."""
+
+
+class Warm:
+    """One worker's memory of the trials before. A new one is empty: then everything is loaded."""
+
+    def __init__(self) -> None:
+        self.eval_rows: dict[Any, list[StepRows]] = {}
+        self._key: str | None = None
+        self._model: torch.nn.Module | None = None
+
+    def model(self, plan: Plan) -> torch.nn.Module:
+        """The model that the plan starts from, to be trained by the caller.
+
+        A copy of the kept one where the job's model is the same, bit by bit what loading would give.
+        """
+        key = plan.spec.model_dump_json(exclude=NOT_IN_MODEL) + repr(plan.labels)
+        if self._key != key or self._model is None:
+            self._model = None
+            model = build_model(plan.spec, plan.labels)
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            if size > KEPT_MODEL_BYTES:
+                return model
+            self._key, self._model = key, model
+        return copy.deepcopy(self._model)
