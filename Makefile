@@ -34,6 +34,7 @@ lint: setup
 docs: setup
 	$(BIN)/orchestrator schema --markdown > docs/reference.md
 	$(BIN)/orchestrator schema > docs/job.schema.json
+	$(BIN)/python -m orchestrator.kube.overlays cluster/overlays
 
 clean:
 	rm -rf $(VENV) runs prepared jobs/data

@@ -92,11 +92,11 @@ def submitter_template(spec: JobSpec) -> PodTemplate:
         image=spec.kubernetes.image or "",
         image_pull_policy=spec.kubernetes.image_pull_policy,
         resources=_resources(PodSize(1, 1 * GIB), spec.kubernetes.worker),
-        security_context=_container_security(),
+        security_context=container_security(),
     )
     pod = _pod(spec, HeadPod(), container, [])
     more = {"restart_policy": "Never", "automount_service_account_token": False}
-    return PodTemplate(spec=pod.model_copy(update=more))
+    return _template(spec, pod.model_copy(update=more))
 
 
 def head_size(spec: JobSpec) -> PodSize:
@@ -136,7 +136,7 @@ def _container(spec: JobSpec, name: str, size: PodSize, with_job: bool) -> Conta
         env=_env(spec),
         resources=_resources(size, k.worker),
         volume_mounts=mounts,
-        security_context=_container_security(),
+        security_context=container_security(),
     )
 
 
@@ -199,7 +199,8 @@ def _pod(
     return pod.model_copy(update={name: value for name, value in optional.items() if value})
 
 
-def _container_security() -> ContainerSecurity:
+def container_security() -> ContainerSecurity:
+    """No way to more rights than the container starts with."""
     return ContainerSecurity(
         allow_privilege_escalation=False, capabilities=Capabilities(drop=["ALL"])
     )

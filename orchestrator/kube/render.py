@@ -29,6 +29,7 @@ from orchestrator.kube.merge import merged
 from orchestrator.kube.pods import (
     JOB_FOLDER,
     S3_VARIABLES,
+    container_security,
     head_size,
     head_template,
     labels,
@@ -190,7 +191,9 @@ def _cluster_spec(spec: JobSpec, size: Size, job: str | None) -> RayClusterSpec:
     if size.elastic:
         optional["enable_in_tree_autoscaling"] = True
         optional["autoscaler_options"] = AutoscalerOptions(
-            version="v2", idle_timeout_seconds=k.idle_timeout_s
+            version="v2",
+            idle_timeout_seconds=k.idle_timeout_s,
+            security_context=container_security().dump(),
         )
     if k.token_auth:
         optional["auth_options"] = AuthOptions(mode="token")

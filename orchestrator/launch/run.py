@@ -118,7 +118,8 @@ def launch(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any]:
     append_event(folder.events, "launch", workers=plan.num_workers, total_steps=plan.total_steps)
     fit = _FitThread(plan)
     tracking = plan.spec.tracking
-    tracker = Tracker(folder, tracking.mlflow, tracking.project or plan.spec.name)
+    project = tracking.project or plan.spec.name
+    tracker = Tracker(folder, tracking.mlflow, project, attached_address() is not None)
     with (
         ProgressView(folder, plan.total_steps, plan.metric, console) as view,
         stop_on_signals(lambda: _ask_to_stop(folder), view.say),

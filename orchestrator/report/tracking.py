@@ -1,4 +1,4 @@
-"""Figures for other tools: TensorBoard always, MLflow where the job asks for it."""
+"""Figures for other tools: TensorBoard always, MLflow where the job asks, Prometheus on a cluster."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.report.gauges import Gauges
 from orchestrator.report.records import Tail
 from orchestrator.run_folder import RunFolder
 
@@ -14,14 +15,20 @@ STEP_FIGURES = ("loss", "lr", "grad_norm", "step_s", "tokens", "memory_bytes")
 
 
 class Tracker:
-    """Copies records from the run folder; runs in the driver, so that workers pay nothing for it."""
+    """Copies records from the run folder; runs in the driver, so that workers pay nothing for it.
 
-    def __init__(self, folder: RunFolder, mlflow_uri: str | None, project: str) -> None:
+    `on_cluster`: also to the cluster's metrics; a Ray of our own has no agent that would offer them.
+    """
+
+    def __init__(
+        self, folder: RunFolder, mlflow_uri: str | None, project: str, on_cluster: bool = False
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._board: Any = SummaryWriter(str(folder.tensorboard))
         self._evals = Tail(folder.evals, from_end=True)
         self._mlflow = _open_mlflow(folder, mlflow_uri, project) if mlflow_uri else None
+        self._gauges = Gauges(folder.name) if on_cluster else None
 
     def update(self, steps: list[dict[str, Any]]) -> None:
         """Pass on new step records, and whatever was evaluated since the last call."""
@@ -30,6 +37,10 @@ class Tracker:
         for record in self._evals.read():
             figures = {k: v for k, v in record.items() if isinstance(v, float) and k != "time"}
             self._write("eval", record, figures)
+            if self._gauges:
+                self._gauges.evaluation(figures)
+        if self._gauges and steps:
+            self._gauges.step(steps[-1])
 
     def close(self) -> None:
         """Flush and end."""

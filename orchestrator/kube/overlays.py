@@ -1,0 +1,61 @@
+"""The RayClusters in `cluster/overlays`, rendered like any job's: `python -m orchestrator.kube.overlays FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from orchestrator.kube.render import render
+from orchestrator.kube.text import dump_documents
+from orchestrator.spec import parse_spec
+from orchestrator.spec.load import STAND_INS
+
+IMAGE = "orchestrator:0.1.0"
+"""Replaced by the `images` of a kustomization."""
+GPU = {"cluster": "8xH100x2"}
+OVERLAYS: dict[str, dict[str, Any]] = {
+    "cpu-small": {
+        "kubernetes": {
+            "cluster": "3cpux1:memory_gib=6", "node_reserve": 0, "head": {"cpus": 1, "memory_gib": 3},
+        },
+        "resources": {"num_workers": 2},
+    },
+    "gpu": {"kubernetes": GPU},
+    "spot": {"kubernetes": {**GPU, "worker": {"spot": True}, "drain_s": 25}},
+    "kueue": {"kubernetes": {**GPU, "kueue": {"queue": "training"}}},
+    "gcs-ft": {
+        "kubernetes": {
+            **GPU,
+            "gcs_fault_tolerance": {
+                "redis": "redis://redis:6379", "password": {"secret": "redis", "key": "password"},
+            },
+        }
+    },
+    "s3": {"kubernetes": {**GPU, "s3": {"secret": "s3-keys", "endpoint_url": "https://minio.storage:9000"}}},
+    "pvc": {"kubernetes": {**GPU, "storage": {"claim": "orchestrator", "mount_path": "/mnt/orchestrator"}}},
+}  # fmt: skip
+"""Each shows one setting; a job of your own has them all in its `kubernetes` section."""
+
+
+def overlay(name: str) -> str:
+    """YAML of one overlay's RayCluster."""
+    wanted = OVERLAYS[name]
+    kubernetes = {"image": IMAGE, "service_account": "orchestrator", **wanted["kubernetes"]}
+    job = {**STAND_INS, **wanted, "name": "orchestrator", "kubernetes": kubernetes}
+    cluster = render(parse_spec(job, files="there"), cluster_only=True)
+    return (
+        f"# Written by `make docs` from orchestrator/kube/overlays.py.\n{dump_documents(cluster)}"
+    )
+
+
+def main() -> None:
+    """Write all of them."""
+    for name in OVERLAYS:
+        file = Path(sys.argv[1]) / name / "raycluster.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(overlay(name), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A run's latest figures as Ray metrics, which Ray's agents offer to Prometheus under `ray_…`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STEP_GAUGES = {
+    "step": ("orchestrator_step", "Optimizer steps done."),
+    "loss": ("orchestrator_loss", "Loss of the last step, the mean over its targets."),
+    "lr": ("orchestrator_learning_rate", "Learning rate of the last step."),
+    "grad_norm": ("orchestrator_gradient_norm", "Gradient norm of the last step, before clipping."),
+    "step_s": ("orchestrator_step_seconds", "Seconds of the last step."),
+    "wait_s": ("orchestrator_wait_seconds", "Seconds of it that rank 0 waited for rows."),
+    "memory_bytes": (
+        "orchestrator_memory_bytes",
+        "Memory in use by rank 0, of its GPU or its process.",
+    ),
+}
+"""Field of a step's record → metric and meaning."""
+TOKENS_GAUGE = ("orchestrator_tokens_per_second", "Useful tokens of the last step per second.")
+EVAL_GAUGE = ("orchestrator_evaluation", "Latest evaluation; the label `metric` says of what.")
+
+
+def metric_names() -> set[str]:
+    """As Prometheus sees them."""
+    ours = [name for name, _ in STEP_GAUGES.values()] + [TOKENS_GAUGE[0], EVAL_GAUGE[0]]
+    return {f"ray_{name}" for name in ours}
+
+
+class Gauges:
+    """Each holds the last value it was told, labelled with the run's name. Needs a running Ray."""
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._run = {"run": run}
+        self._steps = {
+            field: Gauge(name, description=meaning, tag_keys=("run",))
+            for field, (name, meaning) in STEP_GAUGES.items()
+        }
+        self._tokens = Gauge(TOKENS_GAUGE[0], description=TOKENS_GAUGE[1], tag_keys=("run",))
+        self._evals = Gauge(EVAL_GAUGE[0], description=EVAL_GAUGE[1], tag_keys=("run", "metric"))
+
+    def step(self, record: dict[str, Any]) -> None:
+        """The record of the newest step."""
+        for field, gauge in self._steps.items():
+            if isinstance(record.get(field), int | float):
+                gauge.set(record[field], tags=self._run)
+        if record.get("step_s"):
+            self._tokens.set(record["tokens"] / record["step_s"], tags=self._run)
+
+    def evaluation(self, figures: dict[str, float]) -> None:
+        """An evaluation's metrics by name."""
+        for name, value in figures.items():
+            self._evals.set(value, tags={**self._run, "metric": name})

