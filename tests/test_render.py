@@ -235,6 +235,18 @@ def test_the_entrypoint_is_the_command_a_person_would_type() -> None:
     ]  # fmt: skip
 
 
+def test_a_sweep_is_run_as_one_and_gets_all_machines() -> None:
+    section = {"cluster": "8xH100x4", "image": IMAGE}
+    data = {**BASE, "resources": {"num_workers": 2}, "kubernetes": section}
+    data["data"] = {"train": "s3://b/train.jsonl", "eval": "s3://b/eval.jsonl"}
+    data["sweep"] = {"space": {"optimizer.lr": [1e-4, 1e-5]}}
+    spec = parse_spec(data, files="there")
+    assert shlex.split(ray_job(spec)["spec"]["entrypoint"])[-2:] == [
+        "sweep", "/etc/orchestrator/job.yaml",
+    ]  # fmt: skip
+    assert (worker_group(spec)["replicas"], size_of(spec).pod.gpus) == (4, 8)
+
+
 def test_the_job_in_the_manifest_reads_back_as_the_job(tmp_path: Path) -> None:
     spec = job(**EVERYTHING)
     config = next(one for one in render(spec) if one["kind"] == "ConfigMap")

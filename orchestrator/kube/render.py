@@ -137,7 +137,8 @@ def _ray_cluster(spec: JobSpec, size: Size) -> dict[str, Any]:
 
 def _entrypoint(spec: JobSpec) -> str:
     """What a person would type. The job's relative paths start on the shared storage."""
-    command = ("python", "-m", "orchestrator", "train", f"{JOB_FOLDER}/job.yaml")
+    verb = "sweep" if spec.sweep is not None else "train"
+    command = ("python", "-m", "orchestrator", verb, f"{JOB_FOLDER}/job.yaml")
     return shlex.join(("env", f"--chdir={spec.kubernetes.storage.mount_path}", *command))
 
 

@@ -69,6 +69,11 @@ def size_of(spec: JobSpec) -> Size:
     reasons: dict[str, str] = {}
     machines = _for_pods(describe_cluster(spec.kubernetes.cluster or ""), spec)
     fewest, most = worker_range(spec, machines, reasons)
+    if spec.sweep is not None:  # slots fill whatever there is
+        pods, pod = len(machines.nodes), _whole(machines.nodes[0], most)
+        cluster = _as_ray_sees_it(pod, pods, machines)
+        reasons["pods"] = "a sweep's slots fill all machines"
+        return Size(most, -(-most.count // pods), pods, pods, pod, cluster, reasons)
     pods = _pods_needed(machines, most)
     per_pod = -(-most.count // pods)
     pod = _pod(machines.nodes[0], most, per_pod)
@@ -115,6 +120,11 @@ def _pod(machine: Node, workers: Workers, per_pod: int) -> PodSize:
     share = gpus / machine.gpus if gpus else 1.0
     memory = int(machine.memory_bytes * share) // MIB * MIB
     return PodSize(max(1, math.floor(machine.cpus * share)), memory, gpus)
+
+
+def _whole(machine: Node, workers: Workers) -> PodSize:
+    gpus = int(machine.gpus) if workers.on_gpu else 0
+    return PodSize(int(machine.cpus), machine.memory_bytes, gpus)
 
 
 def _as_ray_sees_it(pod: PodSize, count: int, machines: Cluster) -> Cluster:
