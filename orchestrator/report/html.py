@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from importlib.resources import files
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from orchestrator.report import figures
 from orchestrator.report.drawing import Chart, Marks
+from orchestrator.report.page import (
+    Comparison,
+    Figure,
+    Page,
+    Share,
+    compared,
+    render_page,
+    two_to_a_row,
+)
 from orchestrator.report.records import finite
 from orchestrator.report.run import (
     Facts,
@@ -20,7 +26,7 @@ from orchestrator.report.run import (
     steps_done,
 )
 from orchestrator.report.story import starts, time_spent, timeline
-from orchestrator.report.words import bytes_text, clock, duration, metric_text, number, pretty
+from orchestrator.report.words import bytes_text, duration, metric_text, number
 from orchestrator.run_folder import RunFolder, write_atomically
 from orchestrator.values import LOWER_IS_BETTER
 
@@ -31,26 +37,11 @@ STATUS_WORDS = {
     "diverged": ("Diverged", "bad"),
     "storage_failed": ("Stopped: a checkpoint could not be written", "bad"),
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number with the words around it; `tone` is good, fair, bad or empty."""
-
-    label: str
-    value: str
-    detail: str = ""
-    tone: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One thing the plan predicted: as text, and the measured value over the predicted one."""
-
-    what: str
-    predicted: str
-    measured: str
-    ratio: float | None
+COLOURS = {
+    "training": "#2563eb", "waiting for data": "#7c3aed", "evaluation": "#d97706",
+    "saving checkpoints": "#94a3b8", "starting up": "#0891b2", "steps done again": "#dc2626",
+}  # fmt: skip
+"""What a run's time went to, as `time_spent` names it."""
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -65,32 +56,26 @@ def write_report(folder: RunFolder) -> Path:
 
 def render(run: Run) -> str:
     """The page as text. Everything that came from the run is escaped."""
-    from jinja2 import Environment
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        bytes=bytes_text, duration=duration, clock=clock, number=number, pretty=pretty
-    )
-    template = environment.from_string(
-        files(__package__).joinpath("template.html.jinja").read_text(encoding="utf-8")
-    )
     status, tone = status_words(run)
-    rows = timeline(run)
-    return template.render(
-        run=run,
-        done=steps_done(run),
+    message = run.outcome.get("message")
+    page = Page(
+        name=run.name,
         status=status,
         tone=tone,
+        callouts=[
+            *([(message, tone)] if message else []),
+            *((text, "") for text in run.plan.get("warnings") or []),
+            *((text, "bad") for text in run.notes),
+        ],
         headline=headline(run),
+        shares=[Share(what, seconds, COLOURS[what]) for what, seconds in time_spent(run)],
         charts=charts(run),
         comparisons=comparisons(run),
-        time_spent=time_spent(run),
-        timeline=rows,
-        began=rows[0].time if rows else None,
-        predicted=_memory(run.plan),
-        plotly_js=Markup(get_plotlyjs()),
+        timeline=timeline(run),
+        job_text=run.job_text,
+    )
+    return render_page(
+        "run.html.jinja", page, run=run, done=steps_done(run), predicted=_memory(run.plan)
     )
 
 
@@ -166,10 +151,7 @@ def charts(run: Run) -> list[Chart]:
         figures.rate_chart(run.steps, run.plan.get("planned_rates") or []),
         figures.gap_chart(run.evals),
     ]
-    found = [chart for chart in drawn if chart]
-    if sum(not chart.wide for chart in found) % 2:  # two to a row: the last would leave a hole
-        found[-1] = replace(found[-1], wide=True)
-    return found
+    return two_to_a_row(drawn)
 
 
 def _marks(run: Run) -> Marks:
@@ -186,17 +168,10 @@ def comparisons(run: Run) -> list[Comparison]:
     planned, done = finite(run.plan.get("total_steps")), float(steps_done(run))
     need = float(sum(_memory(run.plan).values())) or None
     return [
-        _compared("peak memory of a worker", need, peak, bytes_text),
-        _compared("one checkpoint on disk", size, on_disk, bytes_text),
-        _compared("optimizer steps", planned, done, number),
+        compared("peak memory of a worker", need, peak, bytes_text),
+        compared("one checkpoint on disk", size, on_disk, bytes_text),
+        compared("optimizer steps", planned, done, number),
     ]
-
-
-def _compared(
-    what: str, predicted: float | None, measured: float | None, text: Callable[[Any], str]
-) -> Comparison:
-    ratio = measured / predicted if predicted and measured is not None else None
-    return Comparison(what, text(predicted), text(measured), ratio)
 
 
 def _memory(plan: Facts) -> dict[str, int]:
