@@ -14,8 +14,8 @@ from orchestrator.launch.measure import evaluate_export
 from orchestrator.launch.run import Outcome, plan_job, train
 from orchestrator.launch.session import ray_session
 from orchestrator.plan import Cluster, Plan, this_machine
-from orchestrator.report.html import write_report
-from orchestrator.run_folder import RunFolder, find_run, read_json
+from orchestrator.report.runs import write_report_on
+from orchestrator.run_folder import RunFolder, SweepFolder, find_run, read_json
 from orchestrator.spec import JobSpec
 from orchestrator.sweep.run import SweepOutcome, sweep
 from orchestrator.train.export import export_run, load_exported, load_plan
@@ -90,6 +90,6 @@ def export(folder: RunFolder, target: Path) -> Path:
     )
 
 
-def report(folder: RunFolder) -> Path:
-    """(Re)write the run's HTML report; returns its path."""
-    return write_report(folder)
+def report(folder: RunFolder | SweepFolder) -> Path:
+    """(Re)write the HTML report of a run or a sweep; returns its path."""
+    return write_report_on(folder)

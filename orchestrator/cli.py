@@ -188,7 +188,7 @@ def sweep(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
     _quiet_libraries()
     from orchestrator.api import sweep as run
     from orchestrator.report.sweep_view import results_table
-    from orchestrator.sweep.results import open_log
+    from orchestrator.report.trial_log import open_log
 
     outcome = run(spec, fresh=not resume, console=out)
     out.print(results_table(open_log(outcome.folder), outcome.folder))
@@ -209,8 +209,8 @@ def sweep(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
 def results(run: Run, storage: Storage = Path("runs")) -> None:
     """All trials of a sweep, best first."""
     from orchestrator.report.sweep_view import results_table
+    from orchestrator.report.trial_log import open_log
     from orchestrator.run_folder import find_sweep
-    from orchestrator.sweep.results import open_log
 
     folder = find_sweep(run, storage)
     out.print(results_table(open_log(folder), folder))
@@ -357,7 +357,7 @@ def stop(submission_id: JobId, address: Address = LOCAL_HEAD) -> None:
 
 @app.command()
 def runs(storage: Storage = Path("runs")) -> None:
-    """A table of all runs."""
+    """A table of all runs and sweeps."""
     from orchestrator.report.runs import runs_table
 
     out.print(runs_table(storage))
@@ -365,11 +365,11 @@ def runs(storage: Storage = Path("runs")) -> None:
 
 @app.command()
 def report(run: Run, storage: Storage = Path("runs")) -> None:
-    """One self-contained HTML file with curves, plan, spec, predicted and measured."""
-    from orchestrator.report.html import write_report
-    from orchestrator.run_folder import find_run
+    """One self-contained HTML file on a run or a sweep: curves, plan, spec, predicted and measured."""
+    from orchestrator.report.runs import write_report_on
+    from orchestrator.run_folder import find_either
 
-    out.print(str(write_report(find_run(run, storage))), soft_wrap=True)
+    out.print(str(write_report_on(find_either(run, storage))), soft_wrap=True)
 
 
 @app.command()

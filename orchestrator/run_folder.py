@@ -192,9 +192,25 @@ def list_runs(storage: Path) -> list[RunFolder]:
     return [RunFolder(path) for path in sorted(found, key=lambda p: p.stat().st_mtime)]
 
 
+def list_sweeps(storage: Path) -> list[SweepFolder]:
+    """Every sweep below `storage`, oldest first."""
+    found = [path.parent for path in storage.glob("*/sweep.json")]
+    return [SweepFolder(path) for path in sorted(found, key=lambda p: p.stat().st_mtime)]
+
+
+def find_either(run: str | Path, storage: str | Path = "runs") -> RunFolder | SweepFolder:
+    """A run or a sweep by name below `storage`, or by path. Raises OrchestratorError where there is none."""
+    is_sweep = any((root / "sweep.json").exists() for root in (Path(storage) / run, Path(run)))
+    return find_sweep(run, storage) if is_sweep else find_run(run, storage)
+
+
 def find_run(run: str | Path, storage: str | Path = "runs") -> RunFolder:
     """A run by name below `storage`, or by path. Raises OrchestratorError where there is none."""
     for root in (Path(storage) / run, Path(run)):
         if (root / "plan.json").exists():
             return RunFolder(root.absolute())
+        if (root / "sweep.json").exists():
+            raise OrchestratorError(
+                f"{run} is a sweep. Its trials are runs: {root / 'trials'}/TRIAL. `orchestrator results` lists them."
+            )
     raise OrchestratorError(f"{run}: no such run below {storage}/. `orchestrator runs` lists them.")

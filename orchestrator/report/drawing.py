@@ -68,11 +68,13 @@ def smoothed(values: Numbers) -> list[float | None]:
     return out
 
 
-def thinned(x: Sequence[float], y: Numbers) -> tuple[list[float], list[float | None]]:
-    """At most about MOST_POINTS points: the smallest and the largest of each stretch."""
-    if len(x) <= MOST_POINTS:
+def thinned(
+    x: Sequence[float], y: Numbers, most: int = MOST_POINTS
+) -> tuple[list[float], list[float | None]]:
+    """At most about `most` points: the smallest and the largest of each stretch."""
+    if len(x) <= most:
         return list(x), list(y)
-    stretch = -(-2 * len(x) // MOST_POINTS)
+    stretch = -(-2 * len(x) // most)
     kept: list[int] = []
     for start in range(0, len(x), stretch):
         there = [i for i in range(start, min(start + stretch, len(x))) if y[i] is not None]

@@ -38,9 +38,9 @@ def read_run(folder: RunFolder) -> Run:
     events = read_records(folder.events)
     return Run(
         name=folder.name,
-        plan=_facts(folder.plan, notes),
-        outcome=_facts(folder.outcome, notes),
-        baseline=_facts(folder.baseline, notes),
+        plan=facts_in(folder.plan, notes),
+        outcome=facts_in(folder.outcome, notes),
+        baseline=facts_in(folder.baseline, notes),
         steps=read_steps(folder.steps),
         all_steps=read_records(folder.steps),
         evals=read_steps(folder.evals),
@@ -51,7 +51,7 @@ def read_run(folder: RunFolder) -> Run:
     )
 
 
-def _facts(path: Path, notes: list[str]) -> Facts:
+def facts_in(path: Path, notes: list[str]) -> Facts:
     """A JSON object; empty where the file is missing or, with a note, where it cannot be read."""
     try:
         found = read_json(path)

@@ -1,4 +1,4 @@
-"""A table of runs."""
+"""A table of runs and sweeps, and the report on either."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from typing import Any
 
 from rich.table import Table
 
+from orchestrator.report.html import write_report
 from orchestrator.report.records import read_steps
-from orchestrator.run_folder import RunFolder, list_runs, read_json
+from orchestrator.report.sweep_html import write_sweep_report
+from orchestrator.report.trial_log import open_log
+from orchestrator.run_folder import RunFolder, SweepFolder, list_runs, list_sweeps, read_json
+
+
+def write_report_on(folder: RunFolder | SweepFolder) -> Path:
+    """(Re)write the report of a run or a sweep; returns its path."""
+    return write_sweep_report(folder) if isinstance(folder, SweepFolder) else write_report(folder)
 
 
 def runs_table(storage: Path) -> Table:
-    """One line per run below `storage`, oldest first."""
+    """One line per run or sweep below `storage`, oldest first."""
     table = Table(title=f"runs in {storage}", title_justify="left")
     for name in ("run", "task", "status", "step", "best", "started"):
         table.add_column(name, justify="right" if name == "step" else "left")
-    for folder in list_runs(storage):
-        table.add_row(*_row(folder))
+    found: list[RunFolder | SweepFolder] = [*list_runs(storage), *list_sweeps(storage)]
+    for folder in sorted(found, key=lambda f: f.root.stat().st_mtime):
+        table.add_row(*(_row(folder) if isinstance(folder, RunFolder) else _sweep_row(folder)))
     return table
 
 
@@ -29,8 +38,24 @@ def _row(folder: RunFolder) -> tuple[str, ...]:
     step = outcome.get("step") or (steps[-1]["step"] if steps else 0)
     status = outcome.get("status") or ("unfinished" if steps else "not started")
     task = plan["spec"]["task"]["type"]
-    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.spec.stat().st_mtime))
-    return folder.name, task, status, f"{step}/{plan['total_steps']}", _best(outcome), started
+    return (
+        folder.name, task, status, f"{step}/{plan['total_steps']}", _best(outcome), _began(folder.spec)
+    )  # fmt: skip
+
+
+def _sweep_row(folder: SweepFolder) -> tuple[str, ...]:
+    plan: dict[str, Any] = read_json(folder.plan)
+    outcome: dict[str, Any] = read_json(folder.outcome) or {}
+    log = open_log(folder)
+    best = log.best()
+    shown = "" if best is None else f"{log.metric} {best.best:.4f}  ({best.id})"
+    status = outcome.get("status") or ("unfinished" if log.trials else "not started")
+    task = f"{plan['spec']['task']['type']}, sweep"
+    return folder.name, task, status, f"{len(log.trials)} trials", shown, _began(folder.spec)
+
+
+def _began(spec: Path) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(spec.stat().st_mtime))
 
 
 def _best(outcome: dict[str, Any]) -> str:

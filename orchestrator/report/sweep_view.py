@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from orchestrator.report.records import read_records
 from orchestrator.report.trial_log import SweepLog, TrialState
+from orchestrator.report.words import shown
 from orchestrator.run_folder import SweepFolder
 
 SHOWN_TRIALS = 12
@@ -117,14 +117,10 @@ def trials_table(log: SweepLog, trials: list[TrialState]) -> Table:
         last = f"{log.value(trial, trial.step):.4f}" if trial.reports else ""
         style = "bold green" if best is not None and trial.id == best.id else ""
         figures = ("" if trial.best is None else f"{trial.best:.4f}",)
-        values = (_shown(trial.values.get(path)) for path in paths)
+        values = (shown(trial.values.get(path)) for path in paths)
         status = trial.status or "running"
         table.add_row(trial.id, status, str(trial.step), last, *figures, *values, style=style)
     return table
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def results_table(log: SweepLog, folder: SweepFolder) -> Group:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.report.records import read_records
+from orchestrator.run_folder import SweepFolder, read_json
 
 Ended = Literal["finished", "pruned", "diverged", "failed", "storage_failed"]
 
@@ -45,19 +46,24 @@ class TrialState:
 
 
 class SweepLog:
-    """Reads the log into `trials`, and appends to both. One process writes."""
+    """Reads the log into `trials`, and appends to both. One process writes; reading changes nothing.
+
+    A record that makes no sense (a damaged disk, an edited file) is passed over and counted.
+    """
 
     def __init__(self, path: Path, metric: str, maximize: bool) -> None:
         self.path, self.metric, self.maximize = path, metric, maximize
         self.trials: dict[str, TrialState] = {}
         self.order: list[tuple[str, str, int]] = []
         """(kind, trial, step) of every record, in the order of events."""
+        self.unreadable = 0
+        """Records that were passed over."""
         self._best: TrialState | None = None
         for record in read_records(path):
-            self._fold(record)
-        if path.exists() and not _ends_well(path):  # a killed writer's last line
-            with open(path, "a", encoding="utf-8") as handle:
-                handle.write("\n")
+            try:
+                self._fold(record)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                self.unreadable += 1
 
     def trial(
         self, trial: str, index: int, values: dict[str, Any], parent: tuple[str, int] | None
@@ -79,8 +85,8 @@ class SweepLog:
         self._append(kind="end", trial=trial, status=status, step=step, message=message)
 
     def value(self, trial: TrialState, step: int) -> float:
-        """The sweep's metric in a report."""
-        return float(trial.reports[step][self.metric])
+        """The sweep's metric in a report; NaN where it says none."""
+        return float(trial.reports[step].get(self.metric, math.nan))
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether a value of the metric beats another one; what is not finite never does."""
@@ -105,35 +111,51 @@ class SweepLog:
     def _append(self, **record: Any) -> None:
         record = {"time": time.time(), **record}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = "" if _ends_well(self.path) else "\n"  # a killed writer's last line
         with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+            handle.write(torn + json.dumps(record) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
         self._fold(record)
 
     def _fold(self, record: dict[str, Any]) -> None:
         kind, trial = record["kind"], record["trial"]
-        self.order.append((kind, trial, record.get("step", 0)))
         if kind == "trial":
             parent = tuple(record["parent"]) if record["parent"] else None
-            self.trials[trial] = TrialState(trial, record["index"], record["values"], parent)
-            return
-        state = self.trials[trial]
-        match kind:
-            case "report":
-                state.reports[record["step"]] = record["metrics"]
-                state.keys[record["step"]] = record["key"]
-                state.verdicts[record["step"]] = Verdict(record["go_on"], record["save"])
-                value = self.value(state, record["step"])
-                if self.is_better(value, state.best):
-                    state.best = value
-                if self.is_better(value, self._best.best if self._best else None):
-                    self._best = state
-            case "end":
-                state.status, state.message = record["status"], record["message"]
+            values = dict(record["values"])
+            self.trials[trial] = TrialState(trial, record["index"], values, parent)
+        elif kind == "report":
+            verdict = Verdict(record["go_on"], record["save"])
+            metrics = dict(record["metrics"])
+            self._reported(self.trials[trial], record["step"], record["key"], metrics, verdict)
+        elif kind == "end":
+            state = self.trials[trial]
+            state.status, state.message = record["status"], record["message"]
+        self.order.append((kind, trial, record.get("step", 0)))
+
+    def _reported(
+        self, trial: TrialState, step: int, key: float, metrics: dict[str, Any], verdict: Verdict
+    ) -> None:
+        trial.reports[step], trial.keys[step], trial.verdicts[step] = metrics, key, verdict
+        value = self.value(trial, step)
+        if self.is_better(value, trial.best):
+            trial.best = value
+        if self.is_better(value, self._best.best if self._best else None):
+            self._best = trial
+
+
+def open_log(folder: SweepFolder) -> SweepLog:
+    """The log of a sweep, by the metric that its plan names; by the loss where the plan is torn."""
+    try:
+        base = read_json(folder.plan)["base"]
+        return SweepLog(folder.log, base["metric"], base["higher_is_better"])
+    except (KeyError, TypeError, ValueError):
+        return SweepLog(folder.log, "loss", maximize=False)
 
 
 def _ends_well(path: Path) -> bool:
+    if not path.exists():
+        return True
     with open(path, "rb") as handle:
         if handle.seek(0, os.SEEK_END) == 0:
             return True

@@ -53,6 +53,11 @@ def clock(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def shown(value: Any) -> str:
+    """A value of a job's field, short; nothing for one that is not set."""
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def pretty(value: Any) -> str:
     """JSON for reading. (jinja's own filter would mark it as safe.)"""
     return json.dumps(value, indent=2)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.report.importance import optuna_trial
 from orchestrator.report.trial_log import SweepLog
 from orchestrator.spec.expression import Expression
 from orchestrator.spec.sweep import (
@@ -195,39 +196,9 @@ class _Estimator:
         seed = int(np.random.SeedSequence([self.sweep.seed, index, attempt]).generate_state(1)[0])
         sampler = optuna.samplers.TPESampler(n_startup_trials=self.tpe.startup_trials, seed=seed)
         study = optuna.create_study(direction=self.direction, sampler=sampler)
-        study.add_trials([as_optuna(self.sweep, trial) for trial in self.seen])
+        dimensions = {p: d.model_dump() for p, d in self.sweep.dimensions().items()}
+        study.add_trials([optuna_trial(dimensions, t.values, t.reports) for t in self.seen])
         return study
-
-
-def as_optuna(sweep: SweepSpec, trial: Seen) -> Any:
-    """A trial in Optuna's words: its last metric counts; choices are known by their place."""
-    import optuna
-
-    dimensions = sweep.dimensions()
-    return optuna.trial.create_trial(
-        params={path: _optuna_value(dimensions[path], v) for path, v in trial.values.items()},
-        distributions={path: _distribution(dimensions[path]) for path in trial.values},
-        value=trial.reports[-1][1],
-        intermediate_values=dict(trial.reports),
-    )
-
-
-def _optuna_value(dimension: DimensionSpec, value: Any) -> Any:
-    return dimension.values.index(value) if isinstance(dimension, Choice) else value
-
-
-def _distribution(dimension: DimensionSpec) -> Any:
-    import optuna.distributions as d
-
-    match dimension:
-        case Choice(values=choices):
-            return d.CategoricalDistribution(list(range(len(choices))))
-        case IntUniform(low=low, high=high):
-            return d.IntDistribution(low, high)
-        case Uniform(low=low, high=high):
-            return d.FloatDistribution(low, high)
-        case LogUniform(low=low, high=high):
-            return d.FloatDistribution(low, high, log=True)
 
 
 def _suggested(trial: Any, path: str, dimension: DimensionSpec) -> Any:
