@@ -94,6 +94,11 @@ class RunFolder:
         return self.root / "STOP"
 
     @property
+    def handover_request(self) -> Path:
+        """Exists while the workers are asked to commit and hand over to another number of them."""
+        return self.root / "HANDOVER"
+
+    @property
     def reserve(self) -> Path:
         """A megabyte kept back, so that a run on a full disk can still say how it ended."""
         return self.root / ".reserve"

@@ -20,14 +20,16 @@ from orchestrator.train.checkpoint import Committed, newest_valid
 
 
 class LiveRun:
-    """`orchestrator train` in a process group of its own."""
+    """`orchestrator train` in a process group of its own, on a Ray of its own or the one at `address`."""
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: JobSpec, address: str | None = None) -> None:
         self.folder = RunFolder(Path(spec.storage) / spec.name)
         job = Path(spec.data.prepared_dir).parent / f"{spec.name}.yaml"
         job.write_text(dump_spec(spec), encoding="utf-8")
         self.log = job.with_suffix(".log")
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        if address:
+            environment["RAY_ADDRESS"] = address
         with open(self.log, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "orchestrator", "train", str(job)],

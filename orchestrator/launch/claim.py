@@ -52,7 +52,8 @@ def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
             _must_fit(folder, plan)
         write_atomically(folder.spec, dump_spec(plan.spec))
         write_json(folder.plan, plan.model_dump(mode="json"))
-        folder.stop_request.unlink(missing_ok=True)
+        for request in (folder.stop_request, folder.handover_request):
+            request.unlink(missing_ok=True)
         yield folder
 
 

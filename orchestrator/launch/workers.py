@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.plan.plan import Plan
 from orchestrator.report.records import append_event
 from orchestrator.run_folder import RunFolder, write_json
+from orchestrator.spec.job import WorkerRange
 
 
 def make_trainer(plan: Plan, launch_id: str) -> Any:
@@ -21,29 +22,44 @@ def make_trainer(plan: Plan, launch_id: str) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(plan.spec.faults.health_timeout_s)
+    size, callbacks = _size(plan)
     return TorchTrainer(
         work,
         train_loop_config={"plan": plan.model_dump_json()},
         torch_config=TorchConfig(backend="nccl" if plan.on_gpu else "gloo"),
-        scaling_config=scaling(plan),
+        scaling_config=scaling(plan, **size),
         run_config=RunConfig(
             name=f"launch-{launch_id}",
             storage_path=str(Path(plan.run_dir) / "ray"),
             failure_config=FailureConfig(max_failures=plan.spec.faults.max_restarts),
+            callbacks=callbacks,
         ),
     )
 
 
-def scaling(plan: Plan) -> Any:
-    """A worker group of the plan's size."""
+def scaling(plan: Plan, **size: Any) -> Any:
+    """A worker group of the plan's size, or of the `size` given in ScalingConfig's words."""
     from ray.train import ScalingConfig
 
     resources = {"CPU": float(plan.cpus_per_worker)}
     if plan.on_gpu:
         resources["GPU"] = plan.gpus_per_worker
-    return ScalingConfig(
-        num_workers=plan.num_workers, use_gpu=plan.on_gpu, resources_per_worker=resources
-    )
+    size = size or {"num_workers": plan.num_workers}
+    return ScalingConfig(use_gpu=plan.on_gpu, resources_per_worker=resources, **size)
+
+
+def _size(plan: Plan) -> tuple[dict[str, Any], list[Any]]:
+    """(what ScalingConfig is told of the number of workers, the callbacks that this takes)."""
+    match plan.spec.resources.num_workers:
+        case WorkerRange(min=fewest, max=most, grow_every_s=every_s):
+            from orchestrator.launch.elastic import FollowCluster, shorten_start_timeout
+
+            shorten_start_timeout()
+            follow = FollowCluster(RunFolder(Path(plan.run_dir)), plan.spec.faults.health_timeout_s)
+            looks = {"num_workers": (fewest, most), "elastic_resize_monitor_interval_s": every_s}
+            return looks, [follow]
+        case _:
+            return {}, []
 
 
 def work(config: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from orchestrator.errors import PlanError
 from orchestrator.model.config import check_tokenizer, load_tokenizer
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.plan.facts import model_facts, part_rates
-from orchestrator.plan.fit import Load, fit
-from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, checkpoint_bytes
+from orchestrator.plan.fit import Load
+from orchestrator.plan.memory import ModelFacts, Stage, checkpoint_bytes
 from orchestrator.plan.resources import (
     Workers,
     check_cpus,
@@ -22,9 +22,10 @@ from orchestrator.plan.resources import (
     optimizer_class,
     share_out,
     uses_bf16,
+    worker_range,
 )
 from orchestrator.plan.schedule import planned_rates, warmup_steps
-from orchestrator.plan.zero import deepspeed_config
+from orchestrator.plan.shares import shares_of, stage_of_fewest
 from orchestrator.spec import JobSpec
 from orchestrator.values import Frozen
 
@@ -93,6 +94,11 @@ class Plan(Frozen):
     def on_gpu(self) -> bool:
         return self.gpus_per_worker > 0
 
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """(fewest, most) workers that may train this job; both `num_workers` where that is fixed."""
+        return worker_range(self.spec, self.num_workers)
+
 
 def make_plan(
     spec: JobSpec, cluster: Cluster, prepared: dict[Split, Prepared], work_dir: Path | None = None
@@ -110,10 +116,10 @@ def make_plan(
     bf16 = uses_bf16(spec, cluster, workers, reasons)
     global_rows = _global_rows(spec, train.manifest.rows, reasons)
     per_worker = rows_per_rank(global_rows, workers.count)
-    limit = memory_limit(cluster, workers, reasons)
+    limit = memory_limit(spec, cluster, workers, reasons)
     tokens, target_tokens = train.manifest.longest_tokens, train.manifest.longest_target_tokens
     load = Load(spec, model, workers, bf16, per_worker, tokens, limit, target_tokens)
-    setup, shares = _shares(load, reasons)
+    setup, shares = shares_of(load, reasons, stage_of_fewest(load, global_rows, reasons))
     steps_per_epoch = -(-train.manifest.rows // global_rows)
     total = _total_steps(spec, steps_per_epoch, reasons)
     eval_every = _eval_every(spec, prepared, steps_per_epoch, total, reasons)
@@ -177,25 +183,8 @@ def at_workers(plan: Plan, num_workers: int, stage: Stage | None = None) -> Plan
         limit_bytes=plan.memory_limit_bytes,
         target_tokens_per_row=plan.train_data.longest_target_tokens,
     )
-    _, shares = _shares(load, reasons, stage)
+    _, shares = shares_of(load, reasons, stage)
     return plan.model_copy(update={**shares, "reasons": reasons})
-
-
-def _shares(
-    load: Load, reasons: dict[str, str], stage: Stage | None = None
-) -> tuple[MemorySetup, dict[str, Any]]:
-    """(how the model is held, the plan's fields that follow from the number of workers)."""
-    setup, micro_rows = fit(load, reasons, stage)
-    accumulation = -(-load.rows // micro_rows)
-    return setup, {
-        "num_workers": load.workers.count,
-        "stage": setup.stage,
-        "rows_per_worker": load.rows,
-        "micro_rows": micro_rows,
-        "accumulation": accumulation,
-        "memory_bytes": load.need(load.model, setup, micro_rows),
-        "deepspeed": deepspeed_config(load.spec, setup, micro_rows, accumulation),
-    }
 
 
 def data_facts(prepared: Prepared) -> DataFacts:

@@ -10,6 +10,7 @@ from orchestrator.data.stream import READ_CPUS
 from orchestrator.errors import PlanError
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.spec import JobSpec
+from orchestrator.spec.job import WorkerRange
 from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
 
 DATA_CPUS = 2 * READ_CPUS
@@ -44,10 +45,31 @@ def _gpus_per_worker(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -
     return 1.0 if cluster.gpus else 0.0
 
 
-def _num_workers(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str, str]) -> int:
-    most = sum(int(n.gpus) * per_gpu(gpus) for n in cluster.nodes) if gpus else int(cluster.cpus)
+def worker_range(spec: JobSpec, count: int) -> tuple[int, int]:
+    """(fewest, most) workers of a job that was planned for `count`; both the same where it is fixed."""
     wanted = spec.resources.num_workers
-    if wanted == "auto":
+    return (wanted.min, wanted.max) if isinstance(wanted, WorkerRange) else (count, count)
+
+
+def _room(spec: JobSpec, cluster: Cluster, gpus: float) -> int:
+    """How many workers fit the cluster."""
+    if gpus:
+        return sum(int(n.gpus) * per_gpu(gpus) for n in cluster.nodes)
+    cpus = spec.resources.cpus_per_worker
+    if isinstance(spec.resources.num_workers, WorkerRange) and cpus != "auto":
+        return int(sum(n.cpus // cpus for n in cluster.nodes))
+    return int(cluster.cpus)
+
+
+def _num_workers(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str, str]) -> int:
+    most = _room(spec, cluster, gpus)
+    wanted = spec.resources.num_workers
+    if isinstance(wanted, WorkerRange):
+        count = max(wanted.min, min(wanted.max, most))
+        reasons["num_workers"] = (
+            f"of {wanted.min} to {wanted.max}, what there is room for now; it follows the cluster"
+        )
+    elif wanted == "auto":
         reasons["num_workers"] = (
             "one per GPU" if gpus else "two on CPU, one where there is one core"
         )
@@ -56,9 +78,10 @@ def _num_workers(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str
         count = wanted
     if count > most:
         what = f"{gpus:g} GPU each" if gpus else "a CPU each"
+        name = "resources.num_workers" + (".min" if isinstance(wanted, WorkerRange) else "")
         raise PlanError(
-            f"resources.num_workers = {count} with {what} does not fit {cluster}: at most {most}. "
-            + (f"Set resources.num_workers={most}." if most else "Set resources.gpus_per_worker=0.")
+            f"{name} = {count} with {what} does not fit {cluster}: at most {most}. "
+            + (f"Set {name}={most}." if most else "Set resources.gpus_per_worker=0.")
         )
     return count
 
@@ -112,12 +135,15 @@ def uses_bf16(spec: JobSpec, cluster: Cluster, workers: Workers, reasons: dict[s
     return False
 
 
-def memory_limit(cluster: Cluster, workers: Workers, reasons: dict[str, str]) -> int:
+def memory_limit(spec: JobSpec, cluster: Cluster, workers: Workers, reasons: dict[str, str]) -> int:
     """Bytes that one worker may fill: of its GPU, or its share of a node."""
     if workers.on_gpu:
         reasons["memory_limit_bytes"] = f"memory of the smallest GPU × {workers.gpus:g}"
         return int(min(n.gpu_memory_bytes for n in cluster.nodes if n.gpus) * min(workers.gpus, 1))
     per_node = -(-workers.count // len(cluster.nodes))
+    fewest, most = worker_range(spec, workers.count)
+    if fewest < most:  # nodes come and go: a node may get as many as it has CPUs for
+        per_node = min(most, max(1, *(int(n.cpus // workers.cpus) for n in cluster.nodes)))
     smallest = min(n.memory_bytes for n in cluster.nodes)
     reasons["memory_limit_bytes"] = (
         f"{smallest / GIB:.1f} GiB per node shared by {per_node} worker(s)"

@@ -11,7 +11,7 @@ from rich.text import Text
 from orchestrator.data.order import rows_per_rank
 from orchestrator.plan.chart import text_chart
 from orchestrator.plan.cluster import GIB
-from orchestrator.plan.plan import DataFacts, Plan
+from orchestrator.plan.plan import DataFacts, Plan, at_workers
 from orchestrator.plan.schedule import lr_factor
 from orchestrator.spec.schedule import PlateauSchedule
 
@@ -144,7 +144,7 @@ def _where(plan: Plan) -> Iterator[Row]:
     device = f"{plan.gpus_per_worker:g} GPU, NCCL" if plan.on_gpu else "CPU, gloo"
     yield (
         "workers",
-        f"{plan.num_workers} ({device}, {plan.cpus_per_worker} CPUs each)",
+        f"{_workers(plan)} ({device}, {plan.cpus_per_worker} CPUs each)",
         reasons.get("num_workers", "resources.num_workers"),
     )
     yield "rows per worker and step", str(rows_per_rank(plan.global_rows, plan.num_workers)), ""
@@ -163,6 +163,11 @@ def _where(plan: Plan) -> Iterator[Row]:
         )
 
 
+def _workers(plan: Plan) -> str:
+    fewest, most = plan.worker_range
+    return str(plan.num_workers) if fewest == most else f"{plan.num_workers}, {fewest} to {most}"
+
+
 def _memory(plan: Plan) -> Iterator[Row]:
     for name, size in plan.memory_bytes.items():
         if size:
@@ -173,6 +178,13 @@ def _memory(plan: Plan) -> Iterator[Row]:
         f"{total / GIB:.2f} GiB",
         f"of {plan.memory_limit_bytes / GIB:.1f} GiB: {plan.reasons['memory_limit_bytes']}",
     )
+    for count in sorted({*plan.worker_range} - {plan.num_workers}):
+        other = at_workers(plan, count)
+        yield (
+            f"total at {count} worker{'s' * (count > 1)}",
+            f"{sum(other.memory_bytes.values()) / GIB:.2f} GiB",
+            f"{other.micro_rows} × {other.accumulation} rows each",
+        )
 
 
 def _files(plan: Plan) -> Iterator[Row]:

@@ -38,11 +38,26 @@ class StopSpec(Frozen):
     loss fell."""
 
 
+class WorkerRange(Frozen):
+    """A number of workers that follows the cluster: fewer when nodes leave, more when they come back.
+
+    The global batch and the order of rows stay the same; every change starts from a checkpoint.
+    """
+
+    min: Annotated[int, Field(ge=1)]
+    """Training waits while there is room for fewer than this. Each one's share of the batch must fit."""
+    max: Annotated[int, Field(ge=1)]
+    """The most there ever are."""
+    grow_every_s: Annotated[float, Field(gt=0)] = 60
+    """Seconds between looks for room. Before it uses some, the run commits a checkpoint."""
+
+
 class ResourcesSpec(Frozen):
     """What the job asks of the cluster."""
 
-    num_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Ray Train workers. `auto`: one per GPU, or two on CPU."""
+    num_workers: Annotated[int, Field(ge=1)] | Literal["auto"] | WorkerRange = "auto"
+    """Ray Train workers: a number, `{min: 1, max: 4}` to follow the cluster, or `auto`: one per GPU, or
+    two on CPU."""
     gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """`auto`: 1 where the cluster has GPUs, else 0 (CPU and gloo)."""
     cpus_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.errors import Problem
-from orchestrator.spec.job import JobSpec
+from orchestrator.spec.job import JobSpec, WorkerRange
 from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rules
 from orchestrator.spec.kubernetes_rules import kubernetes_rules
 from orchestrator.spec.model import LoraTuning
@@ -23,7 +23,7 @@ cluster's; there, none, as all are the cluster's."""
 def broken_rules(spec: JobSpec, files: Files = "here") -> list[Problem]:
     """Every rule across fields that `spec` breaks, in the order of the job file."""
     rules = (
-        _model, _data, knob_rules, _batch, _zero, _evaluation, runtime_rules, kubernetes_rules,
+        _model, _data, knob_rules, _batch, _zero, _resources, _evaluation, runtime_rules, kubernetes_rules,
         sweep_rules,
     )  # fmt: skip
     problems = [problem for rule in rules for problem in rule(spec)]
@@ -110,6 +110,17 @@ def _zero(spec: JobSpec) -> Iterator[Problem]:
             "has no meaning for CPU workers: everything is in host memory already",
             "drop it, or set resources.gpus_per_worker",
             "cpu",
+        )
+
+
+def _resources(spec: JobSpec) -> Iterator[Problem]:
+    workers = spec.resources.num_workers
+    if isinstance(workers, WorkerRange) and workers.min > workers.max:
+        yield Problem(
+            "resources.num_workers.min",
+            f"exceeds resources.num_workers.max = {workers.max}",
+            f"at most {workers.max}",
+            workers.min,
         )
 
 

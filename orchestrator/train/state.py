@@ -67,6 +67,7 @@ class Pulse:
     tokens: int
     stop: bool
     late: bool
+    handover: bool
     storage_failed: bool
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.plan.plan import Plan
+from orchestrator.plan.plan import Plan, at_workers
 from orchestrator.plan.schedule import plateau_factor
 from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.run_folder import RunFolder
@@ -76,9 +76,10 @@ class Trial:
         warm: Warm | None = None,
         judge: Judge | None = None,
     ) -> None:
-        self.plan, self.folder = plan, folder
+        self.folder = folder
         self.warm, self.judge = warm, judge
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.plan = plan = at_workers(plan, self.world_size)
         self.started_at = time.monotonic()
         self.stepped = False
         self.steps = RecordWriter(folder.steps) if self.rank == 0 else None
@@ -97,7 +98,7 @@ class Trial:
 
     def _find_checkpoint(self) -> Committed | None:
         """The newest valid checkpoint, verified by rank 0, the same on all ranks."""
-        self._event("find")
+        self._event("find", workers=self.world_size)
         found: Committed | None = None
         if self.rank == 0:
             remove_uncommitted(self.folder.checkpoints)
@@ -186,7 +187,7 @@ class Trial:
                     self._check_storage()
                 go_on, worth_saving = self._evaluate_if_due(stopping)
                 reason = self._reason_to_stop()
-                self._save_if_due(worth_saving, stopping or bool(reason))
+                self._save_if_due(worth_saving, stopping or pulse.handover or bool(reason))
             except CheckpointError as error:
                 return self._result("storage_failed", str(error))
             if stopping:
@@ -197,8 +198,20 @@ class Trial:
                 return self._result("finished", reason)
             if not go_on and progress.step < plan.total_steps:
                 return self._result("pruned")
+            if pulse.handover:
+                self._hand_over()
             wanted = time.perf_counter()
         return self._result("finished")
+
+    def _hand_over(self) -> None:
+        """All is committed, and a group of another size is to go on from here: wait for the end.
+
+        Where none comes, this one goes on, after the time that the asking side may have waited.
+        """
+        self._event("handover", step=self.progress.step)
+        if self.rank == 0:
+            self.folder.handover_request.unlink(missing_ok=True)
+        time.sleep(self.plan.spec.faults.health_timeout_s)
 
     def close(self) -> None:
         """Give back everything the trial held."""
@@ -212,15 +225,16 @@ class Trial:
         """Sum over ranks, once per step: the loss, and every reason to stop."""
         stop = self.rank == 0 and self.folder.stop_request.exists()
         limit = self.plan.spec.stop.max_time_s
+        handover = self.rank == 0 and self.folder.handover_request.exists()
         late = self.rank == 0 and limit is not None and self.progress.elapsed_s >= limit
         figures = torch.tensor(
-            [loss_sum, tokens, stop, late, self.writer.failed()],
+            [loss_sum, tokens, stop, late, handover, self.writer.failed()],
             dtype=torch.float64,
             device=self.engine.device,
         )
         dist.all_reduce(figures)
-        total, all_tokens, any_stop, any_late, any_failed = figures.tolist()
-        return Pulse(total, int(all_tokens), any_stop > 0, any_late > 0, any_failed > 0)
+        total, all_tokens, *flags = figures.tolist()
+        return Pulse(total, int(all_tokens), *(flag > 0 for flag in flags))
 
     def _diverged(self, loss: float, norm: float | None, skipped: bool) -> bool:
         """A non-finite loss or gradient, or too many updates that DeepSpeed skipped without a word."""

@@ -1,0 +1,77 @@
+"""A worker group that follows the cluster: what Ray Train's elastic runs do not do by themselves.
+
+Ray Train decides when to change the number of workers and does so at once, losing the steps since the
+last checkpoint. Here the workers are asked to commit one first. Callbacks that are not `UserCallback`s
+are handed to Ray's controller as they are (`DataParallelTrainer._create_default_callbacks`); the hooks
+are those of Ray 2.60.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import Any
+
+import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import (
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+)
+
+from orchestrator.launch.session import TRAIN_SETTINGS
+from orchestrator.report.records import append_event
+from orchestrator.run_folder import RunFolder
+
+POLL_S = 0.05
+LOOK_TIMEOUT_S = 5
+START_TIMEOUT_S = "10"
+"""How long a group of another size waits for its place. Ray chose the size by the nodes it knew; where one
+of them is gone, waiting longer does not bring it back."""
+
+
+class FollowCluster(ControllerCallback):  # type: ignore[misc]  # Ray's internals are not typed
+    """Runs in Ray Train's controller."""
+
+    def __init__(self, folder: RunFolder, patience_s: float) -> None:
+        self.folder, self.patience_s = folder, patience_s
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Act before a healthy group is replaced, and before a broken one is."""
+        match current_state:
+            case ResizingState():
+                self._commit_first(current_state.scaling_decision)
+            case RestartingState() | ReschedulingState():
+                look_at_nodes()
+
+    def _commit_first(self, decision: Any) -> None:
+        """Ask the workers to commit and wait for it, but no longer than a hanging worker is waited for.
+
+        The controller polls nothing meanwhile; the workers do not need it.
+        """
+        append_event(self.folder.events, "resize", workers=decision.num_workers)
+        self.folder.handover_request.touch()
+        deadline = time.monotonic() + self.patience_s
+        while self.folder.handover_request.exists() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        self.folder.handover_request.unlink(missing_ok=True)
+
+
+def look_at_nodes() -> None:
+    """Have Ray look at the cluster now: by itself it does so every 20 s, and counts on lost nodes till then."""
+    coordinator: Any = get_or_create_autoscaling_coordinator()
+    with contextlib.suppress(ray.exceptions.RayError):
+        look = coordinator.get_reserved_resources.remote("orchestrator", recompute=True)
+        ray.get(look, timeout=LOOK_TIMEOUT_S)
+
+
+def shorten_start_timeout() -> None:
+    """Unless the environment says something else than what fixed groups get."""
+    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    if os.environ.get(name) == TRAIN_SETTINGS[name]:
+        os.environ[name] = START_TIMEOUT_S

@@ -1,0 +1,50 @@
+"""What of a plan follows from the number of workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from orchestrator.data.order import rows_per_rank
+from orchestrator.errors import PlanError
+from orchestrator.plan.fit import Load, fit
+from orchestrator.plan.memory import MemorySetup, Stage
+from orchestrator.plan.resources import worker_range
+from orchestrator.plan.zero import deepspeed_config
+
+
+def shares_of(
+    load: Load, reasons: dict[str, str], stage: Stage | None = None
+) -> tuple[MemorySetup, dict[str, Any]]:
+    """(how the model is held, the plan's fields that follow from the number of workers)."""
+    setup, micro_rows = fit(load, reasons, stage)
+    accumulation = -(-load.rows // micro_rows)
+    return setup, {
+        "num_workers": load.workers.count,
+        "stage": setup.stage,
+        "rows_per_worker": load.rows,
+        "micro_rows": micro_rows,
+        "accumulation": accumulation,
+        "memory_bytes": load.need(load.model, setup, micro_rows),
+        "deepspeed": deepspeed_config(load.spec, setup, micro_rows, accumulation),
+    }
+
+
+def stage_of_fewest(load: Load, global_rows: int, reasons: dict[str, str]) -> Stage | None:
+    """The ZeRO stage of a job whose number of workers changes: what fits the fewest fits more as well.
+
+    None where the number is fixed. Raises PlanError where nothing fits the fewest.
+    """
+    fewest, most = worker_range(load.spec, load.workers.count)
+    if fewest == most:
+        return None
+    few = replace(
+        load,
+        workers=replace(load.workers, count=fewest),
+        rows=rows_per_rank(global_rows, fewest),
+    )
+    try:
+        setup, _ = fit(few, reasons)
+    except PlanError as error:
+        raise PlanError(f"with resources.num_workers.min = {fewest}: {error}") from error
+    return setup.stage

@@ -1,0 +1,107 @@
+"""Nodes leave and come back while a run trains on them."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faults
+import numpy as np
+import pytest
+import tiny
+from ray.cluster_utils import Cluster
+
+from orchestrator.report.records import read_steps
+from orchestrator.run_folder import RunFolder
+from orchestrator.spec import JobSpec
+from orchestrator.train.checkpoint import committed
+
+pytestmark = pytest.mark.chaos
+NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
+
+
+def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
+    """Steps that take a while: one row at a time."""
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
+    settings: dict[str, Any] = {
+        "name": "elastic",
+        "batch": {"global_rows": 32, "micro_rows": 1},
+        "optimizer": {"lr": 1e-4},
+        "schedule": {"type": "constant"},
+        "zero": {"stage": stage},
+        "stop": {"max_steps": 4000},
+        "checkpoint": {"every_steps": 10},
+        "resources": {
+            "num_workers": {"min": 1, "max": 2, "grow_every_s": 5},
+            "cpus_per_worker": 2,
+        },
+        **fields,
+    }
+    return tiny.job(models.bert, train, folder, **settings)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head with no room for a worker; nodes with room for one each are added by the test."""
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": 200 * 2**20},
+    )
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def started(run: faults.LiveRun, workers: int, times: int) -> bool:
+    """Whether groups of `workers` have found their checkpoint, `times` of them, and the last has stepped."""
+    groups = run.events("find")
+    return (
+        [g["workers"] for g in groups].count(workers) >= times
+        and groups[-1]["workers"] == workers
+        and run.events("first_step")[-1]["time"] > groups[-1]["time"]
+    )
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_shrinks_when_a_node_leaves_and_grows_without_losing_a_step_when_it_comes_back(
+    stage: int, models: tiny.Tiny, tmp_path: Path, cluster: Any
+) -> None:
+    cluster.add_node(**NODE)
+    second = cluster.add_node(**NODE)
+    run = faults.LiveRun(job(models, tmp_path, stage), cluster.address)
+    run.wait_until(lambda: bool(run.events("first_step")) and started(run, 2, 1))
+    run.wait_until(lambda: len(committed(run.folder.checkpoints)) > 0)
+
+    cluster.remove_node(second, allow_graceful=False)
+    lost_at, lost_step = time.monotonic(), run.step()
+    run.wait_until(lambda: started(run, 1, 1), 240)
+    print(f"| {stage} | node lost at step {lost_step} | {time.monotonic() - lost_at:.1f} s |")
+    assert run.events("stream")[-1]["step"] >= max(lost_step - 20, 1)
+
+    cluster.add_node(**NODE)
+    back_at = time.monotonic()
+    run.wait_until(lambda: started(run, 2, 2), 240)
+    print(f"| {stage} | node back | {time.monotonic() - back_at:.1f} s |")
+    handover = run.events("handover")[-1]
+    assert run.events("stream")[-1]["step"] == handover["step"]  # not a step was lost
+
+    run.signal(signal.SIGINT)
+    assert run.finish(180) == 130, run.output()
+    records = read_steps(run.folder.steps)
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    fixed = fixed_size(models, tmp_path / "fixed", stage, len(records))
+    np.testing.assert_allclose([r["loss"] for r in records], fixed, rtol=1e-3)
+
+
+def fixed_size(models: tiny.Tiny, folder: Path, stage: int, steps: int) -> list[float]:
+    """Losses of the same job on two workers from start to end."""
+    folder.mkdir()
+    run = faults.LiveRun(
+        job(models, folder, stage, stop={"max_steps": steps}, resources={"num_workers": 2})
+    )
+    assert run.finish(400) == 0, run.output()
+    return [r["loss"] for r in read_steps(RunFolder(run.folder.root).steps)]
