@@ -15,6 +15,7 @@ from orchestrator.errors import RunExistsError
 from orchestrator.launch.claim import at_saved_stage, claimed
 from orchestrator.plan import Plan
 from orchestrator.plan.plan import at_workers
+from orchestrator.report.records import read_records
 from orchestrator.run_folder import RunFolder
 from orchestrator.spec import JobSpec
 from orchestrator.spec.job import ResourcesSpec
@@ -24,11 +25,14 @@ from orchestrator.train.export import checkpoint_state
 STEPS = 16
 CHAIN = (2, 1, 2, 3)
 """Workers of the four quarters of a run: 2→1, 1→2, 2→3."""
-MOMENTUM = {"type": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.5}
-CHAINED: dict[str, dict[str, Any]] = {f"zero{stage}": {"zero": {"stage": stage}} for stage in (1, 2, 3)}  # fmt: skip
-SHRUNK: dict[str, dict[str, Any]] = {  # some ranks hold nothing of a group this small
-    "lora1": {"tuning": {"type": "lora"}, "zero": {"stage": 1}, "optimizer": MOMENTUM},
-    "lora3": {"tuning": {"type": "lora"}, "zero": {"stage": 3}},
+KINDS: dict[str, dict[str, Any]] = {
+    "zero1": {"zero": {"stage": 1}},
+    "zero2": {  # some ranks hold nothing of a group as small as this
+        "zero": {"stage": 2},
+        "tuning": {"type": "lora"},
+        "optimizer": {"type": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.5},
+    },
+    "zero3": {"zero": {"stage": 3}, "tuning": {"type": "full", "freeze": ["*.layer.0.*"]}},
 }
 
 
@@ -41,6 +45,7 @@ def job(models: tiny.Tiny, folder: Path, name: str, **fields: Any) -> JobSpec:
         "schedule": {"type": "constant", "warmup_steps": 3},
         "stop": {"max_steps": STEPS},
         "resources": {"num_workers": 2},
+        "faults": {"health_timeout_s": 0.5},
         **fields,
     }
     return tiny.job(models.bert, train, folder, **settings)
@@ -52,30 +57,27 @@ def runs(
 ) -> dict[str, tuple[Plan, Plan]]:
     """Finished trials by kind: (one that changed its number of workers, one that did not).
 
-    Four worker groups, of the sizes in CHAIN, each train a quarter of every chained run.
+    Four worker groups, of the sizes in CHAIN, each train a quarter of every changing run. The fixed
+    ones are asked to hand over at their first step.
     """
     folder = tmp_path_factory.mktemp("moves")
-    kinds = {**CHAINED, **SHRUNK}
-    plans = {kind: plan_of(job(models, folder, kind, **fields)) for kind, fields in kinds.items()}
-    fixed = {kind: named(plans[kind], f"{kind}-fixed") for kind in ("zero2", *SHRUNK)}
+    plans = {kind: plan_of(job(models, folder, kind, **fields)) for kind, fields in KINDS.items()}
+    fixed = {kind: named(plan, f"{kind}-fixed") for kind, plan in plans.items()}
+    for plan in fixed.values():
+        RunFolder(Path(plan.run_dir)).handover_request.touch()
 
     def quarter(kind: str, number: int) -> Plan:
         plan = named(plans[kind], kind, total_steps=STEPS * (number + 1) // len(CHAIN))
         return at_workers(plan, CHAIN[number])
 
-    results = []
-    for number in range(len(CHAIN)):
-        group = [quarter(kind, number) for kind in CHAINED]
-        if number == 0:
-            group += [quarter(kind, 0) for kind in SHRUNK] + list(fixed.values())
-        if number == 1:
-            group += [at_workers(plans[kind], 1) for kind in SHRUNK]
-        results += run_trials(group)
+    results = run_trials([*fixed.values()] + [quarter(kind, 0) for kind in KINDS])
+    for number in range(1, len(CHAIN)):
+        results += run_trials([quarter(kind, number) for kind in KINDS])
     assert {r["status"] for r in results} == {"finished"}, results
-    return {kind: (plans[kind], fixed.get(kind, fixed["zero2"])) for kind in kinds}
+    return {kind: (plans[kind], fixed[kind]) for kind in KINDS}
 
 
-@pytest.mark.parametrize("kind", [*CHAINED, *SHRUNK])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_follows_the_fixed_size_run(kind: str, runs: dict[str, tuple[Plan, Plan]]) -> None:
     moved, fixed = runs[kind]
     got, want = losses(moved), losses(fixed)
@@ -91,7 +93,17 @@ def last_weights(plan: Plan) -> dict[str, torch.Tensor]:
     newest = newest_valid(RunFolder(Path(plan.run_dir)).checkpoints, print)
     assert newest is not None
     assert newest.step == STEPS
-    return checkpoint_state(newest, only_trainable=plan.spec.tuning.type == "lora")
+    return checkpoint_state(newest, only_trainable=plan.model.frozen > 0)
+
+
+def test_asked_to_hand_over_workers_commit_and_go_on_where_nobody_takes_over(
+    runs: dict[str, tuple[Plan, Plan]],
+) -> None:
+    for _, fixed in runs.values():
+        folder = RunFolder(Path(fixed.run_dir))
+        events = [(e["kind"], e.get("step")) for e in read_records(folder.events)]
+        assert events.index(("commit", 1)) < events.index(("handover", 1))
+        assert not folder.handover_request.exists()
 
 
 def made(plan: Plan, **changes: Any) -> Plan:

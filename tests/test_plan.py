@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from orchestrator.data.manifest import Manifest, Shard
 from orchestrator.data.prepare import Prepared, Split
@@ -22,6 +24,8 @@ from orchestrator.plan.cluster import GIB, GPU_MEMORY_GIB, Node, this_machine
 from orchestrator.plan.facts import model_facts
 from orchestrator.plan.fit import MEMORY_SHARE
 from orchestrator.plan.memory import ModelFacts
+from orchestrator.plan.plan import at_workers
+from orchestrator.plan.show import show_plan
 from orchestrator.spec import JobSpec, apply_overrides, parse_spec
 from orchestrator.spec.optimizer import AdamW
 
@@ -295,6 +299,80 @@ def test_workers_that_do_not_fit_are_refused_with_a_setting_that_does(
         make_plan(job, LAPTOP, prepared())
     fix = re.findall(r"Set (resources\.\w+=\d+)\.$", str(caught.value))
     make_plan(changed(job, *fix), LAPTOP, prepared())
+
+
+# --- a number of workers that follows the cluster
+
+RANGE = "resources.num_workers={min: 1, max: 6}"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "overrides", "count", "limits"),
+    [
+        ("8cpux1", [RANGE], 6, (1, 6)),
+        ("2cpux2", [RANGE], 4, (1, 6)),
+        ("3cpux2", [RANGE, "resources.cpus_per_worker=2"], 2, (1, 6)),
+        ("8xH100x1", ["resources.num_workers={min: 2, max: 32}"], 8, (2, 32)),
+        ("8cpux1", ["resources.num_workers=3"], 3, (3, 3)),
+    ],
+)
+def test_a_range_takes_what_there_is_room_for(
+    spec: JobSpec, cluster: str, overrides: list[str], count: int, limits: tuple[int, int]
+) -> None:
+    plan = make_plan(changed(spec, *overrides), describe_cluster(cluster), prepared())
+    assert (plan.num_workers, plan.worker_range) == (count, limits)
+
+
+def test_a_range_whose_fewest_do_not_fit_is_refused(spec: JobSpec) -> None:
+    job = changed(spec, "resources.num_workers={min: 5, max: 6}")
+    with pytest.raises(PlanError, match=r"Set resources\.num_workers\.min=4"):
+        make_plan(job, LAPTOP, prepared())
+    make_plan(changed(job, "resources.num_workers.min=4"), LAPTOP, prepared())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 6), st.sampled_from(["auto", 2, 5]))
+def test_at_another_size_it_is_the_plan_that_would_have_been_made_there(
+    spec: JobSpec, global_rows: int, workers: int, micro: int | str
+) -> None:
+    micro = micro if micro == "auto" else min(int(micro), global_rows)
+    batch = (f"batch.global_rows={global_rows}", f"batch.micro_rows={micro}", "zero.stage=2")
+    where = describe_cluster("8cpux1:memory_gib=64")
+    elastic = make_plan(changed(spec, RANGE, *batch), where, prepared())
+    fixed = make_plan(changed(spec, f"resources.num_workers={workers}", *batch), where, prepared())
+    there = at_workers(elastic, workers)
+    for field in ("num_workers", "rows_per_worker", "micro_rows", "accumulation", "deepspeed"):
+        assert getattr(there, field) == getattr(fixed, field), field
+    kept = ("spec", "global_rows", "total_steps", "stage", "memory_limit_bytes", "train_data")
+    assert all(getattr(there, field) == getattr(elastic, field) for field in kept)
+
+
+def test_the_zero_stage_of_a_range_is_that_of_its_fewest_workers(spec: JobSpec, sized: Any) -> None:
+    sized(13 * 10**9)
+    where = describe_cluster("8xH100x4")
+    job = changed(spec, "gradient_checkpointing=true")
+
+    def stage(workers: str) -> int:
+        plan = make_plan(changed(job, f"resources.num_workers={workers}"), where, prepared())
+        assert all(
+            sum(at_workers(plan, n).memory_bytes.values()) <= plan.memory_limit_bytes
+            for n in plan.worker_range
+        )
+        return plan.stage
+
+    assert stage("{min: 4, max: 32}") == stage("4") > stage("32")
+    with pytest.raises(PlanError, match=r"with resources\.num_workers\.min = 1: one worker needs"):
+        stage("{min: 1, max: 32}")
+
+
+def test_the_plan_states_both_ends_of_a_range(spec: JobSpec) -> None:
+    plan = make_plan(changed(spec, RANGE), describe_cluster("2cpux2"), prepared())
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(show_plan(plan))
+    text = console.export_text()
+    assert "4, 1 to 6" in text
+    assert "total at 1 worker" in text
+    assert "total at 6 workers" in text
 
 
 # --- memory

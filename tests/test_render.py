@@ -154,6 +154,11 @@ def test_pods_hold_the_workers_that_the_plan_counts(
     assert limits.get("nvidia.com/gpu", "0") == str(gpus)
 
 
+def test_a_range_of_workers_becomes_a_range_of_pods() -> None:
+    group = worker_group(job({"num_workers": {"min": 9, "max": 32}}))
+    assert (group["minReplicas"], group["maxReplicas"]) == (2, 4)
+
+
 @EXAMPLES
 @given(
     gpus=st.sampled_from([0, 1, 2, 4, 8]),

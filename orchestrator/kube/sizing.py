@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from orchestrator.errors import PlanError
 from orchestrator.plan import Cluster, describe_cluster
 from orchestrator.plan.cluster import GIB, Node
-from orchestrator.plan.resources import DATA_CPUS, Workers, check_cpus, per_gpu, share_out
+from orchestrator.plan.resources import (
+    DATA_CPUS,
+    Workers,
+    check_cpus,
+    per_gpu,
+    share_out,
+    worker_limits,
+)
 from orchestrator.spec import JobSpec
 
 MIB = 2**20
@@ -89,7 +96,7 @@ def size_of(spec: JobSpec) -> Size:
 def worker_range(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -> tuple[int, Workers]:
     """(the fewest workers that training goes on with, the workers of a full house)."""
     workers = share_out(spec, cluster, reasons)
-    return workers.count, workers
+    return worker_limits(spec, workers.count)[0], workers
 
 
 def _for_pods(machines: Cluster, spec: JobSpec) -> Cluster:

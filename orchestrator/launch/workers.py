@@ -72,7 +72,7 @@ def work(config: dict[str, Any]) -> None:
     ).is_dir():  # Ray starts workers elsewhere; the job's paths are relative to it
         os.chdir(plan.work_dir)
     if rank == 0:
-        append_event(folder.events, "imports")
+        append_event(folder.events, "imports", workers=int(os.environ["WORLD_SIZE"]))
     log_to(folder.logs / f"worker-{rank:05d}.log")
     import torch
 

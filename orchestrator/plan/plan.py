@@ -22,7 +22,7 @@ from orchestrator.plan.resources import (
     optimizer_class,
     share_out,
     uses_bf16,
-    worker_range,
+    worker_limits,
 )
 from orchestrator.plan.schedule import planned_rates, warmup_steps
 from orchestrator.plan.shares import shares_of, stage_of_fewest
@@ -97,7 +97,7 @@ class Plan(Frozen):
     @property
     def worker_range(self) -> tuple[int, int]:
         """(fewest, most) workers that may train this job; both `num_workers` where that is fixed."""
-        return worker_range(self.spec, self.num_workers)
+        return worker_limits(self.spec, self.num_workers)
 
 
 def make_plan(

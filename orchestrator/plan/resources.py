@@ -45,7 +45,7 @@ def _gpus_per_worker(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -
     return 1.0 if cluster.gpus else 0.0
 
 
-def worker_range(spec: JobSpec, count: int) -> tuple[int, int]:
+def worker_limits(spec: JobSpec, count: int) -> tuple[int, int]:
     """(fewest, most) workers of a job that was planned for `count`; both the same where it is fixed."""
     wanted = spec.resources.num_workers
     return (wanted.min, wanted.max) if isinstance(wanted, WorkerRange) else (count, count)
@@ -141,7 +141,7 @@ def memory_limit(spec: JobSpec, cluster: Cluster, workers: Workers, reasons: dic
         reasons["memory_limit_bytes"] = f"memory of the smallest GPU × {workers.gpus:g}"
         return int(min(n.gpu_memory_bytes for n in cluster.nodes if n.gpus) * min(workers.gpus, 1))
     per_node = -(-workers.count // len(cluster.nodes))
-    fewest, most = worker_range(spec, workers.count)
+    fewest, most = worker_limits(spec, workers.count)
     if fewest < most:  # nodes come and go: a node may get as many as it has CPUs for
         per_node = min(most, max(1, *(int(n.cpus // workers.cpus) for n in cluster.nodes)))
     smallest = min(n.memory_bytes for n in cluster.nodes)

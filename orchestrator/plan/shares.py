@@ -9,7 +9,7 @@ from orchestrator.data.order import rows_per_rank
 from orchestrator.errors import PlanError
 from orchestrator.plan.fit import Load, fit
 from orchestrator.plan.memory import MemorySetup, Stage
-from orchestrator.plan.resources import worker_range
+from orchestrator.plan.resources import worker_limits
 from orchestrator.plan.zero import deepspeed_config
 
 
@@ -35,7 +35,7 @@ def stage_of_fewest(load: Load, global_rows: int, reasons: dict[str, str]) -> St
 
     None where the number is fixed. Raises PlanError where nothing fits the fewest.
     """
-    fewest, most = worker_range(load.spec, load.workers.count)
+    fewest, most = worker_limits(load.spec, load.workers.count)
     if fewest == most:
         return None
     few = replace(

@@ -27,7 +27,7 @@ class ProgressView:
         )
         self._step, self._loss, self._rate, self._memory = 0, 0.0, 0.0, 0
         self._plain_at = time.monotonic()
-        self._starts = 0
+        self._starts, self._resizing = 0, False
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -96,9 +96,15 @@ class ProgressView:
         match event["kind"]:
             case "imports":
                 self._starts += 1
-                if self._starts > 1:
+                if self._starts > 1 and not self._resizing:
                     self.say("[yellow]a worker was lost: the group starts again[/]")
+                self._resizing = False
                 self._bar.update(self._task, description="starting workers")
+            case "resize":
+                self._resizing = True
+                self.say(
+                    f"room for {event['workers']} workers: the group starts again at that size"
+                )
             case "model":
                 self._bar.update(self._task, description="loading model")
             case "stream":

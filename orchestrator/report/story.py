@@ -29,7 +29,9 @@ class Start:
     idle_since: float
     """When this start began to cost time: the launch, or the last step before a worker was lost."""
     launched: bool
-    """Somebody launched it; otherwise it replaced a group that was lost."""
+    """Somebody launched it; otherwise it replaced another group."""
+    resized: bool
+    """It replaced a healthy group of another size."""
     steps_before: list[Facts]
     """Step records of the group before it."""
 
@@ -67,13 +69,15 @@ def starts(run: Run) -> list[Start]:
             groups.append([])
         groups[-1].append(event)
     launches = [e["time"] for e in run.events if e["kind"] == "launch"]
+    resizes = [e["time"] for e in run.events if e["kind"] == "resize"]
     found: list[Start] = []
     for group in groups:
         after, before = found[-1].phases[0]["time"] if found else 0.0, group[0]["time"]
         trained = [r for r in run.all_steps if after <= (finite(r.get("time")) or -1.0) < before]
         launched = [t for t in launches if after <= t <= before]
+        resized = any(after <= t <= before for t in resizes)
         idle_since = launched[-1] if launched else trained[-1]["time"] if trained else before
-        found.append(Start(group, idle_since, bool(launched) or not found, trained))
+        found.append(Start(group, idle_since, bool(launched) or not found, resized, trained))
     return found
 
 
@@ -118,9 +122,11 @@ def _start_rows(run: Run) -> Iterator[Row]:
             for one, after in pairwise(phases)
         ]
         detail = ", ".join(parts) + (f" ({', '.join(took)})" if took else "")
-        restarts += not start.launched
+        restarts += not start.launched and not start.resized
         what, tone = ("Launched again" if i else "Started"), "good"
-        if not start.launched:
+        if start.resized:
+            what = "Started at another size"
+        elif not start.launched:
             what, tone = f"Restart {restarts}", "bad"
         yield Row(phases[0]["time"], what, detail, tone)
 
