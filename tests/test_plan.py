@@ -378,6 +378,17 @@ def test_the_plan_states_both_ends_of_a_range(spec: JobSpec) -> None:
 # --- memory
 
 
+def test_a_node_too_small_for_its_workers_whole_models_at_the_start_is_warned_of(
+    spec: JobSpec, sized: Any
+) -> None:
+    sized(7 * 10**9)
+    job = changed(spec, "zero.stage=3", "gradient_checkpointing=true")
+    large, small = (describe_cluster(f"8xH100x1:memory_gib={n}") for n in (256, 128))
+    assert not make_plan(job, large, prepared()).warnings
+    (warning,) = make_plan(job, small, prepared()).warnings
+    assert "209 GiB" in warning
+
+
 def test_the_automatic_stage_is_the_lowest_that_fits(spec: JobSpec, sized: Any) -> None:
     stages = {}
     for billions in (1, 4, 5, 7, 13, 30):

@@ -30,6 +30,8 @@ from orchestrator.run_folder import RunFolder
 
 POLL_S = 0.05
 LOOK_TIMEOUT_S = 5
+SHRINK_PATIENCE_S = 10.0
+"""A smaller size mostly means that a node is gone, and its workers with it: they will not commit."""
 START_TIMEOUT_S = "10"
 """How long a group of another size waits for its place. Ray chose the size by the nodes it knew; where one
 of them is gone, waiting longer does not bring it back."""
@@ -40,6 +42,11 @@ class FollowCluster(ControllerCallback):  # type: ignore[misc]  # Ray's internal
 
     def __init__(self, folder: RunFolder, patience_s: float) -> None:
         self.folder, self.patience_s = folder, patience_s
+        self.num_workers = 0
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Called for every group that starts."""
+        self.num_workers = resize_decision.num_workers
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Act before a healthy group is replaced, and before a broken one is."""
@@ -54,9 +61,11 @@ class FollowCluster(ControllerCallback):  # type: ignore[misc]  # Ray's internal
 
         The controller polls nothing meanwhile; the workers do not need it.
         """
+        grows = decision.num_workers > self.num_workers
+        patience_s = self.patience_s if grows else min(self.patience_s, SHRINK_PATIENCE_S)
         append_event(self.folder.events, "resize", workers=decision.num_workers)
         self.folder.handover_request.touch()
-        deadline = time.monotonic() + self.patience_s
+        deadline = time.monotonic() + patience_s
         while self.folder.handover_request.exists() and time.monotonic() < deadline:
             time.sleep(POLL_S)
         self.folder.handover_request.unlink(missing_ok=True)

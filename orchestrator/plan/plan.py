@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def make_plan(
         part_rates=part_rates(spec, labels),
         memory_limit_bytes=limit,
         reasons=reasons,
-        warnings=tuple(_warnings(spec, prepared)),
+        warnings=(*_warnings(spec, prepared), *_start_warnings(cluster, model, shares)),
         **shares,
     )
 
@@ -277,6 +278,19 @@ def _warnings(spec: JobSpec, prepared: dict[Split, Prepared]) -> list[str]:
             f"rows are shuffled within windows of {spec.data.order.window_rows:,} rows, not over all of them"
         )
     return out
+
+
+def _start_warnings(cluster: Cluster, model: ModelFacts, shares: dict[str, Any]) -> Iterator[str]:
+    """At stage 3 every worker holds the whole model in host memory until DeepSpeed has cut it up."""
+    if shares["stage"] < 3:
+        return
+    per_node = -(-shares["num_workers"] // len(cluster.nodes))
+    need, have = per_node * 4 * model.parameters, min(n.memory_bytes for n in cluster.nodes)
+    if need > have:
+        yield (
+            f"while they start, {per_node} workers of a node hold the whole model each, {need / GIB:.0f} GiB "
+            f"of host memory in all; the node has {have / GIB:.0f} GiB. Use fewer workers per node."
+        )
 
 
 def _check_disk(spec: JobSpec, cluster: Cluster, run_dir: str, checkpoint: int) -> None:
