@@ -66,9 +66,13 @@ class FollowCluster(ControllerCallback):  # type: ignore[misc]  # Ray's internal
         append_event(self.folder.events, "resize", workers=decision.num_workers)
         self.folder.handover_request.touch()
         deadline = time.monotonic() + patience_s
-        while self.folder.handover_request.exists() and time.monotonic() < deadline:
+        while time.monotonic() < deadline and self._is_open():
             time.sleep(POLL_S)
         self.folder.handover_request.unlink(missing_ok=True)
+
+    def _is_open(self) -> bool:
+        """Whether the workers still have to commit: they take the request away, or end the run."""
+        return self.folder.handover_request.exists() and not self.folder.outcome.exists()
 
 
 def look_at_nodes() -> None:

@@ -198,7 +198,7 @@ class Trial:
                 return self._result("finished", reason)
             if not go_on and progress.step < plan.total_steps:
                 return self._result("pruned")
-            if pulse.handover:
+            if pulse.handover and progress.step < plan.total_steps:
                 self._hand_over()
             wanted = time.perf_counter()
         return self._result("finished")
