@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.kubernetes import KubernetesSpec
@@ -52,10 +52,21 @@ class WorkerRange(Frozen):
     """Seconds between looks for room. Before it uses some, the run commits a checkpoint."""
 
 
+def _count_or_range(value: Any) -> str:
+    return "range" if isinstance(value, dict | WorkerRange) else "count"
+
+
+NumWorkers = Annotated[
+    Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Tag("count")]
+    | Annotated[WorkerRange, Tag("range")],
+    Discriminator(_count_or_range),
+]
+
+
 class ResourcesSpec(Frozen):
     """What the job asks of the cluster."""
 
-    num_workers: Annotated[int, Field(ge=1)] | Literal["auto"] | WorkerRange = "auto"
+    num_workers: NumWorkers = "auto"
     """Ray Train workers: a number, `{min: 1, max: 4}` to follow the cluster, or `auto`: one per GPU, or
     two on CPU."""
     gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"

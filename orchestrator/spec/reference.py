@@ -76,7 +76,7 @@ def _type_name(annotation: Any, info: FieldInfo | None = None) -> str:
         kept = [m for m in limits if m.startswith(("Ge", "Gt", "Le", "Lt"))]
         return _type_name(args[0]) + (f" ({_limit(' '.join(kept))})" if kept else "")
     members = model_members(annotation)
-    if members:
+    if members and all(model_members(a) or a is type(None) for a in args):
         return " or ".join(m.__name__ for m in members)
     if args and origin is not None and origin not in (tuple, dict):
         return " or ".join(_type_name(a) for a in args)
