@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from orchestrator.run_folder import RunFolder
 from orchestrator.spec import JobSpec
 from orchestrator.spec.job import ResourcesSpec
 from orchestrator.train.checkpoint import newest_valid
+from orchestrator.train.engine import load_random_state
 from orchestrator.train.export import checkpoint_state
 
 STEPS = 16
@@ -104,6 +106,18 @@ def test_asked_to_hand_over_workers_commit_and_go_on_where_nobody_takes_over(
         events = [(e["kind"], e.get("step")) for e in read_records(folder.events)]
         assert events.index(("commit", 1)) < events.index(("handover", 1))
         assert not folder.handover_request.exists()
+
+
+def test_a_rank_for_which_no_random_state_was_saved_is_seeded_from_seed_step_and_rank(
+    tmp_path: Path,
+) -> None:
+    def draw(rank: int, seed: int, step: int) -> tuple[float, float, float]:
+        load_random_state(tmp_path, rank, seed, step)
+        return (float(torch.rand(())), float(np.random.rand()), random.random())
+
+    assert draw(1, 7, 100) == draw(1, 7, 100)
+    others = {draw(*key) for key in ((1, 7, 100), (2, 7, 100), (1, 8, 100), (1, 7, 101))}
+    assert len(others) == 4
 
 
 def made(plan: Plan, **changes: Any) -> Plan:
