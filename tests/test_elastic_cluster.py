@@ -19,16 +19,16 @@ from orchestrator.run_folder import RunFolder
 from orchestrator.spec import JobSpec
 from orchestrator.train.checkpoint import committed
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
 NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
 
 
 def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
-    """Steps that take a while: one row at a time."""
+    """Steps that take a while: four rows at a time."""
     train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
     settings: dict[str, Any] = {
         "name": "elastic",
-        "batch": {"global_rows": 32, "micro_rows": 1},
+        "batch": {"global_rows": 32, "micro_rows": 4},
         "optimizer": {"lr": 1e-4},
         "schedule": {"type": "constant"},
         "zero": {"stage": stage},
