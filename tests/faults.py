@@ -20,9 +20,9 @@ from orchestrator.train.checkpoint import Committed, newest_valid
 
 
 class LiveRun:
-    """`orchestrator train` in a process group of its own, on a Ray of its own or the one at `address`."""
+    """`orchestrator train` (or `sweep`) in a process group of its own, on a Ray of its own or the one at `address`."""
 
-    def __init__(self, spec: JobSpec, address: str | None = None) -> None:
+    def __init__(self, spec: JobSpec, verb: str = "train", address: str | None = None) -> None:
         self.folder = RunFolder(Path(spec.storage) / spec.name)
         job = Path(spec.data.prepared_dir).parent / f"{spec.name}.yaml"
         job.write_text(dump_spec(spec), encoding="utf-8")
@@ -32,7 +32,7 @@ class LiveRun:
             environment["RAY_ADDRESS"] = address
         with open(self.log, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", "train", str(job)],
+                [sys.executable, "-m", "orchestrator", verb, str(job)],
                 stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
 

@@ -101,7 +101,15 @@ class SweepLog:
     def ranked(self) -> list[TrialState]:
         """Trials that reported anything, best first."""
         known = [t for t in self.trials.values() if t.best is not None]
-        return sorted(known, key=lambda t: t.best or 0.0, reverse=self.maximize)
+        sign = -1 if self.maximize else 1
+        return sorted(known, key=lambda t: (sign * (t.best or 0.0), t is not self._best))
+
+    def is_among_best(self, value: float, trial: TrialState, count: int) -> bool:
+        """Whether `value` would put the trial among the `count` best so far."""
+        if count == 1 or not math.isfinite(value):
+            return self.is_better(value, self._best.best if self._best else None)
+        others = (t.best for t in self.trials.values() if t.id != trial.id and t.best is not None)
+        return sum(not self.is_better(value, other) for other in others) < count
 
     def steps_total(self) -> int:
         """Optimizer steps of all trials, by their last reports."""

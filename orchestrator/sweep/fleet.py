@@ -136,7 +136,7 @@ def _run(plan: Plan, trial: str, slot: int, broker: Any, warm: Any) -> None:
 
         def judge(record: dict[str, Any]) -> tuple[bool, bool]:
             step = record["step"]
-            figures = {k: v for k, v in record.items() if isinstance(v, float)}
+            figures = {k: v for k, v in record.items() if isinstance(v, float) and k != "eval_s"}
             answer = broker.report.remote(trial, step, figures, step == plan.total_steps)
             verdict: tuple[bool, bool] = ray.get(answer)
             return verdict

@@ -31,8 +31,7 @@ class Referee:
 
     def judge(self, trial: TrialState, step: int, key: float, value: float, last: bool) -> Verdict:
         """What becomes of a trial that reports `value` at `step`; `last`: it has no step after it."""
-        best = self.log.best()
-        save = self.log.is_better(value, best.best if best else None)
+        save = self.log.is_among_best(value, trial, self.plan.sweep.keep_trials)
         match self.plan.sweep.scheduler:
             case AshaScheduler():
                 return Verdict(self._asha_goes_on(trial, key, value) or last, save)

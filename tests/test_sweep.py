@@ -1,0 +1,171 @@
+"""Sweeps on real slots: the same answers as trials alone, nothing lost, no trial ends the others."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+import tiny
+from group import run_trials
+
+from orchestrator.report.records import read_records, read_steps
+from orchestrator.report.trial_log import SweepLog
+from orchestrator.run_folder import RunFolder, SweepFolder, read_json
+from orchestrator.spec import JobSpec, load_spec
+from orchestrator.sweep.results import open_log
+from orchestrator.sweep.run import SweepOutcome, sweep
+from orchestrator.train.export import load_exported, load_plan
+
+STEPS = 36
+
+
+def job(
+    models: tiny.Tiny, folder: Path, name: str, search: dict[str, Any], **fields: Any
+) -> JobSpec:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "name": name,
+        "batch": {"global_rows": 8},
+        "stop": {"max_steps": STEPS},
+        "checkpoint": {"every_steps": 6},
+        "evaluation": {"every_steps": "end"},
+        "resources": {"num_workers": 1},
+        "model": {"dropout": 0.1},
+        "data": {"eval": str(tiny.write_csv(folder / "eval.csv", tiny.labelled(41, seed=1)))},
+        "sweep": search,
+        **fields,
+    }
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
+    return tiny.job(models.bert, train, folder, **settings)
+
+
+def lr(low: float = 1e-5, high: float = 1e-2) -> dict[str, Any]:
+    return {"type": "log_uniform", "low": low, "high": high}
+
+
+@pytest.fixture(scope="module")
+def done(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> SweepOutcome:
+    """Trials of two ZeRO stages on two slots, one that diverges and one that cannot be planned."""
+    search = {
+        "space": {
+            "optimizer.lr": [1e-3, 1e-4, 1e38, 3e-4],
+            "zero.stage": [2, 3],
+            "schedule.warmup_steps": {"values": [4, STEPS + 1], "when": {"zero.stage": 3}},
+        },
+        "constraints": ["optimizer.lr < 1 or zero.stage == 2", "optimizer.lr != 0.0003 or zero.stage == 2"],
+        "searcher": {"type": "grid"},
+        "scheduler": {"type": "none"},
+        "slots": 2,
+    }  # fmt: skip
+    return sweep(job(models, tmp_path_factory.mktemp("sweep"), "grid", search))
+
+
+def test_a_trial_in_a_warm_slot_gives_what_it_gives_alone(
+    ray: Any, done: SweepOutcome, tmp_path: Path
+) -> None:
+    log = open_log(done.folder)
+    finished = [t for t in log.trials.values() if t.status == "finished"]
+    assert len(finished) == 5
+    plans = [
+        load_plan(done.folder.trial(t.id)).model_copy(update={"run_dir": str(tmp_path / t.id)})
+        for t in finished
+    ]
+    for plan in plans:
+        Path(plan.run_dir).mkdir()
+    for trial, plan, alone in zip(finished, plans, run_trials(plans), strict=True):
+        mine = done.folder.trial(trial.id)
+        assert [r["loss"] for r in read_steps(mine.steps)] == [
+            r["loss"] for r in read_steps(RunFolder(Path(plan.run_dir)).steps)
+        ]
+        assert trial.reports[STEPS]["loss"] == alone["last_eval"]["loss"], trial.id
+
+
+def test_a_trial_that_diverges_or_cannot_be_planned_ends_alone(done: SweepOutcome) -> None:
+    by_status: dict[str, list[str]] = {}
+    for trial in open_log(done.folder).trials.values():
+        by_status.setdefault(str(trial.status), []).append(trial.message)
+    assert {k: len(v) for k, v in by_status.items()} == {"finished": 5, "diverged": 1, "failed": 2}
+    assert all("warm-up must end before" in message for message in by_status["failed"])
+    assert done.status == "finished"
+
+
+def test_the_best_trial_is_exported_and_its_job_can_be_trained(done: SweepOutcome) -> None:
+    assert done.best is not None
+    assert done.export is not None
+    plan, model, _ = load_exported(done.export)
+    assert plan.spec.optimizer.lr == done.best.values["optimizer.lr"]
+    assert model.num_labels == 2
+    best = load_spec(done.folder.best)
+    assert (best.name, best.sweep) == ("grid-best", None)
+    assert best.optimizer.lr == done.best.values["optimizer.lr"]
+    kept = [p.name for p in (done.folder.root / "trials").iterdir() if (p / "checkpoints").exists()]
+    assert kept == [done.best.id]
+
+
+def test_pbt_hands_checkpoints_of_winners_to_losers(
+    ray: Any, models: tiny.Tiny, tmp_path: Path
+) -> None:
+    search = {
+        "space": {"optimizer.lr": lr()},
+        "num_trials": 4,
+        "scheduler": {"type": "pbt", "generations": 3},
+        "slots": 2,
+    }
+    outcome = sweep(job(models, tmp_path, "pbt", search))
+    log = open_log(outcome.folder)
+    assert len(log.trials) == 12
+    heirs = [t for t in log.trials.values() if t.parent and t.parent[0][:4] != t.id[:4]]
+    assert len(heirs) == 2, "one loser per generation"
+    for heir in heirs:
+        parent, step = heir.parent or ("", 0)
+        began = read_records(outcome.folder.trial(heir.id).events)
+        assert [e["step"] for e in began if e["kind"] == "stream"] == [step]
+        assert heir.values != log.trials[parent].values
+    assert {t.step for t in log.trials.values() if t.id.endswith("g02")} == {STEPS}
+
+
+ASHA = {
+    "space": {"optimizer.lr": lr(), "optimizer.weight_decay": [0.0, 0.1]},
+    "num_trials": 7,
+    "searcher": {"type": "tpe", "startup_trials": 3},
+    "scheduler": {"type": "asha", "min": 4, "reduction_factor": 3},
+    "slots": 1,
+}
+
+
+def facts(log: SweepLog) -> dict[str, Any]:
+    """What must not depend on kills: values, figures and ends of every trial."""
+    return {t.id: (t.values, t.reports, t.status) for t in log.trials.values()}
+
+
+def ended(folder: SweepFolder) -> int:
+    return sum(r["kind"] == "end" for r in read_records(folder.log))
+
+
+def test_killed_at_random_moments_a_sweep_decides_what_it_would_have_decided(
+    models: tiny.Tiny, tmp_path: Path
+) -> None:
+    whole = faults.LiveRun(job(models, tmp_path / "whole", "whole", ASHA), "sweep")
+    folder = SweepFolder(tmp_path / "whole" / "runs" / "whole")
+    assert whole.finish() == 0, whole.output()
+    want = facts(open_log(folder))
+    assert "pruned" in {status for _, _, status in want.values()}
+
+    spec = job(models, tmp_path / "killed", "killed", ASHA)
+    folder = SweepFolder(tmp_path / "killed" / "runs" / "killed")
+    run = faults.LiveRun(spec, "sweep")
+    run.wait_until(lambda: ended(folder) >= 1)
+    run.kill_worker(0)
+    target = 1 + random.Random().randrange(1, 4)
+    run.wait_until(lambda: ended(folder) >= target)
+    run.kill_everything()
+    again = faults.LiveRun(spec, "sweep")
+    assert again.finish() == 0, again.output()
+    log = open_log(folder)
+    assert facts(log) == want
+    ran = [r["trial"] for r in read_records(folder.log) if r["kind"] == "end"]
+    assert sorted(ran) == sorted(set(ran)), "a finished trial ran again"
+    assert read_json(folder.outcome)["status"] == "finished"
