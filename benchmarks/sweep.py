@@ -7,6 +7,7 @@ Trials: MiniLM on movie reviews, the same points, rows, rungs and ASHA settings.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -117,7 +118,7 @@ def our_side(folder: Path, data: Path, points: list[dict[str, float]]) -> dict[s
     overheads, occupied_s, training_s = [], 0.0, 0.0
     for slot in range(SLOTS):
         mine = [r for r in ran if r["slot"] == slot]
-        for before, after in zip(mine, mine[1:], strict=False):
+        for before, after in itertools.pairwise(mine):
             steps = read_steps(sweep.trial(after["trial"]).steps)
             overheads.append(first[after["trial"]] - steps[0]["step_s"] - before["ended"])
             occupied_s += after["ended"] - before["ended"]

@@ -17,6 +17,7 @@ from orchestrator.spec import JobSpec, load_spec
 
 if TYPE_CHECKING:
     from orchestrator.launch.run import Outcome
+    from orchestrator.plan import Cluster
     from orchestrator.remote.head import Head
 
 app = typer.Typer(
@@ -118,11 +119,27 @@ def plan(
     from orchestrator.remote.head import Head
 
     target = describe_cluster(cluster) if cluster else None
-    made = make_plan(spec, Head(address).cluster() if address else target)
+    target = Head(address).cluster() if address else target
+    if spec.sweep is not None:
+        _plan_sweep(spec, target, as_json)
+        return
+    made = make_plan(spec, target)
     if as_json:
         print(made.model_dump_json(indent=2))
     else:
         out.print(show_plan(made))
+
+
+def _plan_sweep(spec: JobSpec, target: Cluster | None, as_json: bool) -> None:
+    from orchestrator.api import make_sweep_plan
+    from orchestrator.run_folder import SweepFolder
+    from orchestrator.sweep.show import show_sweep
+
+    made = make_sweep_plan(spec, target)
+    if as_json:
+        print(made.model_dump_json(indent=2))
+    else:
+        out.print(show_sweep(made, SweepFolder(Path(made.run_dir))))
 
 
 @app.command()
@@ -148,9 +165,18 @@ def prepare(job: Job, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
+def train(
+    job: Job,
+    overrides: Overrides = None,
+    resume: Resume = True,
+    best: Annotated[
+        bool,
+        typer.Option("--best", help="JOB is a sweep's name: train its best job, on all workers."),
+    ] = False,
+    storage: Storage = Path("runs"),
+) -> None:
     """Run the job; the same command again goes on where it stopped."""
-    spec = _load(job, overrides)
+    spec = _best_job(job, storage, overrides) if best else _load(job, overrides)
     _quiet_libraries()
     from orchestrator.api import train as run
 
@@ -160,6 +186,16 @@ def train(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
         out.print(outcome.message, highlight=False)
     if outcome.status == "stopped":
         raise typer.Exit(130)
+
+
+def _best_job(sweep: Path, storage: Path, overrides: list[str] | None) -> JobSpec:
+    from orchestrator.run_folder import find_sweep
+
+    folder = find_sweep(sweep, storage)
+    if not folder.best.exists():
+        raise OrchestratorError(f"{folder.root}: no trial has reported anything yet.")
+    all_workers = ["resources.num_workers=auto", "resources.cpus_per_worker=auto"]
+    return load_spec(folder.best, [*all_workers, *(overrides or [])])
 
 
 def _final_table(outcome: Outcome) -> Table:

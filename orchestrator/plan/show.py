@@ -28,23 +28,24 @@ def show_plan(plan: Plan) -> RenderableType:
         ("memory per worker", _memory(plan)),
         ("files", _files(plan)),
     ):
-        parts.append(_table(title, rows))
+        parts.append(table(title, rows))
         if title == "batch and steps":
             parts.append(_schedule_chart(plan))
     parts += [Text(f"warning: {text}", style="yellow") for text in plan.warnings]
     return Group(*parts)
 
 
-def _table(title: str, rows: Iterator[Row]) -> Table:
-    table = Table(
+def table(title: str, rows: Iterator[Row]) -> Table:
+    """Rows of (what, value, reason) under a title."""
+    shown = Table(
         title=title, title_justify="left", title_style="bold cyan", box=None, pad_edge=False
     )
     for header, style in (("", "bold"), ("", ""), ("", "dim")):
-        table.add_column(header, style=style, overflow="fold")
-    table.show_header = False
+        shown.add_column(header, style=style, overflow="fold")
+    shown.show_header = False
     for row in rows:
-        table.add_row(*row)
-    return table
+        shown.add_row(*row)
+    return shown
 
 
 def _what(plan: Plan) -> Iterator[Row]:

@@ -7,7 +7,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -24,11 +24,12 @@ from orchestrator.report.trial_log import SweepLog, TrialState
 from orchestrator.run_folder import SweepFolder, read_json, write_atomically, write_json
 from orchestrator.spec import JobSpec, dump_spec, parse_spec
 from orchestrator.spec.sweep_rules import with_values
-from orchestrator.sweep.broker import Broker
-from orchestrator.sweep.director import Director
-from orchestrator.sweep.fleet import Fleet
 from orchestrator.sweep.plan import SweepPlan, plan_sweep, plan_trial
 from orchestrator.sweep.space import Values
+
+if TYPE_CHECKING:
+    from orchestrator.sweep.director import Director
+    from orchestrator.sweep.fleet import Fleet
 
 POLL_S = 0.2
 LEAVE_S = 60.0
@@ -99,6 +100,9 @@ def _run(
     """Trials until there are no more; returns (status, why it ended early)."""
     import ray
 
+    from orchestrator.sweep.broker import Broker
+    from orchestrator.sweep.director import Director  # imports Ray Tune, which ray_session prepares
+    from orchestrator.sweep.fleet import Fleet
     from orchestrator.sweep.tuning import make_tuner
 
     append_event(folder.events, "launch", slots=plan.slots)
