@@ -72,7 +72,7 @@ def test_a_run_shrinks_when_a_node_leaves_and_grows_without_losing_a_step_when_i
 ) -> None:
     cluster.add_node(**NODE)
     second = cluster.add_node(**NODE)
-    run = faults.LiveRun(job(models, tmp_path, stage), cluster.address)
+    run = faults.LiveRun(job(models, tmp_path, stage), address=cluster.address)
     run.wait_until(lambda: bool(run.events("first_step")) and started(run, 2, 1))
     run.wait_until(lambda: len(committed(run.folder.checkpoints)) > 0)
 
