@@ -12,10 +12,9 @@ import tiny
 from group import run_trials
 
 from orchestrator.report.records import read_records, read_steps
-from orchestrator.report.trial_log import SweepLog
+from orchestrator.report.trial_log import SweepLog, open_log
 from orchestrator.run_folder import RunFolder, SweepFolder, read_json
 from orchestrator.spec import JobSpec, load_spec
-from orchestrator.sweep.results import open_log
 from orchestrator.sweep.run import SweepOutcome, sweep
 from orchestrator.train.export import load_exported, load_plan
 
