@@ -45,6 +45,7 @@ class Director:
         """Why the sweep ends early, once it does."""
         self.started_at = time.monotonic()
         self.live: set[str] = set()
+        self._with_checkpoints = set(log.trials)
         self._unfinished = [t for t in log.trials.values() if t.status is None]
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
 
@@ -160,6 +161,7 @@ class Director:
 
     def _start(self, trial: TrialState) -> TrialState:
         self.live.add(trial.id)
+        self._with_checkpoints.add(trial.id)
         self._planner.submit(self._prepare, trial)
         return trial
 
@@ -223,11 +225,12 @@ class Director:
         if isinstance(self.plan.sweep.scheduler, PbtScheduler):
             return
         kept = {t.id for t in self.log.ranked()[: self.plan.sweep.keep_trials]}
-        for trial in self.log.trials.values():
-            folder = self.folder.trial(trial.id).checkpoints
-            if trial.status is not None and trial.id not in kept and folder.exists():
+        for trial in [t for t in self._with_checkpoints if t not in kept]:
+            if self.log.trials[trial].status is not None:
+                folder = self.folder.trial(trial).checkpoints
                 retain(folder, 0, None)
                 shutil.rmtree(folder, ignore_errors=True)
+                self._with_checkpoints.discard(trial)
 
 
 def _link(source: str, target: str) -> None:
