@@ -23,7 +23,7 @@ FLOORS = {
 }  # fmt: skip
 TOP = ("__init__", "__main__", "api", "cli")
 HEAVY = {"torch", "ray", "deepspeed", "transformers"}
-LIGHT_ROOMS = {"errors", "values", "run_folder", "tasks", "report", "spec"}
+LIGHT_ROOMS = {"errors", "values", "run_folder", "tasks", "report", "spec", "kube"}
 DEEPSPEED_FILES = {"train/engine.py", "train/export.py"}
 
 

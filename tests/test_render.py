@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import PlanError, SpecError
@@ -264,6 +264,25 @@ def test_the_job_in_the_manifest_reads_back_as_the_job(tmp_path: Path) -> None:
 def test_paths_that_a_shell_could_misread_are_refused(name: str) -> None:
     with pytest.raises(SpecError, match="mount_path"):
         job(storage={"mount_path": name})
+
+
+def as_kubernetes_reads(value: str, known: dict[str, str]) -> str:
+    """A variable's value after Kubernetes' expansion: `$$` is `$`, `$(NAME)` a reference."""
+    return re.sub(
+        r"\$(\$|\(([^)]*)\)|(?=.)|$)",
+        lambda m: "$" if m[1] in ("", "$") else known.get(m[2], m[0]),
+        value,
+    )
+
+
+@EXAMPLES
+@example(value="$(PATH) $$ $$(a) $x $")
+@given(value=st.text(alphabet="$()aPATH{}'\"`;\\ \n", max_size=12))
+def test_a_variable_arrives_in_the_pod_as_it_was_written(value: str) -> None:
+    spec = job(runtime={"env_vars": {"X": value}})
+    variables = worker_group(spec)["template"]["spec"]["containers"][0]["env"]
+    written = next(one["value"] for one in variables if one["name"] == "X")
+    assert as_kubernetes_reads(written, {"PATH": "!", "a": "!"}) == value
 
 
 # --- overrides

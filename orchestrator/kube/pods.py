@@ -105,6 +105,11 @@ def head_size(spec: JobSpec) -> PodSize:
     return PodSize(head.cpus, int(head.memory_gib * GIB) // MIB * MIB)
 
 
+def literal(value: str) -> str:
+    """A variable's value that arrives as it is: Kubernetes reads `$(NAME)` and `$$` as its own."""
+    return value.replace("$", "$$")
+
+
 def quantity(size_bytes: int) -> str:
     """Bytes as Kubernetes writes them, rounded up to a mebibyte."""
     return f"{math.ceil(size_bytes / MIB)}Mi"
@@ -154,7 +159,7 @@ def _env(spec: JobSpec) -> list[EnvVar]:
             for name in S3_VARIABLES:
                 secrets.setdefault(name, (k.s3.secret, name))
     values |= spec.runtime.env_vars
-    return [EnvVar(name=n, value=v) for n, v in values.items()] + [
+    return [EnvVar(name=n, value=literal(v)) for n, v in values.items()] + [
         EnvVar(name=n, value_from=ValueFrom(secret_key_ref=KeyRef(name=secret, key=key)))
         for n, (secret, key) in secrets.items()
     ]
