@@ -19,7 +19,7 @@ from orchestrator.data.stream import unpack_rows
 from orchestrator.plan import Plan
 from orchestrator.run_folder import RunFolder, write_json
 from orchestrator.tasks.base import ragged
-from orchestrator.train.export import export_run, load_exported
+from orchestrator.train.export import build_base, export_run, load_exported
 
 STEPS, EVAL_ROWS = 6, 13
 
@@ -56,6 +56,16 @@ TASKS: dict[str, dict[str, Any]] = {
         "lines": ['{"question": "so", "context": "the film was great"}'] * 2,
         "job": {"data": {"max_length_tokens": 12}},
         "counted": "questions",
+    },
+    "preference": {
+        "model": "llama",
+        "rows": lambda r: {
+            "prompt": r["text"],
+            "chosen": f" {r['label']}",
+            "rejected": " so-so" if r["label"] == "good" else " good",
+        },
+        "predicted": "completion",
+        "job": {"tuning": {"type": "lora"}, "zero": {"stage": 3}},
     },
     "seq2seq": {
         "model": "t5",
@@ -111,6 +121,15 @@ def trained(
     return out
 
 
+def kept_reference(plan: Plan, split: str = "eval") -> dict[str, np.ndarray]:
+    """What the workers kept of the untouched model; nothing for tasks that do not compare with it."""
+    path = Path(plan.run_dir) / "reference" / f"{split}.npz"
+    if not path.exists():
+        return {}
+    with np.load(path) as stored:
+        return {name: stored[name] for name in stored.files if name != "prepared"}
+
+
 def measured_alone(plan: Plan) -> dict[str, Any]:
     """Metrics of the exported model over the evaluation rows, row by row in this process."""
     task, data = plan.spec.task, plan.eval_data
@@ -119,6 +138,8 @@ def measured_alone(plan: Plan) -> dict[str, Any]:
     manifest = read_manifest(Path(data.folder))
     assert manifest is not None
     rows = unpack_rows(open_shards(data.folder, manifest).take(np.arange(data.rows)))
+    for name, values in kept_reference(plan).items():
+        rows = [{**row, name: values[i]} for i, row in enumerate(rows)]
     parts: list[dict[str, Any]] = []
     for row in rows:
         with torch.no_grad():
@@ -157,3 +178,20 @@ def test_an_exported_model_answers_lines_as_the_task_says(kind: str, trained: An
     answers = predict(RunFolder(Path(plan.run_dir)), lines)
     assert len(answers) == len(lines)
     assert all(TASKS[kind]["predicted"] in answer for answer in answers)
+
+
+def test_the_reference_is_what_the_untouched_model_says_of_every_row(trained: Any) -> None:
+    plan, _ = trained["preference"]
+    task, base = plan.spec.task, build_base(plan).eval()
+    for split, data in (("train", plan.train_data), ("eval", plan.eval_data)):
+        manifest = read_manifest(Path(data.folder))
+        assert manifest is not None
+        rows = unpack_rows(open_shards(data.folder, manifest).take(np.arange(data.rows)))
+        with torch.no_grad():
+            wanted = [task.reference(base, task.collate([r], np.ones(1), 0)) for r in rows]
+        for name, values in kept_reference(plan, split).items():
+            assert values == pytest.approx([float(w[name][0]) for w in wanted], rel=1e-4), name
+
+
+def test_preference_tuning_begins_where_policy_and_reference_are_one(trained: Any) -> None:
+    assert losses(trained["preference"][0])[0] == pytest.approx(math.log(2), abs=1e-5)

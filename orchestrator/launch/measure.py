@@ -50,12 +50,18 @@ def measure_worker(config: dict[str, Any]) -> None:
     import torch
 
     from orchestrator.train.evaluate import Evaluator
-    from orchestrator.train.export import load_exported
+    from orchestrator.train.export import build_base, load_exported
+    from orchestrator.train.reference import find_reference
 
     plan = Plan.model_validate_json(config["plan"])
     torch.set_num_threads(plan.cpus_per_worker)
-    _, model, _ = load_exported(Path(config["exported"]))
     device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-    metrics = Evaluator(plan)(model.to(device), device)
+    reference = None
+    if plan.spec.task.has_reference:
+        assert plan.eval_data is not None
+        kept = Path(config["out"]).with_name("reference.npz")
+        reference = find_reference(plan, plan.eval_data, build_base(plan).to(device), device, kept)
+    _, model, _ = load_exported(Path(config["exported"]))
+    metrics = Evaluator(plan, reference=reference)(model.to(device), device)
     if os.environ["RANK"] == "0":
         write_json(Path(config["out"]), metrics)

@@ -10,6 +10,7 @@ from pydantic import Field
 from orchestrator.tasks.base import BadRow, EncodedRow, Task
 from orchestrator.tasks.causal_lm import CausalLM
 from orchestrator.tasks.multi_label import MultiLabelClassification
+from orchestrator.tasks.preference import PreferenceTuning
 from orchestrator.tasks.question_answering import QuestionAnswering
 from orchestrator.tasks.regression import TextRegression
 from orchestrator.tasks.seq2seq import Seq2Seq
@@ -23,7 +24,8 @@ TaskSpec = Annotated[
     | TokenClassification
     | QuestionAnswering
     | Seq2Seq
-    | CausalLM,
+    | CausalLM
+    | PreferenceTuning,
     Field(discriminator="type"),
 ]
 
@@ -32,6 +34,7 @@ __all__ = [
     "CausalLM",
     "EncodedRow",
     "MultiLabelClassification",
+    "PreferenceTuning",
     "QuestionAnswering",
     "Seq2Seq",
     "Task",

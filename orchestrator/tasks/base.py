@@ -53,6 +53,8 @@ class Task(Frozen):
     """Features that `metrics` needs beside what `measure` keeps."""
     needs_tokenizer: ClassVar[bool] = False
     """Evaluation calls `decode` before `metrics`."""
+    has_reference: ClassVar[bool] = False
+    """Loss and metrics need what the untouched model says of a row: `reference`."""
     usual_global_rows: ClassVar[int] = 32
     """Rows per step unless the job says otherwise."""
     required_inputs: ClassVar[tuple[str, ...]] = ()
@@ -129,6 +131,13 @@ class Task(Frozen):
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Scalar: the loss summed over the batch's targets (the caller divides by their number)."""
+        raise NotImplementedError
+
+    def reference(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    ) -> dict[str, np.ndarray]:
+        """Where `has_reference`: what the untouched model says of a batch, named numbers (rows,). Rows
+        that are collated later have them under these names."""
         raise NotImplementedError
 
     def measure(
@@ -235,11 +244,3 @@ def ragged(values: Sequence[Any]) -> np.ndarray:
     for i, value in enumerate(values):
         out[i] = value
     return out
-
-
-def in_step_with_others() -> bool:
-    """Whether other ranks write texts at the same time: all then make equally many forward passes,
-    which ZeRO-3 needs to gather weights."""
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

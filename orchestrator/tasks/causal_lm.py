@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Tag
 
 from orchestrator.tasks.base import IGNORED, BadRow, EncodedRow, FeatureKind, RawRow, Task, pad
+from orchestrator.tasks.generation import complete
 from orchestrator.tasks.packing import document, pack_stream, pack_whole
-from orchestrator.tasks.templating import Targets, chat, instruction, plain, prompt_ids
+from orchestrator.tasks.templating import Targets, chat, instruction, plain
 from orchestrator.values import Frozen, by_type
 
 if TYPE_CHECKING:
@@ -185,25 +186,12 @@ class CausalLM(Task):
     def predict(
         self, model: Any, tokenizer: Any, rows: Sequence[RawRow], max_length: int
     ) -> list[dict[str, Any]]:
-        import torch
-
-        out = []
-        for row in rows:
-            text = row[self.predict_columns[0]]
-            inputs = prompt_ids(text, not isinstance(self.rows, PlainRows), tokenizer).to(
-                model.device
-            )
-            with torch.no_grad():
-                tokens = model.generate(
-                    inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=64,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-                )
-            answer = tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True)
-            out.append({"text": text, "completion": answer})
-        return out
+        texts = [row[self.predict_columns[0]] for row in rows]
+        as_chat = not isinstance(self.rows, PlainRows)
+        return [
+            {"text": text, "completion": complete(model, tokenizer, text, as_chat)}
+            for text in texts
+        ]
 
 
 def _shifted(

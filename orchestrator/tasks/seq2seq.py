@@ -14,12 +14,12 @@ from orchestrator.tasks.base import (
     FeatureKind,
     RawRow,
     Task,
-    in_step_with_others,
     pad,
     ragged,
     text_problem,
     tokens_and_mask,
 )
+from orchestrator.tasks.generation import in_step_with_others
 from orchestrator.tasks.templating import ended
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import ragged
 from orchestrator.train.feed import StepStream, open_source
+from orchestrator.train.reference import Reference
 
 CACHE_BYTES = 256 * 2**20
 """Evaluation rows up to this size (all ranks together) are kept in memory after the first pass."""
@@ -27,9 +28,16 @@ CACHE_BYTES = 256 * 2**20
 class Evaluator:
     """Measures a model on the plan's evaluation rows, as often as asked. Every call is collective."""
 
-    def __init__(self, plan: Plan, kept: dict[Any, list[StepRows]] | None = None) -> None:
-        """`kept`: rows of earlier trials in this worker, and where this one leaves its own."""
+    def __init__(
+        self,
+        plan: Plan,
+        kept: dict[Any, list[StepRows]] | None = None,
+        reference: Reference | None = None,
+    ) -> None:
+        """`kept`: rows of earlier trials in this worker, and where this one leaves its own.
+        `reference`: what the untouched model says of them, where the task compares with it."""
         assert plan.eval_data is not None
+        self.reference = reference
         self.plan, self.data = plan, plan.eval_data
         world_size = dist.get_world_size()
         self.global_rows = min(plan.micro_rows * world_size, max(self.data.rows, world_size))
@@ -50,6 +58,7 @@ class Evaluator:
     def _measure(self, model: torch.nn.Module, device: torch.device) -> dict[str, np.ndarray]:
         parts: list[dict[str, np.ndarray]] = []
         for step in self._steps():
+            step = self.reference.joined(step) if self.reference else step
             tensors = self.plan.spec.task.collate(step.rows, step.weights, self.plan.pad_token_id)
             tensors = {name: t.to(device) for name, t in tensors.items()}
             measured = self.plan.spec.task.measure(model, tensors)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.plan.plan import Plan, at_workers
+from orchestrator.plan.plan import DataFacts, Plan, at_workers
 from orchestrator.plan.schedule import plateau_factor
 from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.run_folder import RunFolder
@@ -27,6 +27,7 @@ from orchestrator.train.checkpoint import (
 from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
+from orchestrator.train.reference import Reference, find_reference
 from orchestrator.train.reshard import load_resharded
 from orchestrator.train.state import (
     Judge,
@@ -85,15 +86,17 @@ class Trial:
         self.steps = RecordWriter(folder.steps) if self.rank == 0 else None
         self.evals = RecordWriter(folder.evals) if self.rank == 0 else None
         found = self._find_checkpoint()
+        self.evaluate: Evaluator | None = None
         self.progress = Progress(**found.facts["progress"]) if found else Progress()
         self.writer = self._make_writer()
         self.stream = self._open_stream()
         self.engine = self._build()
+        self.reference = self._refer(plan.train_data, "train")
+        if plan.eval_data:
+            kept = warm.eval_rows if warm else None
+            self.evaluate = Evaluator(plan, kept, self._refer(plan.eval_data, "eval"))
         if found is not None:
             self._load(found)
-        self.evaluate: Evaluator | None = None
-        if plan.eval_data:
-            self.evaluate = Evaluator(plan, warm.eval_rows if warm else None)
         self._event("ready")
 
     def _find_checkpoint(self) -> Committed | None:
@@ -143,6 +146,14 @@ class Trial:
         plan = self.plan
         return self.warm.model(plan) if self.warm else build_model(plan.spec, plan.labels)
 
+    def _refer(self, data: DataFacts, split: str) -> Reference | None:
+        """What the model says of a split before it is trained, where the task compares with it."""
+        if not self.plan.spec.task.has_reference:
+            return None
+        self._event("reference", split=split)
+        kept = self.folder.root / "reference" / f"{split}.npz"
+        return find_reference(self.plan, data, self.engine, self.engine.device, kept)
+
     def _load(self, found: Committed) -> None:
         """Restore what the checkpoint holds, whatever the number of workers that wrote it."""
         writers = found.facts["world_size"]
@@ -161,6 +172,7 @@ class Trial:
         resumed_at_s, wanted = progress.elapsed_s, time.perf_counter()
         for batch in self.stream:
             got = time.perf_counter()
+            batch = self.reference.joined(batch) if self.reference else batch
             lr = zero.set_learning_rate(self.engine, plan, progress.step, self._rate_factor())
             skipped_before = self.engine.skipped_steps
             loss_sum = zero.train_step(self.engine, plan, batch)

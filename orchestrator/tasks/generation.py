@@ -1,0 +1,35 @@
+"""Text that a model writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.tasks.templating import prompt_ids
+
+COMPLETION_TOKENS = 64
+"""Longest completion of a prompt."""
+
+
+def in_step_with_others() -> bool:
+    """Whether other ranks write texts at the same time: all then make equally many forward passes,
+    which ZeRO-3 needs to gather weights."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, as_chat: bool) -> str:
+    """What the model writes after the prompt, greedily; as an assistant's turn if `as_chat`."""
+    import torch
+
+    inputs = prompt_ids(prompt, as_chat, tokenizer).to(model.device)
+    with torch.no_grad():
+        tokens = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=COMPLETION_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        )
+    text: str = tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,107 @@
+"""Direct preference optimisation: pairs of answers, rewards against a reference, the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orchestrator.tasks import BadRow, PreferenceTuning
+
+TASK = PreferenceTuning(type="preference", beta=0.5)
+ROWS = [
+    {"prompt": "the film was", "chosen": " great again", "rejected": " dull"},
+    {"prompt": "so", "chosen": " good", "rejected": " not good at all today"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(models: tiny.Tiny) -> Any:
+    return AutoTokenizer.from_pretrained(models.llama)
+
+
+@pytest.fixture(scope="module")
+def model(models: tiny.Tiny) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(models.llama, dtype=torch.float32)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def arrays(rows: list[Any], **reference: list[float]) -> list[dict[str, Any]]:
+    found = [{name: np.asarray(row[name]) for name in TASK.features()} for row in rows]
+    return [{**row, **{n: v[i] for n, v in reference.items()}} for i, row in enumerate(found)]
+
+
+def log_likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+    """Of the answer and the end after it, token by token."""
+    head = tokenizer(prompt)["input_ids"]
+    ids = [*head, *tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return float(sum(scores[i - 1, ids[i]] for i in range(len(head), len(ids))))
+
+
+def test_the_reference_is_the_likelihood_of_each_whole_answer(tokenizer: Any, model: Any) -> None:
+    rows = arrays(TASK.encode(ROWS, tokenizer, 64, ()))
+    with torch.no_grad():
+        found = TASK.reference(model, TASK.collate(rows, np.ones(2), 0))
+    for side in ("chosen", "rejected"):
+        wanted = [log_likelihood(model, tokenizer, r["prompt"], r[side]) for r in ROWS]
+        assert found[f"reference_{side}"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_loss_is_that_of_the_paper(tokenizer: Any, model: Any) -> None:
+    reference = {"reference_chosen": [-9.0, -20.0], "reference_rejected": [-15.0, -18.0]}
+    rows = arrays(TASK.encode(ROWS, tokenizer, 64, ()), **reference)
+    batch = TASK.collate(rows, np.ones(2), 0)
+    rewards = {
+        side: np.array(
+            [
+                0.5 * (log_likelihood(model, tokenizer, r["prompt"], r[side]) - given)
+                for r, given in zip(ROWS, reference[f"reference_{side}"], strict=True)
+            ]
+        )
+        for side in ("chosen", "rejected")
+    }
+    margin = rewards["chosen"] - rewards["rejected"]
+    wanted = np.log1p(np.exp(-margin))
+    with torch.no_grad():
+        measured = TASK.measure(model, batch)
+        assert float(TASK.loss_sum(model, batch)) == pytest.approx(wanted.sum(), rel=1e-4)
+        without = TASK.collate(rows, np.array([1, 0]), 0)
+        assert float(TASK.loss_sum(model, without)) == pytest.approx(wanted[0], rel=1e-4)
+        smooth = PreferenceTuning(type="preference", beta=0.5, label_smoothing=0.2)
+        turned = 0.8 * wanted + 0.2 * np.log1p(np.exp(margin))
+        assert float(smooth.loss_sum(model, batch)) == pytest.approx(turned.sum(), rel=1e-4)
+    got = TASK.metrics(measured, ())
+    assert got["reward_margin"] == pytest.approx(margin.mean(), rel=1e-4)
+    assert got["reward_accuracy"] == (margin > 0).mean()
+    assert got["reward_chosen"] == pytest.approx(rewards["chosen"].mean(), rel=1e-4)
+    assert set(TASK.metric_names) <= set(got)
+
+
+def test_an_untrained_model_has_no_margin_and_is_not_called_right() -> None:
+    zero = np.zeros(3)
+    got = TASK.metrics({"loss": zero, "chosen": zero, "rejected": zero}, ())
+    assert (got["reward_accuracy"], got["reward_margin"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"prompt": None}, "'prompt' is missing"),
+        ({"rejected": ""}, "'rejected' is empty"),
+        ({"chosen": " dull"}, "both answers are the same"),
+        ({"prompt": "good " * 40}, "nothing of column 'chosen' is within 16 tokens"),
+    ],
+)
+def test_a_pair_that_teaches_nothing_is_bad(tokenizer: Any, row: dict[str, Any], why: str) -> None:
+    (bad,) = TASK.encode([ROWS[0] | row], tokenizer, 16, ())
+    assert isinstance(bad, BadRow)
+    assert why in bad.why
