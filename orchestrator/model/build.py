@@ -57,7 +57,17 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
 
 
 def _check_inputs(model: Any, spec: JobSpec) -> None:
+    from torch import nn
+
     taken = inspect.signature(type(model).forward).parameters
+    mixing = next(
+        (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)), None
+    )
+    if mixing is not None:
+        raise OrchestratorError(
+            f"model: {model.config.model_type} has batch norm, by which a row's result depends on the rows "
+            "beside it and on the number of workers. Choose a model with layer norm, as vit and convnext are."
+        )
     missing = [name for name in spec.task.required_inputs if name not in taken]
     if missing:
         raise OrchestratorError(

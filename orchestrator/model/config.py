@@ -58,10 +58,12 @@ def _set_dropout(config: Any, value: float) -> None:
 
 
 def load_tokenizer(spec: JobSpec) -> Any:
-    """The job's tokenizer; raises OrchestratorError where it cannot be had."""
+    """The job's tokenizer, None for tasks without text; raises OrchestratorError where it cannot be had."""
     from transformers import AutoTokenizer
 
     model = spec.model
+    if not spec.task.reads_text:
+        return None
     source = model.tokenizer or model.pretrained
     extra: dict[str, Any] = {} if model.tokenizer else {"revision": model.revision}
     if model.gguf_file and not model.tokenizer:
@@ -103,6 +105,8 @@ def check_max_length(spec: JobSpec) -> None:
 
 def check_tokenizer(spec: JobSpec, labels: tuple[str, ...], tokenizer: Any) -> None:
     """Raises OrchestratorError where tokenizer and model do not speak of the same tokens."""
+    if tokenizer is None:
+        return
     config = load_config(spec, labels)
     known = getattr(config.get_text_config(), "vocab_size", None)
     largest = max(tokenizer.get_vocab().values())
@@ -140,7 +144,9 @@ def raw_config(spec: JobSpec) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(spec: JobSpec) -> str:
-    """Changes when the tokenizer does: a hash of its files, or the hub id and revision."""
+    """Changes when the tokenizer does: a hash of its files, or the hub id and revision; "" without one."""
+    if not spec.task.reads_text:
+        return ""
     source = Path(spec.model.tokenizer or spec.model.pretrained or "")
     if not source.is_dir():
         return f"{source}@{spec.model.revision or 'main'}"

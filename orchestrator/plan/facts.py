@@ -23,14 +23,17 @@ def facts_of(model: Any) -> ModelFacts:
     def first(*names: str, default: int = 0) -> int:
         return int(next((getattr(config, n) for n in names if getattr(config, n, None)), default))
 
-    hidden = first("hidden_size", "n_embd", "d_model", "dim")
+    stages = list(getattr(config, "hidden_sizes", None) or ())
+    hidden = stages[0] if stages else first("hidden_size", "n_embd", "d_model", "dim")
     two_sided = bool(getattr(config, "is_encoder_decoder", False))
     return ModelFacts(
         model_type=str(config.model_type),
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hidden_size=hidden,
-        layers=first("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        layers=sum(config.depths)
+        if stages
+        else first("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
         heads=first("num_attention_heads", "n_head", "n_heads", default=1),
         intermediate_size=first(
             "intermediate_size",
@@ -41,7 +44,8 @@ def facts_of(model: Any) -> ModelFacts:
             default=4 * hidden,
         ),
         vocab_size=first("vocab_size"),
-        eager_attention=getattr(config, "_attn_implementation", "sdpa") == "eager",
+        eager_attention=not stages and getattr(config, "_attn_implementation", "sdpa") == "eager",
+        image_tokens=_image_tokens(config, stages),
         decoder_layers=first("decoder_layers", "num_decoder_layers") if two_sided else 0,
     )
 
@@ -61,3 +65,19 @@ def part_rates(spec: JobSpec, labels: tuple[str, ...]) -> tuple[tuple[float, int
         lr = optimizer.lr * group.lr_scale
         counts[lr] = counts.get(lr, 0) + sum(sizes[name] for name in group.names)
     return tuple(sorted(counts.items()))
+
+
+def _image_tokens(config: Any, stages: list[int]) -> int:
+    """Patches of an image; 0 for models of anything else.
+
+    Models in stages (ConvNeXt) halve height and width while features grow: the mean over layers,
+    in tokens of the first stage's features.
+    """
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        return 0
+    if not stages:
+        return (size // patch) ** 2 + 1
+    sides = [max(1, size // patch // 2**i) for i in range(len(stages))]
+    work = sum(n * s * s * h for n, s, h in zip(config.depths, sides, stages, strict=True))
+    return -(-work // (sum(config.depths) * stages[0]))

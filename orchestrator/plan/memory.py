@@ -30,6 +30,8 @@ class ModelFacts(Frozen):
     intermediate_size: int
     vocab_size: int
     eager_attention: bool
+    image_tokens: int = 0
+    """Patches of an image, which rows of images are as long as."""
     decoder_layers: int = 0
     """Of a model that also has an encoder, whose layers `layers` then counts."""
 

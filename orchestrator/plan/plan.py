@@ -118,7 +118,8 @@ def make_plan(
     global_rows = _global_rows(spec, train.manifest.rows, reasons)
     per_worker = rows_per_rank(global_rows, workers.count)
     limit = memory_limit(spec, cluster, workers, reasons)
-    tokens, target_tokens = train.manifest.longest_tokens, train.manifest.longest_target_tokens
+    tokens = model.image_tokens or train.manifest.longest_tokens
+    target_tokens = train.manifest.longest_target_tokens
     load = Load(spec, model, workers, bf16, per_worker, tokens, limit, target_tokens)
     setup, shares = shares_of(load, reasons, stage_of_fewest(load, global_rows, reasons))
     steps_per_epoch = -(-train.manifest.rows // global_rows)
@@ -138,7 +139,7 @@ def make_plan(
         model=model,
         labels=labels,
         max_length_tokens=train.manifest.max_length_tokens,
-        pad_token_id=tokenizer.pad_token_id or 0,
+        pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0,
         train_data=data_facts(train),
         eval_data=data_facts(prepared["eval"]) if "eval" in prepared else None,
         gpus_per_worker=workers.gpus,
@@ -180,7 +181,7 @@ def at_workers(plan: Plan, num_workers: int, stage: Stage | None = None) -> Plan
         workers=Workers(num_workers, plan.gpus_per_worker, plan.cpus_per_worker),
         bf16=plan.bf16,
         rows=rows_per_rank(plan.global_rows, num_workers),
-        tokens_per_row=plan.train_data.longest_tokens,
+        tokens_per_row=plan.model.image_tokens or plan.train_data.longest_tokens,
         limit_bytes=plan.memory_limit_bytes,
         target_tokens_per_row=plan.train_data.longest_target_tokens,
     )
@@ -258,8 +259,8 @@ def _group_by_length(spec: JobSpec, reasons: dict[str, str]) -> bool:
             "data.order.shuffle is none: rows stay in the order of the files"
         )
         return False
-    packed = spec.task.fixed_length and getattr(spec.task, "packing", False)
-    reasons["group_by_length"] = "rows are packed to one length" if packed else "less padding"
+    packed = spec.task.fixed_length and getattr(spec.task, "packing", True)
+    reasons["group_by_length"] = "all rows have one length" if packed else "less padding"
     return not packed
 
 

@@ -44,7 +44,7 @@ def _model(spec: JobSpec) -> Iterator[Problem]:
     if model.config is not None:
         if "model_type" not in model.config:
             yield Problem("model.config.model_type", "is required", "as in model_type: llama")
-        if model.tokenizer is None:
+        if model.tokenizer is None and spec.task.reads_text:
             yield Problem(
                 "model.tokenizer", "is required with model.config", "a hub id or a folder"
             )
@@ -55,6 +55,13 @@ def _model(spec: JobSpec) -> Iterator[Problem]:
                 "use model.pretrained, or tuning.type: full",
                 "lora",
             )
+    if isinstance(spec.tuning, LoraTuning) and not spec.task.peft_task:
+        yield Problem(
+            "tuning.type",
+            f"peft has no adapters for {spec.task.type} that leave its head trainable",
+            "use tuning.type: full, with tuning.freeze for the body",
+            "lora",
+        )
     if model.gguf_file is not None and model.pretrained is None:
         yield Problem("model.gguf_file", "needs model.pretrained", "the folder that holds the file")
 

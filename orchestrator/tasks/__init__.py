@@ -9,6 +9,7 @@ from pydantic import Field
 
 from orchestrator.tasks.base import BadRow, EncodedRow, Task
 from orchestrator.tasks.causal_lm import CausalLM
+from orchestrator.tasks.image_classification import ImageClassification
 from orchestrator.tasks.multi_label import MultiLabelClassification
 from orchestrator.tasks.preference import PreferenceTuning
 from orchestrator.tasks.question_answering import QuestionAnswering
@@ -24,6 +25,7 @@ TaskSpec = Annotated[
     | TokenClassification
     | QuestionAnswering
     | Seq2Seq
+    | ImageClassification
     | CausalLM
     | PreferenceTuning,
     Field(discriminator="type"),
@@ -33,6 +35,7 @@ __all__ = [
     "BadRow",
     "CausalLM",
     "EncodedRow",
+    "ImageClassification",
     "MultiLabelClassification",
     "PreferenceTuning",
     "QuestionAnswering",

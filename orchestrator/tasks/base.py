@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # annotations only: no import at run time, so no cycle and no
 RawRow = dict[str, Any]
 EncodedRow = dict[str, Any]
 """Feature name → value, and `n_targets`, which counts what is predicted."""
-FeatureKind = Literal["int", "ints", "float", "text"]
-"""What a feature holds per row: a number, a list of integers, or a text."""
+FeatureKind = Literal["int", "ints", "float", "floats", "bytes", "text"]
+"""What a feature holds per row: a number, a list of them (`bytes`: of 0 to 255), or a text."""
 
 IGNORED = -100
 """`transformers`' label value for positions without loss."""
@@ -44,7 +44,7 @@ class Task(Frozen):
     pipeline_tag: ClassVar[str]
     """The hub's name for what the exported model does."""
     peft_task: ClassVar[str]
-    """peft's `TaskType` for adapters."""
+    """peft's `TaskType` for adapters; empty where it has none."""
     labelled_head: ClassVar[bool] = False
     """The model's outputs have names (`id2label`); a pretrained head for other ones is drawn anew."""
     all_logits: ClassVar[bool] = False
@@ -53,6 +53,8 @@ class Task(Frozen):
     """Features that `metrics` needs beside what `measure` keeps."""
     needs_tokenizer: ClassVar[bool] = False
     """Evaluation calls `decode` before `metrics`."""
+    reads_text: ClassVar[bool] = True
+    """Rows go through a tokenizer; otherwise `encode` and `predict` are given None for it."""
     has_reference: ClassVar[bool] = False
     """Loss and metrics need what the untouched model says of a row: `reference`."""
     usual_global_rows: ClassVar[int] = 32
@@ -153,6 +155,10 @@ class Task(Frozen):
     def metrics(self, gathered: dict[str, np.ndarray], labels: tuple[str, ...]) -> dict[str, Any]:
         """Metrics over the whole evaluation set, every row once."""
         raise NotImplementedError
+
+    def exported_files(self) -> dict[str, Any]:
+        """JSON files by name that an exported model needs beside its own."""
+        return {}
 
     def row_of(self, given: str | RawRow) -> RawRow:
         """What a prediction is asked for, as a row.

@@ -2,102 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Literal
 
-from orchestrator.errors import Problem
-from orchestrator.tasks.base import BadRow, FeatureKind, label_problems, per_label
 from orchestrator.tasks.sequence import SequenceTask
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+from orchestrator.tasks.single_label import SingleLabel
 
 
-class TextClassification(SequenceTask):
+class TextClassification(SingleLabel, SequenceTask):
     """One label per text, through a sequence-classification head."""
 
     type: Literal["text_classification"]
-    label_column: str = "label"
-    """Column with the label: text, integer or boolean."""
-    labels: tuple[str, ...] | None = None
-    """The label set, in the order of the model's outputs. Default: the distinct values of the training rows, sorted."""
-
-    metric_names: ClassVar[tuple[str, ...]] = (
-        "accuracy",
-        "f1_macro",
-        "precision_macro",
-        "recall_macro",
-        "f1_micro",
-        "loss",
-    )
-    default_metric: ClassVar[str] = "accuracy"
-    target_kind: ClassVar[FeatureKind] = "int"
-
-    def broken_rules(self, has_eval: bool) -> Iterator[Problem]:
-        yield from label_problems(self.labels)
-
-    @property
-    def target_column(self) -> str:
-        return self.label_column
-
-    @property
-    def label_source(self) -> str | None:
-        return self.label_column if self.labels is None else None
-
-    def target(self, value: Any, index: Mapping[str, int]) -> Any:
-        if value is None or value == "":
-            return BadRow(f"column {self.label_column!r} is missing, null or empty")
-        if str(value) not in index:
-            known = ", ".join(list(index)[:10])
-            return BadRow(f"unknown label {value!r}; the job knows: {known}")
-        return index[str(value)]
-
-    def config_overrides(self, labels: tuple[str, ...]) -> dict[str, Any]:
-        return {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-            "problem_type": "single_label_classification",
-        }
-
-    def target_tensor(self, targets: Sequence[Any]) -> torch.Tensor:
-        import torch
-
-        return torch.tensor([int(target) for target in targets])
-
-    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        import torch.nn.functional as functional
-
-        return functional.cross_entropy(logits, targets, reduction="none")
-
-    def outcome(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
-        return {"predicted": logits.argmax(-1).cpu().numpy(), "label": targets.cpu().numpy()}
-
-    def metrics(self, gathered: dict[str, np.ndarray], labels: tuple[str, ...]) -> dict[str, Any]:
-        import torch
-        from torchmetrics.functional import classification as tm
-
-        predicted = torch.from_numpy(gathered["predicted"])
-        target = torch.from_numpy(gathered["label"])
-        n = len(labels)
-        precision, recall, f1 = (
-            score(predicted, target, num_classes=n, average="none")
-            for score in (tm.multiclass_precision, tm.multiclass_recall, tm.multiclass_f1_score)
-        )
-        accuracy = float((predicted == target).double().mean())
-        confusion = tm.multiclass_confusion_matrix(predicted, target, num_classes=n)
-        return {
-            "loss": float(gathered["loss"].astype("float64").mean()),
-            "accuracy": accuracy,
-            "f1_macro": float(f1.mean()),
-            "precision_macro": float(precision.mean()),
-            "recall_macro": float(recall.mean()),
-            "f1_micro": accuracy,  # with one label per row, so are micro precision and recall
-            **per_label(labels, precision, recall, f1),
-            "confusion": confusion.tolist(),
-        }
-
-    def prediction(self, outputs: torch.Tensor, names: Mapping[int, str]) -> dict[str, Any]:
-        scores = outputs.softmax(-1)
-        return {"label": names[int(scores.argmax())], "score": round(float(scores.max()), 6)}

@@ -105,7 +105,10 @@ def export_run(plan: Plan, folder: RunFolder, target: Path, figures: dict[str, A
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         model.save_pretrained(temporary)
-        load_tokenizer(plan.spec).save_pretrained(temporary)
+        if tokenizer := load_tokenizer(plan.spec):
+            tokenizer.save_pretrained(temporary)
+        for name, content in plan.spec.task.exported_files().items():
+            write_json(temporary / name, content)
         write_json(
             temporary / DETAILS,
             {"plan": plan.model_dump(mode="json"), "step": checkpoint.step, **figures},
@@ -138,7 +141,10 @@ def load_exported(folder: Path) -> tuple[Plan, Any, Any]:
         model: Any = PeftModel.from_pretrained(build_base(plan), str(folder))
     else:
         model = getattr(transformers, plan.spec.task.auto_class).from_pretrained(folder)
-    return plan, model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = None
+    if plan.spec.task.reads_text:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return plan, model.eval(), tokenizer
 
 
 def build_base(plan: Plan) -> Any:
