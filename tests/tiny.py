@@ -301,3 +301,41 @@ def job(
     data = {"train": paths, "prepared_dir": str(folder / "prepared")}
     given["data"] = {**data, **fields.get("data", {})}
     return parse_spec(given)
+
+
+WAVE_SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "conv_dim": [16, 16],
+    "conv_kernel": [10, 4],
+    "conv_stride": [5, 4],
+    "num_feat_extract_layers": 2,
+    "feat_extract_norm": "layer",
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "apply_spec_augment": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "layerdrop": 0.0,
+}
+"""Of a wav2vec2 with one output per 20 samples."""
+
+
+def tones(text: str) -> bytes:
+    """A WAV file at 1000 Hz in which each character is a tone of its own for 0.1 s."""
+    import io
+
+    import numpy as np
+    import soundfile
+
+    time = np.arange(100) / 1000
+    pitches = [40 + 30 * (ord(character) % 13) for character in text]
+    wave = np.concatenate([np.sin(2 * np.pi * pitch * time) for pitch in pitches])
+    out = io.BytesIO()
+    soundfile.write(out, wave / 2, 1000, format="WAV")
+    return out.getvalue()

@@ -56,6 +56,12 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
     return apply_tuning(model, spec)
 
 
+EXAMPLES = {
+    "position_ids": "llama, gpt2 and qwen2",  # to keep documents and padding apart
+    "input_values": "wav2vec2 and hubert",
+}
+
+
 def _check_inputs(model: Any, spec: JobSpec) -> None:
     from torch import nn
 
@@ -68,11 +74,13 @@ def _check_inputs(model: Any, spec: JobSpec) -> None:
             f"model: {model.config.model_type} has batch norm, by which a row's result depends on the rows "
             "beside it and on the number of workers. Choose a model with layer norm, as vit and convnext are."
         )
+    if why := spec.task.input_problem(model.config):
+        raise OrchestratorError(f"model: {model.config.model_type} {why}")
     missing = [name for name in spec.task.required_inputs if name not in taken]
     if missing:
         raise OrchestratorError(
-            f"model: {model.config.model_type} takes no {missing[0]}, which {spec.task.type} needs to keep "
-            "documents and padding apart. Choose a model that takes them, as llama, gpt2 and qwen2 do."
+            f"model: {model.config.model_type} takes no {missing[0]}, which {spec.task.type} needs. "
+            f"Choose a model that takes them, as {EXAMPLES[missing[0]]} do."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from orchestrator.model.build import build_model
@@ -45,6 +46,7 @@ def facts_of(model: Any) -> ModelFacts:
         ),
         vocab_size=first("vocab_size"),
         eager_attention=not stages and getattr(config, "_attn_implementation", "sdpa") == "eager",
+        values_per_token=_waveform_values(config),
         image_tokens=_image_tokens(config, stages),
         decoder_layers=first("decoder_layers", "num_decoder_layers") if two_sided else 0,
     )
@@ -81,3 +83,13 @@ def _image_tokens(config: Any, stages: list[int]) -> int:
     sides = [max(1, size // patch // 2**i) for i in range(len(stages))]
     work = sum(n * s * s * h for n, s, h in zip(config.depths, sides, stages, strict=True))
     return -(-work // (sum(config.depths) * stages[0]))
+
+
+def _waveform_values(config: Any) -> int:
+    """Values that convolutions over a waveform keep per output: each layer's result, normed, and
+    through its activation."""
+    strides, sizes = getattr(config, "conv_stride", None), getattr(config, "conv_dim", None)
+    if not strides or not isinstance(sizes, list | tuple):
+        return 0
+    later = [math.prod(strides[i + 1 :]) for i in range(len(strides))]
+    return 3 * sum(size * n for size, n in zip(sizes, later, strict=True))

@@ -30,6 +30,8 @@ class ModelFacts(Frozen):
     intermediate_size: int
     vocab_size: int
     eager_attention: bool
+    values_per_token: int = 0
+    """Kept per token before the layers: by convolutions over a waveform."""
     image_tokens: int = 0
     """Patches of an image, which rows of images are as long as."""
     decoder_layers: int = 0
@@ -122,10 +124,11 @@ def activation_bytes(
     encoder = int(tokens * (per_token + eager * tokens_per_row))
     across = targets * (9 * hidden + eager * tokens_per_row) + tokens * 4 * hidden
     decoder = int(targets * (per_token + eager * target_tokens_per_row) + across)
+    before = 2 * tokens * model.values_per_token
     if setup.gradient_checkpointing:
         kept = 2 * hidden * (model.layers * tokens + model.decoder_layers * targets)
-        return max(encoder, decoder if model.decoder_layers else 0) + kept
-    return model.layers * encoder + model.decoder_layers * decoder
+        return max(encoder, decoder if model.decoder_layers else 0) + kept + before
+    return model.layers * encoder + model.decoder_layers * decoder + before
 
 
 def _logit_bytes(

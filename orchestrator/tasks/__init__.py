@@ -15,6 +15,7 @@ from orchestrator.tasks.preference import PreferenceTuning
 from orchestrator.tasks.question_answering import QuestionAnswering
 from orchestrator.tasks.regression import TextRegression
 from orchestrator.tasks.seq2seq import Seq2Seq
+from orchestrator.tasks.speech_recognition import SpeechRecognition
 from orchestrator.tasks.text_classification import TextClassification
 from orchestrator.tasks.token_classification import TokenClassification
 
@@ -26,6 +27,7 @@ TaskSpec = Annotated[
     | QuestionAnswering
     | Seq2Seq
     | ImageClassification
+    | SpeechRecognition
     | CausalLM
     | PreferenceTuning,
     Field(discriminator="type"),
@@ -40,6 +42,7 @@ __all__ = [
     "PreferenceTuning",
     "QuestionAnswering",
     "Seq2Seq",
+    "SpeechRecognition",
     "Task",
     "TaskSpec",
     "TextClassification",

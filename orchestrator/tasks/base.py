@@ -156,7 +156,11 @@ class Task(Frozen):
         """Metrics over the whole evaluation set, every row once."""
         raise NotImplementedError
 
-    def exported_files(self) -> dict[str, Any]:
+    def input_problem(self, config: Any) -> str | None:
+        """Why a model of this config cannot take the task's rows, or None."""
+        return None
+
+    def exported_files(self, labels: tuple[str, ...]) -> dict[str, Any]:
         """JSON files by name that an exported model needs beside its own."""
         return {}
 

@@ -153,7 +153,16 @@ class ImageClassification(SingleLabel):
             out.append({**named, **self.prediction(logits[0], model.config.id2label)})
         return out
 
-    def exported_files(self) -> dict[str, Any]:
+    def input_problem(self, config: Any) -> str | None:
+        sides = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+        for name, theirs, ours in zip(
+            ("size_pixels", "channels"), sides, (self.size_pixels, self.channels), strict=True
+        ):
+            if isinstance(theirs, int) and theirs != ours:
+                return f"takes {theirs}, task.{name} is {ours}: set task.{name}={theirs}"
+        return None
+
+    def exported_files(self, labels: tuple[str, ...]) -> dict[str, Any]:
         """`transformers` reads from it how images are scaled."""
         return {
             "preprocessor_config.json": {

@@ -107,7 +107,7 @@ def export_run(plan: Plan, folder: RunFolder, target: Path, figures: dict[str, A
         model.save_pretrained(temporary)
         if tokenizer := load_tokenizer(plan.spec):
             tokenizer.save_pretrained(temporary)
-        for name, content in plan.spec.task.exported_files().items():
+        for name, content in plan.spec.task.exported_files(plan.labels).items():
             write_json(temporary / name, content)
         write_json(
             temporary / DETAILS,
