@@ -1,0 +1,29 @@
+"""The job files that ship: each is a job, and each is explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.spec import load_spec
+
+JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_nothing_is_wrong_with_a_shipped_job_but_data_to_be_fetched(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent.parent)
+    try:
+        assert load_spec(path, []).name == path.stem.replace("_", "-")
+    except SpecError as error:
+        missing = [p for p in error.problems if p.why in ("no such file", "no such folder")]
+        assert missing == error.problems
+
+
+def test_every_shipped_job_says_what_it_teaches() -> None:
+    table = (JOBS[0].parent / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in JOBS if f"`{path.name}`" not in table] == []
