@@ -278,6 +278,30 @@ def test_confusion_matrix_carries_the_labels_of_the_plan(folder: RunFolder) -> N
     assert figure["data"][0]["z"] == [[0.8, 0.2], [0.1, 0.9]]
 
 
+def test_scores_of_each_label_stand_side_by_side_the_weakest_first(folder: RunFolder) -> None:
+    scores = {
+        "precision_per_class": {"neg": 0.7, "pos": 1.0},
+        "f1_per_class": {"pos": 0.9, "neg": 0.8},
+    }
+    write_run(folder)
+    write_json(folder.outcome, {"status": "finished", "best": evaluation(10, 0.9, **scores)})
+    figure = charts_of(page_of(folder))["per-label"]
+    assert figure["layout"]["yaxis"]["ticktext"] == ["neg", "pos"]
+    assert trace(figure, "f1")["x"] == [0.8, 0.9]
+    assert trace(figure, "precision")["x"] == [0.7, 1.0]
+    assert len(figure["data"]) == 2
+
+
+def test_what_the_model_wrote_stands_beside_the_reference(folder: RunFolder) -> None:
+    write_run(folder)
+    assert "What the model wrote" not in words_of(page_of(folder))
+    texts = [{"reference": "<b>a cat</b>", "written": "the cat"}]
+    write_json(folder.outcome, {"status": "finished", "best": evaluation(10, 0.9, examples=texts)})
+    page = page_of(folder)
+    assert "&lt;b&gt;a cat&lt;/b&gt; the cat" in words_of(page)
+    assert "<b>a cat" not in page
+
+
 def test_every_scalar_metric_is_drawn(folder: RunFolder) -> None:
     write_json(folder.plan, PLAN)
     write_records(folder.steps, [step(1)])

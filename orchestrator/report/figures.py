@@ -36,7 +36,19 @@ LINES = (EVALUATED, "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 MOST_CELL_LABELS = 12
 """Labels up to which a confusion matrix shows its counts as text."""
 GIB = 2**30
-NOT_METRICS = frozenset({"step", "time", "eval_s", "rows", "train_loss"})
+NOT_METRICS = frozenset(
+    {
+        "step",
+        "time",
+        "eval_s",
+        "rows",
+        "train_loss",
+        "words",
+        "entities",
+        "questions",
+        "target_tokens",
+    }
+)
 
 
 def scalar_metrics(evals: Sequence[Record]) -> list[str]:

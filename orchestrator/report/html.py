@@ -70,6 +70,8 @@ def render(run: Run) -> str:
         headline=headline(run),
         shares=[Share(what, seconds, COLOURS[what]) for what, seconds in time_spent(run)],
         charts=charts(run),
+        shown=shown_eval(run),
+        examples=shown_eval(run).get("examples"),
         comparisons=comparisons(run),
         timeline=timeline(run),
         job_text=run.job_text,
@@ -131,10 +133,15 @@ def _baseline_figures(run: Run, name: str, value: float, reference: float) -> It
     yield Figure("against the baseline", shown, words, tone)
 
 
+def shown_eval(run: Run) -> Facts:
+    """The evaluation that is shown in detail: the best, else the last."""
+    return best_eval(run)[1] or (run.evals[-1] if run.evals else {})
+
+
 def charts(run: Run) -> list[Chart]:
     """Every chart there is data for."""
     name, best = best_eval(run)
-    shown = best or (run.evals[-1] if run.evals else {})
+    shown = shown_eval(run)
     labels = [str(label) for label in run.plan.get("labels") or []]
     clipping = finite((run.plan.get("spec") or {}).get("gradient_clipping"))
     peak = finite((run.outcome.get("facts") or {}).get("peak_memory_bytes"))
