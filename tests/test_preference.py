@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.data.prepare import prepared_folder
+from orchestrator.data.sources import find_files
 from orchestrator.tasks import BadRow, PreferenceTuning
 
 TASK = PreferenceTuning(type="preference", beta=0.5)
@@ -105,3 +108,17 @@ def test_a_pair_that_teaches_nothing_is_bad(tokenizer: Any, row: dict[str, Any],
     (bad,) = TASK.encode([ROWS[0] | row], tokenizer, 16, ())
     assert isinstance(bad, BadRow)
     assert why in bad.why
+
+
+def test_what_is_decided_after_preparing_finds_the_same_rows(
+    models: tiny.Tiny, tmp_path: Path
+) -> None:
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", ROWS)
+
+    def folder(**task: Any) -> Path:
+        spec = tiny.job(models.llama, rows, tmp_path, task={"type": "preference", **task})
+        files = find_files(spec.data.train, spec.data.format)
+        return prepared_folder(spec, "train", files, None, False)
+
+    assert folder(beta=0.1) == folder(beta=0.5, label_smoothing=0.1)
+    assert folder(chosen_column="rejected", rejected_column="chosen") != folder()

@@ -93,7 +93,7 @@ def prepare_split(
         split if held_out else None,
         files,
         labels,
-        _folder(spec, split, files, labels, held_out),
+        prepared_folder(spec, split, files, labels, held_out),
     )
 
 
@@ -105,22 +105,23 @@ def _find(
     held_out: bool | None = None,
 ) -> Prepared | None:
     held_out = spec.data.eval_fraction is not None if held_out is None else held_out
-    folder = _folder(spec, split, files, labels, held_out)
+    folder = prepared_folder(spec, split, files, labels, held_out)
     manifest = read_manifest(folder)
     return Prepared(folder, manifest) if manifest else None
 
 
-def _folder(
+def prepared_folder(
     spec: JobSpec,
     split: Split,
     files: list[SourceFile],
     labels: tuple[str, ...] | None,
     held_out: bool,
 ) -> Path:
+    """Where the rows of these inputs lie once they are prepared: named by all that they depend on."""
     facts = {
         "version": FORMAT_VERSION,
         "files": [(f.format, f.size_bytes, f.digest) for f in files],
-        "task": spec.task.model_dump(mode="json"),
+        "task": spec.task.model_dump(mode="json", exclude=set(spec.task.after_prepare)),
         "tokenizer": tokenizer_fingerprint(spec),
         "max_length_tokens": max_length_tokens(spec),
         "over_long": spec.data.over_long,

@@ -53,6 +53,8 @@ class Task(Frozen):
     """Features that `metrics` needs beside what `measure` keeps."""
     needs_tokenizer: ClassVar[bool] = False
     """Evaluation calls `decode` before `metrics`."""
+    after_prepare: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change nothing about prepared rows: another value finds the same ones."""
     reads_text: ClassVar[bool] = True
     """Rows go through a tokenizer; otherwise `encode` and `predict` are given None for it."""
     has_reference: ClassVar[bool] = False

@@ -38,6 +38,7 @@ class ImageClassification(SingleLabel):
     peft_task: ClassVar[str] = ""  # peft knows no such kind, so it would freeze the head
     reads_text: ClassVar[bool] = False
     fixed_length: ClassVar[bool] = True
+    after_prepare: ClassVar[frozenset[str]] = frozenset({"mean", "std"})
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:
         yield from super().broken_rules(has_eval)

@@ -41,6 +41,7 @@ class MultiLabelClassification(SequenceTask):
     )
     default_metric: ClassVar[str] = "f1_micro"
     target_kind: ClassVar[FeatureKind] = "ints"
+    after_prepare: ClassVar[frozenset[str]] = frozenset({"threshold"})
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:
         yield from label_problems(self.labels)

@@ -57,6 +57,7 @@ class PreferenceTuning(Task):
     peft_task: ClassVar[str] = "CAUSAL_LM"
     all_logits: ClassVar[bool] = True
     has_reference: ClassVar[bool] = True
+    after_prepare: ClassVar[frozenset[str]] = frozenset({"beta", "label_smoothing"})
     required_inputs: ClassVar[tuple[str, ...]] = ("position_ids",)
     usual_global_rows: ClassVar[int] = 16
 

@@ -52,6 +52,7 @@ class QuestionAnswering(Task):
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     pipeline_tag: ClassVar[str] = "question-answering"
     peft_task: ClassVar[str] = "QUESTION_ANS"
+    after_prepare: ClassVar[frozenset[str]] = frozenset({"max_answer_tokens"})
     kept_features: ClassVar[tuple[str, ...]] = (
         "window",
         "context",

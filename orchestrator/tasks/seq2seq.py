@@ -63,6 +63,7 @@ class Seq2Seq(Task):
     all_logits: ClassVar[bool] = True
     kept_features: ClassVar[tuple[str, ...]] = ("reference",)
     needs_tokenizer: ClassVar[bool] = True
+    after_prepare: ClassVar[frozenset[str]] = frozenset({"num_beams", "bleu_tokenize"})
 
     @property
     def columns(self) -> tuple[str, ...]:
