@@ -67,7 +67,8 @@ TASKS: dict[str, dict[str, Any]] = {
             "rejected": " so-so" if r["label"] == "good" else " good",
         },
         "predicted": "completion",
-        "job": {"tuning": {"type": "lora"}, "zero": {"stage": 3}},
+        "task": {"beta": 1.0},
+        "job": {"tuning": {"type": "lora"}, "zero": {"stage": 3}, "optimizer": {"lr": 2e-2}},
     },
     "image_classification": {
         "model": "bert",  # not used: the model comes from its config
