@@ -70,15 +70,12 @@ def render(run: Run) -> str:
         headline=headline(run),
         shares=[Share(what, seconds, COLOURS[what]) for what, seconds in time_spent(run)],
         charts=charts(run),
-        shown=shown_eval(run),
-        examples=shown_eval(run).get("examples"),
         comparisons=comparisons(run),
         timeline=timeline(run),
         job_text=run.job_text,
     )
-    return render_page(
-        "run.html.jinja", page, run=run, done=steps_done(run), predicted=_memory(run.plan)
-    )
+    facts = {"done": steps_done(run), "predicted": _memory(run.plan), "shown": shown_eval(run)}
+    return render_page("run.html.jinja", page, run=run, **facts)
 
 
 def status_words(run: Run) -> tuple[str, str]:
