@@ -63,12 +63,13 @@ class FollowCluster(ControllerCallback):  # type: ignore[misc]  # Ray's internal
         """
         grows = decision.num_workers > self.num_workers
         patience_s = self.patience_s if grows else min(self.patience_s, SHRINK_PATIENCE_S)
-        append_event(self.folder.events, "resize", workers=decision.num_workers)
-        self.folder.handover_request.touch()
         deadline = time.monotonic() + patience_s
-        while time.monotonic() < deadline and self._is_open():
-            time.sleep(POLL_S)
-        self.folder.handover_request.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is raised here would end the run
+            append_event(self.folder.events, "resize", workers=decision.num_workers)
+            self.folder.handover_request.touch()
+            while time.monotonic() < deadline and self._is_open():
+                time.sleep(POLL_S)
+            self.folder.handover_request.unlink(missing_ok=True)
 
     def _is_open(self) -> bool:
         """Whether the workers still have to commit: they take the request away, or end the run."""
@@ -77,8 +78,8 @@ class FollowCluster(ControllerCallback):  # type: ignore[misc]  # Ray's internal
 
 def look_at_nodes() -> None:
     """Have Ray look at the cluster now: by itself it does so every 20 s, and counts on lost nodes till then."""
-    coordinator: Any = get_or_create_autoscaling_coordinator()
-    with contextlib.suppress(ray.exceptions.RayError):
+    with contextlib.suppress(ray.exceptions.RayError, ValueError):
+        coordinator: Any = get_or_create_autoscaling_coordinator()
         look = coordinator.get_reserved_resources.remote("orchestrator", recompute=True)
         ray.get(look, timeout=LOOK_TIMEOUT_S)
 
