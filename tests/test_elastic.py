@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,38 @@ def test_a_rank_for_which_no_random_state_was_saved_is_seeded_from_seed_step_and
     assert draw(1, 7, 100) == draw(1, 7, 100)
     others = {draw(*key) for key in ((1, 7, 100), (2, 7, 100), (1, 8, 100), (1, 7, 101))}
     assert len(others) == 4
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_a_change_of_size_waits_for_the_commit_but_not_for_ever(
+    commits: bool, tmp_path: Path
+) -> None:
+    from ray.train.v2._internal.execution.controller.state import ResizingState
+    from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
+
+    from orchestrator.launch.elastic import FollowCluster
+
+    folder = RunFolder(tmp_path)
+    asked = threading.Event()
+
+    def work() -> None:
+        while not folder.handover_request.exists():
+            time.sleep(0.01)
+        asked.set()
+        if commits:
+            time.sleep(0.2)
+            folder.handover_request.unlink()
+
+    threading.Thread(target=work, daemon=True).start()
+    began = time.monotonic()
+    follow = FollowCluster(folder, patience_s=60 if commits else 0.5)
+    growing = ResizingState(ResizeDecision(num_workers=2, resources_per_worker={}))
+    follow.after_controller_state_update(None, growing)
+    assert asked.is_set()
+    assert (0.2 if commits else 0.5) <= time.monotonic() - began < 50
+    assert not folder.handover_request.exists()
+    (event,) = read_records(folder.events)
+    assert (event["kind"], event["workers"]) == ("resize", 2)
 
 
 def made(plan: Plan, **changes: Any) -> Plan:
