@@ -69,7 +69,7 @@ def plain_loop(plan: Plan) -> list[float]:
     )
     model = build_model(spec, plan.labels)
     model.train()
-    groups = parameter_groups(model, spec.optimizer)
+    groups = parameter_groups(model, spec.optimizer, plan.learning_rate)
     optimizer = torch.optim.AdamW(groups)
     out = []
     for step in range(plan.total_steps):
@@ -81,7 +81,7 @@ def plain_loop(plan: Plan) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec.gradient_clipping or 1e9)
         for group in optimizer.param_groups:
-            group["lr"] = spec.optimizer.lr * lr_factor(spec.schedule, step, plan.total_steps)
+            group["lr"] = plan.learning_rate * lr_factor(spec.schedule, step, plan.total_steps)
         optimizer.step()
         optimizer.zero_grad()
         out.append(float(loss.detach()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from orchestrator.errors import OrchestratorError, SpecError
 from orchestrator.model.build import build_model
 from orchestrator.model.parts import groups
 from orchestrator.plan import describe_cluster, make_plan
+from orchestrator.plan.defaults import SOURCES, learning_rate
 from orchestrator.plan.fit import optimizer_states
 from orchestrator.spec import JobSpec
+from orchestrator.spec.reference import json_schema
 from orchestrator.train.lion import Lion
 from orchestrator.train.optimizer import make_optimizer
 
@@ -112,7 +115,9 @@ def test_weight_decay_is_decoupled_in_adamw_and_coupled_in_adam(spec: JobSpec) -
 def test_layers_move_slower_the_deeper_they_lie(spec: JobSpec) -> None:
     job = changed(spec, "optimizer.lr=0.001", "optimizer.layer_decay=0.5")
     scales = {
-        n: g.lr_scale for g in groups(build_model(job, LABELS), job.optimizer) for n in g.names
+        n: g.lr_scale
+        for g in groups(build_model(job, LABELS), job.optimizer, 1e-3)
+        for n in g.names
     }
     assert scales["bert.embeddings.word_embeddings.weight"] == 0.125
     assert scales["bert.encoder.layer.0.output.dense.weight"] == 0.25
@@ -127,7 +132,7 @@ def test_layers_move_slower_the_deeper_they_lie(spec: JobSpec) -> None:
 def test_the_head_can_have_a_rate_of_its_own(spec: JobSpec, tuning: list[str]) -> None:
     job = changed(spec, *tuning, "optimizer.head_lr=0.01", "optimizer.lr=0.001")
     model: Any = build_model(job, LABELS)
-    fast = {n for g in groups(model, job.optimizer) if g.lr_scale != 1 for n in g.names}
+    fast = {n for g in groups(model, job.optimizer, 1e-3) if g.lr_scale != 1 for n in g.names}
     assert len(fast) == 2
     assert all("classifier" in name for name in fast)
 
@@ -157,3 +162,75 @@ def test_adafactor_stays_at_stage_0_however_little_fits(spec: JobSpec) -> None:
     )
     assert plan.stage == 0
     assert "whole matrices" in plan.reasons["stage"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate", "source"),
+    [
+        ([], 5e-5, "1810.04805"),
+        (["tuning.type=lora"], 2e-4, "2106.09685"),
+        (["optimizer.type=lion"], 1e-5, "2302.06675"),
+        (["optimizer.type=lion", "tuning.type=lora"], 4e-5, "2106.09685"),
+        (["optimizer.type=adafactor"], 1e-3, "1910.10683"),
+        (["optimizer.type=sgd"], 1e-2, "search optimizer.lr"),
+    ],
+)
+def test_a_rate_that_is_left_open_follows_the_kind_of_tuning_and_names_its_source(
+    spec: JobSpec, overrides: list[str], rate: float, source: str
+) -> None:
+    plan = make_plan(changed(spec, *overrides), LAPTOP, prepared())
+    assert plan.learning_rate == pytest.approx(rate)
+    why = {one.field: one.why for one in plan.defaults}["optimizer.lr"]
+    assert source in why
+    assert plan.spec.optimizer.lr == "auto", "the spec stays as it was written"
+
+
+def test_new_weights_get_the_rate_of_the_nearest_size(
+    spec: JobSpec, models: tiny.Tiny, tmp_path: Path
+) -> None:
+    facts = make_plan(spec, LAPTOP, prepared()).model
+    scratch = spec.model_copy(update={"model": spec.model.model_copy(update={"pretrained": None})})
+    for size, rate in ((1e6, 6e-4), (300e6, 3e-4), (7e9, 1.2e-4)):
+        sized = facts.model_copy(update={"parameters": int(size)})
+        assert learning_rate(scratch, sized)[0] == rate
+
+
+def test_what_the_job_sets_is_no_default_and_all_else_has_its_source(spec: JobSpec) -> None:
+    job = changed(spec, "optimizer.lr=0.1", "optimizer.betas=[0.8, 0.9]", "gradient_clipping=2")
+    fields = {one.field for one in make_plan(job, LAPTOP, prepared()).defaults}
+    assert fields == {"optimizer.type", "optimizer.weight_decay", "schedule.type"}
+    assert all(one.why for one in make_plan(spec, LAPTOP, prepared()).defaults)
+
+
+def test_every_source_belongs_to_a_field() -> None:
+    schema = json_schema()
+    for field in SOURCES:
+        section, _, name = field.rpartition(".")
+        kind, _, name = name.rpartition("/")
+        found = json.dumps(schema["properties"][section] if section else schema["properties"])
+        models = [d for d in schema["$defs"].values() if name in d.get("properties", {})]
+        assert name in found or models, field
+        assert not kind or any(m["properties"]["type"].get("const") == kind for m in models), field
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("adamw", {"betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.3}),
+        ("adam", {"betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.3}),
+        ("sgd", {"momentum": 0.5, "nesterov": True, "weight_decay": 0.3}),
+        ("rmsprop", {"alpha": 0.5, "eps": 1e-6, "momentum": 0.4, "centered": True}),
+        ("lion", {"betas": [0.8, 0.95], "weight_decay": 0.3}),
+        ("adafactor", {"decay_rate": -0.7, "clip_threshold": 2.0, "scale_parameter": True}),
+    ],
+)
+def test_every_setting_reaches_the_optimizer(
+    spec: JobSpec, kind: str, settings: dict[str, Any]
+) -> None:
+    set_to = [f"optimizer.{name}={json.dumps(value)}" for name, value in settings.items()]
+    job = changed(spec, f"optimizer.type={kind}", "optimizer.lr=0.5", *set_to)
+    optimizer = make_optimizer(make_plan(job, LAPTOP, prepared()), build_model(job, LABELS))
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.5
+    for name, value in settings.items():
+        assert group[name] == (tuple(value) if isinstance(value, list) else value)

@@ -585,7 +585,7 @@ def test_a_tuning_that_hits_nothing_is_an_error(spec: JobSpec, override: str, wh
 
 def test_norms_and_biases_are_left_out_of_weight_decay(spec: JobSpec) -> None:
     model: Any = build_model(changed(spec, "tuning.freeze=['*embeddings*']"), LABELS)
-    decayed, spared = parameter_groups(model, AdamW(weight_decay=0.1))
+    decayed, spared = parameter_groups(model, AdamW(weight_decay=0.1), 1e-3)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim == 2 for p in decayed["params"])
     assert all(p.ndim == 1 for p in spared["params"])

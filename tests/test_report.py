@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.report.drawing import MOST_POINTS, smoothed, thinned
+from orchestrator.report.figures import loss_chart
 from orchestrator.report.html import headline, write_report
 from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.report.run import best_eval, read_run
@@ -378,3 +379,34 @@ def test_importing_the_report_loads_nothing_heavy() -> None:
     code = f"import sys, orchestrator.report.html; print({heavy} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_the_page_says_which_regularisation_and_which_defaults_a_run_had(folder: RunFolder) -> None:
+    settings = {"l1": 0.0, "r_drop_alpha": 4.0, "averaging": {"type": "ema", "decay": 0.9}}
+    why = "Devlin et al."
+    plan = {
+        "spec": {**PLAN["spec"], "regularisation": settings},
+        "defaults": [{"field": "optimizer.lr", "value": "5e-05", "why": why}],
+    }
+    write_run(folder, plan)
+    words = words_of(page_of(folder))
+    assert "r drop alpha 4.0 regularisation" in words
+    assert "averaging type ema, decay 0.9 regularisation" in words
+    assert "l1" not in words
+    assert "optimizer.lr 5e-05 default, because: Devlin et al." in words
+
+
+def test_a_run_that_ended_early_says_so_and_why(folder: RunFolder) -> None:
+    write_run(folder)
+    outcome = {"status": "finished", "step": 8, "message": "stopped early at step 8 of 20: enough"}
+    write_json(folder.outcome, outcome)
+    assert "run Finished early step 8 of 20" in words_of(page_of(folder))
+    assert "stopped early at step 8 of 20: enough" in words_of(page_of(folder))
+
+
+def test_the_loss_chart_shows_the_tasks_own_loss_where_it_differs() -> None:
+    steps = [step(n, task_loss=0.5 / n) for n in (1, 2, 3)]
+    chart = loss_chart(steps, [])
+    assert chart is not None
+    assert [t["name"] for t in chart.figure["data"]][-1].startswith("train without regularisation")
+    assert len(loss_chart([step(n) for n in (1, 2, 3)], []).figure["data"]) == 2  # type: ignore[union-attr]

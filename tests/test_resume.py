@@ -6,29 +6,58 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from group import named, plan_of, run_trials
 
+from orchestrator.data.manifest import read_manifest
+from orchestrator.data.shards import open_shards
+from orchestrator.data.stream import unpack_rows
 from orchestrator.plan import Plan
-from orchestrator.run_folder import RunFolder
+from orchestrator.report.records import read_records, read_steps
+from orchestrator.run_folder import RunFolder, read_json
 from orchestrator.train.checkpoint import Committed, committed
+from orchestrator.train.export import load_weights
 
 STEPS = 6
 KNOBS: dict[str, dict[str, Any]] = {
-    "adam-zero1": {"optimizer": {"type": "adam", "lr": 1e-3}, "zero": {"stage": 1}},
-    "rmsprop-zero2": {
+    "rmsprop-dropout-zero2": {
         "optimizer": {"type": "rmsprop", "lr": 1e-3, "momentum": 0.9, "centered": True},
-        "zero": {"stage": 2},
-    },
-    "lion-zero3": {"optimizer": {"type": "lion", "lr": 1e-3}, "zero": {"stage": 3}},
-    "nesterov-zero2": {
-        "optimizer": {"type": "sgd", "nesterov": True, "layer_decay": 0.5, "head_lr": 0.1},
+        "model": {"dropout": 0.1},
         "zero": {"stage": 2},
     },
     "adafactor": {"optimizer": {"type": "adafactor"}},
-}
+    **{
+        f"ema-zero{stage}": {
+            "regularisation": {"averaging": {"type": "ema", "decay": 0.7}},
+            "optimizer": {"lr": 1e-3},
+            "zero": {"stage": stage},
+        }
+        for stage in (0, 2, 3)
+    },
+    "adam-swa-bf16": {
+        "optimizer": {"type": "adam", "lr": 1e-3},
+        "regularisation": {"averaging": {"type": "swa", "start_ratio": 0.2, "every_steps": 2}},
+        "precision": "bf16",
+    },
+    "nesterov-noise-zero1": {
+        "optimizer": {"type": "sgd", "nesterov": True, "layer_decay": 0.5, "head_lr": 0.1},
+        "model": {"dropout": 0.1},
+        "regularisation": {
+            "l1": 1e-4, "label_smoothing": 0.1, "class_weights": "balanced", "neftune_alpha": 5,
+            "r_drop_alpha": 1, "token_masking": 0.2,
+        },
+        "zero": {"stage": 1},
+    },
+    "lion-mixup-plateau-zero3": {
+        "optimizer": {"type": "lion", "lr": 0.01},
+        "regularisation": {"mixup_alpha": 0.4},
+        "schedule": {"type": "plateau", "patience": 1, "metric": "loss"},
+        "zero": {"stage": 3},
+    },
+}  # fmt: skip
 
 
 def plans(models: tiny.Tiny, folder: Path) -> dict[str, Plan]:
@@ -56,9 +85,9 @@ def at(plan: Plan, step: int) -> Committed:
     return next(c for c in found if c.step == step)
 
 
-def interrupted(plan: Plan) -> Plan:
+def interrupted(plan: Plan, suffix: str = "interrupted") -> Plan:
     """A run folder that holds what was there when the run stood half-way."""
-    half = named(plan, f"{Path(plan.run_dir).name}-interrupted")
+    half = named(plan, f"{Path(plan.run_dir).name}-{suffix}")
     source = at(plan, STEPS // 2).folder
     shutil.copytree(source, RunFolder(Path(half.run_dir)).checkpoints / source.name)
     return half
@@ -70,11 +99,27 @@ def runs(
 ) -> dict[str, tuple[Plan, Plan]]:
     """Each knob's run, once straight through and once from its middle on, in other workers."""
     straight = plans(models, tmp_path_factory.mktemp("resume"))
-    first = run_trials(list(straight.values()))
+    early = ended_early(straight["adafactor"])
+    first = run_trials([*straight.values(), early])
     halves = {name: interrupted(plan) for name, plan in straight.items()}
-    second = run_trials(list(halves.values()))
-    assert [r["status"] for r in first + second] == ["finished"] * 2 * len(straight)
-    return {name: (straight[name], halves[name]) for name in straight}
+    again = named(early, "early")  # the same folder: what a launch after a crash at the end finds
+    other = with_other_decay(interrupted(straight["ema-zero2"], "other"))
+    second = run_trials([*halves.values(), again, other])
+    assert [r["status"] for r in first + second] == ["finished"] * (len(first) + len(second))
+    pairs = {name: (straight[name], halves[name]) for name in straight}
+    return {**pairs, "early": (early, again), "other": (straight["ema-zero2"], other)}
+
+
+def with_other_decay(plan: Plan) -> Plan:
+    """The plan with a weight decay that its checkpoint was not written with."""
+    optimizer = plan.spec.optimizer.model_copy(update={"weight_decay": 0.25})
+    return plan.model_copy(update={"spec": plan.spec.model_copy(update={"optimizer": optimizer})})
+
+
+def ended_early(plan: Plan) -> Plan:
+    """The plan with a target that its first evaluation reaches."""
+    stop = plan.spec.stop.model_copy(update={"target": 0.0})
+    return named(plan, "early", spec=plan.spec.model_copy(update={"stop": stop}))
 
 
 @pytest.mark.parametrize("knob", KNOBS)
@@ -88,6 +133,85 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not(
         one, other = (torch.load(c.folder / file, weights_only=False) for c in (straight, resumed))
         assert differences(one, other) == [], file
     assert without_times(straight) == without_times(resumed)
+
+
+@pytest.mark.parametrize("knob", ["ema-zero0", "ema-zero2", "ema-zero3"])
+def test_evaluation_and_export_use_the_averaged_weights(
+    knob: str, runs: dict[str, tuple[Plan, Plan]]
+) -> None:
+    plan, reference = runs[knob][0], runs["ema-zero0"][0]
+    checkpoint, other = at(plan, STEPS), at(reference, STEPS)
+    averages, same = (torch.load(c.folder / "averaged.pt") for c in (checkpoint, other))
+    for name, value in averages.items():
+        torch.testing.assert_close(value, same[name], rtol=1e-3, atol=2e-6)
+    exported, raw = load_weights(plan, checkpoint), load_weights(plan, without_averages(checkpoint))
+    evaluated = checkpoint.facts["progress"]["last_eval"]["loss"]
+    assert evaluation_loss(plan, exported) == pytest.approx(evaluated, rel=1e-5)
+    assert evaluation_loss(plan, raw) != pytest.approx(evaluated, rel=1e-5)
+
+
+def without_averages(checkpoint: Committed) -> Committed:
+    """A copy of a checkpoint that holds the weights as they were trained."""
+    bare = checkpoint.folder.parent.parent / "bare" / checkpoint.folder.name
+    shutil.copytree(checkpoint.folder, bare, dirs_exist_ok=True)
+    (bare / "averaged.pt").unlink()
+    return Committed(bare, checkpoint.facts)
+
+
+def evaluation_loss(plan: Plan, model: Any) -> float:
+    """Mean loss over the plan's evaluation rows."""
+    assert plan.eval_data is not None
+    manifest = read_manifest(Path(plan.eval_data.folder))
+    assert manifest is not None
+    rows = unpack_rows(open_shards(plan.eval_data.folder, manifest).take(np.arange(manifest.rows)))
+    batch = plan.spec.task.collate(rows, np.ones(len(rows)), plan.pad_token_id)
+    with torch.no_grad():
+        return float(plan.spec.task.loss_sum(model.eval(), batch)) / len(rows)
+
+
+def test_a_run_that_reached_its_target_has_ended_and_goes_no_further_when_launched_again(
+    runs: dict[str, tuple[Plan, Plan]],
+) -> None:
+    folder = RunFolder(Path(runs["early"][0].run_dir))
+    outcome = read_json(folder.outcome)
+    assert outcome is not None
+    assert outcome["step"] == 1
+    assert "stopped early at step 1 of 6" in outcome["message"]
+    assert [r["step"] for r in read_records(folder.steps)] == [1], "no step was done twice"
+    assert [c.step for c in committed(folder.checkpoints)] == [1]
+
+
+def test_a_run_that_goes_on_from_anothers_checkpoint_keeps_settings_of_its_own(
+    runs: dict[str, tuple[Plan, Plan]],
+) -> None:
+    before, after = (decays(at(plan, STEPS)) for plan in runs["other"])
+    assert before == {0.01, 0.0}
+    assert after == {0.25, 0.0}
+
+
+def decays(checkpoint: Committed) -> set[float]:
+    """Weight decays of the optimizer's groups in a ZeRO 2 checkpoint."""
+    path = min(checkpoint.folder.rglob("*_optim_states.pt"))
+    state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+    return {group["weight_decay"] for group in state["base_optimizer_state"]["param_groups"]}
+
+
+def test_dropout_is_on_from_the_first_step(runs: dict[str, tuple[Plan, Plan]]) -> None:
+    plan = runs["rmsprop-dropout-zero2"][0]
+    first = read_steps(RunFolder(Path(plan.run_dir)).steps)[0]["loss"]
+    undropped = read_steps(RunFolder(Path(runs["adafactor"][0].run_dir)).steps)[0]["loss"]
+    assert first != pytest.approx(undropped, rel=1e-4), "the same weights and the same rows"
+
+
+def test_a_rate_lowered_on_a_plateau_stays_lowered_after_a_resume(
+    runs: dict[str, tuple[Plan, Plan]],
+) -> None:
+    straight, resumed = (
+        {r["step"]: r["lr"] for r in read_steps(RunFolder(Path(plan.run_dir)).steps)}
+        for plan in runs["lion-mixup-plateau-zero3"]
+    )
+    assert min(straight.values()) < 0.01, "it was lowered"
+    assert {step: straight[step] for step in resumed} == resumed
 
 
 def without_times(checkpoint: Committed) -> Any:

@@ -202,7 +202,7 @@ def test_what_is_measured_on_evaluation_rows_needs_some(
 
 
 def test_the_shortest_job_is_accepted(base: dict[str, Any]) -> None:
-    assert parse_spec(base).optimizer.lr == 5e-5
+    assert parse_spec(base).optimizer.lr == "auto"
 
 
 def test_overrides_reach_sections_that_the_file_does_not_have(base: dict[str, Any]) -> None:

@@ -49,6 +49,11 @@ def test_patience_counts_evaluations_without_a_better_value() -> None:
     assert stopped_after(StopSpec(patience=2), history) == 5
     assert stopped_after(StopSpec(patience=2, min_delta=0.05), history) == 4
     assert stopped_after(StopSpec(patience=3), history) == 6, "it went on and got better"
+    endless = evals((math.inf, 1), (0.5, 1), (0.6, 1))
+    assert stopped_after(StopSpec(patience=2), endless, higher=True) == 3, (
+        "infinity is no best value"
+    )
+    assert not reason_to_stop(StopSpec(patience=2), endless, "loss", True)
 
 
 def test_over_fitting_is_a_rising_evaluation_loss_while_the_training_loss_falls() -> None:

@@ -50,11 +50,29 @@ def _own_config(spec: JobSpec) -> Any:
         ) from error
 
 
-def _set_dropout(config: Any, value: float) -> None:
-    """Every field of the config that is a dropout probability (`hidden_dropout_prob`, `resid_pdrop`, …)."""
-    for name, current in config.to_dict().items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(current, int | float):
-            setattr(config, name, value)
+def dropouts(config: Any) -> dict[str, float]:
+    """The config's fields that are a dropout probability (`hidden_dropout_prob`, `resid_pdrop`, …)."""
+    return {
+        name: float(value)
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or name.endswith("pdrop"))
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    }
+
+
+def _set_dropout(config: Any, wanted: float | dict[str, float]) -> None:
+    """Set all dropouts of the config, or those named; raises OrchestratorError for a name it lacks."""
+    known = dropouts(config)
+    if not isinstance(wanted, dict):
+        wanted = dict.fromkeys(known, wanted)
+    for name, value in wanted.items():
+        if name not in known:
+            raise OrchestratorError(
+                f"model.dropout: {config.model_type} has no {name!r}. "
+                f"Its dropouts: {', '.join(known) or 'none'}."
+            )
+        setattr(config, name, value)
 
 
 def load_tokenizer(spec: JobSpec) -> Any:

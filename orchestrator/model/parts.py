@@ -32,12 +32,12 @@ def no_decay(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) <= 1 or name.endswith(".bias") or "norm" in name.lower()
 
 
-def groups(model: Any, optimizer: OptimizerSpec) -> list[Group]:
-    """The trainable parameters by rate and decay, in the order of the model.
+def groups(model: Any, optimizer: OptimizerSpec, lr: float) -> list[Group]:
+    """The trainable parameters by rate and decay, in the order of the model. `lr`: the peak rate.
 
     Raises OrchestratorError where `head_lr` or `layer_decay` finds no such part.
     """
-    scales = _lr_scales(model, optimizer)
+    scales = _lr_scales(model, optimizer, lr)
     found: dict[tuple[float, bool], list[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -46,23 +46,25 @@ def groups(model: Any, optimizer: OptimizerSpec) -> list[Group]:
     return [Group(scale, spared, tuple(names)) for (scale, spared), names in found.items()]
 
 
-def parameter_groups(model: torch.nn.Module, optimizer: OptimizerSpec) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: torch.nn.Module, optimizer: OptimizerSpec, lr: float
+) -> list[dict[str, Any]]:
     """`groups` as a torch optimizer takes them; `lr_scale` and `spared` stay with each."""
     parameters = dict(model.named_parameters())
     return [
         {
             "params": [parameters[name] for name in group.names],
-            "lr": optimizer.lr * group.lr_scale,
+            "lr": lr * group.lr_scale,
             "lr_scale": group.lr_scale,
             "spared": group.spared,
             "weight_decay": 0.0 if group.spared else optimizer.weight_decay,
         }
-        for group in groups(model, optimizer)
+        for group in groups(model, optimizer, lr)
     ]
 
 
-def _lr_scales(model: Any, optimizer: OptimizerSpec) -> dict[str, float]:
-    """Share of `optimizer.lr` per parameter name."""
+def _lr_scales(model: Any, optimizer: OptimizerSpec, lr: float) -> dict[str, float]:
+    """Share of `lr` per parameter name."""
     names = [name for name, _ in model.named_parameters()]
     scales = dict.fromkeys(names, 1.0)
     if optimizer.layer_decay < 1:
@@ -70,7 +72,7 @@ def _lr_scales(model: Any, optimizer: OptimizerSpec) -> dict[str, float]:
         scales = {name: optimizer.layer_decay ** (top - depths[name]) for name in names}
     if optimizer.head_lr is not None:
         for name in head_names(model):
-            scales[name] = optimizer.head_lr / optimizer.lr
+            scales[name] = optimizer.head_lr / lr
     return scales
 
 

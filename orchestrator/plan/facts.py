@@ -52,7 +52,9 @@ def facts_of(model: Any) -> ModelFacts:
     )
 
 
-def part_rates(spec: JobSpec, labels: tuple[str, ...]) -> tuple[tuple[float, int], ...]:
+def part_rates(
+    spec: JobSpec, labels: tuple[str, ...], peak_lr: float
+) -> tuple[tuple[float, int], ...]:
     """(peak learning rate, trainable parameters) by part of the model, lowest first; empty for one rate.
 
     Raises OrchestratorError where `optimizer.head_lr` or `layer_decay` finds no such part.
@@ -63,8 +65,8 @@ def part_rates(spec: JobSpec, labels: tuple[str, ...]) -> tuple[tuple[float, int
     model: Any = build_model(spec, labels, on_meta=True)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     counts: dict[float, int] = {}
-    for group in groups(model, optimizer):
-        lr = optimizer.lr * group.lr_scale
+    for group in groups(model, optimizer, peak_lr):
+        lr = peak_lr * group.lr_scale
         counts[lr] = counts.get(lr, 0) + sum(sizes[name] for name in group.names)
     return tuple(sorted(counts.items()))
 

@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.errors import PlanError
 from orchestrator.plan.cluster import GIB
 from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, memory_bytes
+from orchestrator.plan.regularisation import averages, passes_per_row
 from orchestrator.plan.resources import Workers
 from orchestrator.plan.zero import bucket_elements
 from orchestrator.spec import JobSpec
@@ -48,7 +49,8 @@ class Load:
             world_size=self.workers.count,
             stage=stage,
             bf16=self.bf16,
-            optimizer_states=optimizer_states(spec),
+            optimizer_states=optimizer_states(spec) + averages(spec),
+            averages=averages(spec),
             offload_optimizer=spec.zero.offload_optimizer == "cpu",
             offload_param=spec.zero.offload_param == "cpu",
             bucket_elements=bucket_elements(spec, self.model.trainable),
@@ -63,6 +65,7 @@ class Load:
 
     def need(self, model: ModelFacts, setup: MemorySetup, rows: int) -> dict[str, int]:
         """Bytes of a worker, for micro-batches of `rows` of the longest rows."""
+        rows *= passes_per_row(self.spec)
         return memory_bytes(model, setup, rows, self.tokens_per_row, self.target_tokens_per_row)
 
 

@@ -49,7 +49,10 @@ class MemorySetup(Frozen):
     stage: Stage
     bf16: bool
     optimizer_states: int
-    """fp32 values the optimizer keeps per trainable element: 2 for Adam, 1 for momentum."""
+    """fp32 values the optimizer keeps per trainable element: 2 for Adam, 1 for momentum, 1 more for an
+    average of the weights."""
+    averages: bool = False
+    """Checkpoints hold the averaged weights in one piece too."""
     offload_optimizer: bool
     offload_param: bool
     bucket_elements: int
@@ -149,4 +152,5 @@ def checkpoint_bytes(model: ModelFacts, setup: MemorySetup) -> int:
     """One checkpoint on disk, all ranks together; frozen weights are not in it."""
     word = 2 if setup.bf16 else 4
     master = 4 if setup.stage >= 1 or setup.bf16 else 0
-    return model.trainable * (word + master + 4 * setup.optimizer_states)
+    whole = word if setup.averages else 0
+    return model.trainable * (word + master + whole + 4 * setup.optimizer_states)

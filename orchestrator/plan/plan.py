@@ -13,9 +13,16 @@ from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import PlanError
 from orchestrator.model.config import check_tokenizer, load_tokenizer
 from orchestrator.plan.cluster import GIB, Cluster
+from orchestrator.plan.defaults import Default, defaults, learning_rate
 from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load
 from orchestrator.plan.memory import ModelFacts, Stage, checkpoint_bytes
+from orchestrator.plan.regularisation import (
+    check_dropout,
+    class_weights,
+    mask_token,
+    special_tokens,
+)
 from orchestrator.plan.resources import (
     Workers,
     check_cpus,
@@ -83,8 +90,16 @@ class Plan(Frozen):
     checkpoint_every_steps: int
     checkpoint_bytes: int
     optimizer_class: str
+    learning_rate: float
+    """At its peak; a head with a rate of its own has another."""
+    defaults: tuple[Default, ...]
     part_rates: tuple[tuple[float, int], ...]
     """(peak learning rate, trainable parameters) by part of the model; empty for one rate."""
+    class_weights: tuple[float, ...] = ()
+    """Weight of each label's rows; empty where all count alike."""
+    mask_token_id: int | None = None
+    special_token_ids: tuple[int, ...] = ()
+    """Tokens that are never masked; empty where none are."""
     memory_bytes: dict[str, int]
     memory_limit_bytes: int
     deepspeed: dict[str, Any]
@@ -127,6 +142,8 @@ def make_plan(
     eval_every = _eval_every(spec, prepared, steps_per_epoch, total, reasons)
     metric = spec.evaluation.metric or spec.task.default_metric
     work_dir = work_dir or Path.cwd()
+    lr, lr_source = learning_rate(spec, model)
+    check_dropout(spec, labels)
     run_dir = str(work_dir / spec.storage / spec.name)
     size = checkpoint_bytes(model, setup)
     _check_disk(spec, cluster, run_dir, size)
@@ -140,6 +157,9 @@ def make_plan(
         labels=labels,
         max_length_tokens=train.manifest.max_length_tokens,
         pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0,
+        mask_token_id=mask_token(spec, tokenizer, reasons),
+        special_token_ids=special_tokens(spec, tokenizer),
+        class_weights=class_weights(spec, labels, train.folder, reasons),
         train_data=data_facts(train),
         eval_data=data_facts(prepared["eval"]) if "eval" in prepared else None,
         gpus_per_worker=workers.gpus,
@@ -150,14 +170,16 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         warmup_steps=warmup_steps(spec.schedule, total),
-        planned_rates=planned_rates(spec.schedule, spec.optimizer.lr, total),
+        planned_rates=planned_rates(spec.schedule, lr, total),
         eval_every_steps=eval_every,
         metric=metric,
         higher_is_better=spec.task.higher_is_better(metric),
         checkpoint_every_steps=_checkpoint_every(spec, total, reasons),
         checkpoint_bytes=size,
         optimizer_class=optimizer_class(spec, workers.on_gpu, reasons),
-        part_rates=part_rates(spec, labels),
+        learning_rate=lr,
+        defaults=defaults(spec, lr, lr_source),
+        part_rates=part_rates(spec, labels, lr),
         memory_limit_bytes=limit,
         reasons=reasons,
         warnings=(*_warnings(spec, prepared), *_start_warnings(cluster, model, shares)),

@@ -9,11 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.data.order import rows_per_rank
-from orchestrator.plan.chart import text_chart
 from orchestrator.plan.cluster import GIB
 from orchestrator.plan.plan import DataFacts, Plan, at_workers
-from orchestrator.plan.schedule import lr_factor
-from orchestrator.spec.schedule import PlateauSchedule
+from orchestrator.plan.show_learning import default_rows, learning, schedule_chart
 
 Row = tuple[str, str, str]
 
@@ -24,13 +22,15 @@ def show_plan(plan: Plan) -> RenderableType:
     for title, rows in (
         ("model and data", _what(plan)),
         ("batch and steps", _how_long(plan)),
+        ("learning", learning(plan)),
         ("workers", _where(plan)),
         ("memory per worker", _memory(plan)),
         ("files", _files(plan)),
+        ("defaults", default_rows(plan)),
     ):
         parts.append(table(title, rows))
-        if title == "batch and steps":
-            parts.append(_schedule_chart(plan))
+        if title == "learning":
+            parts.append(schedule_chart(plan))
     parts += [Text(f"warning: {text}", style="yellow") for text in plan.warnings]
     return Group(*parts)
 
@@ -88,25 +88,6 @@ def _how_long(plan: Plan) -> Iterator[Row]:
         f"{plan.train_data.rows:,} rows / {plan.global_rows}; the last batch is filled up, no row is lost",
     )
     yield "total steps", f"{plan.total_steps:,}", reasons.get("total_steps", "stop")
-    optimizer = spec.optimizer
-    yield (
-        "optimizer",
-        f"{optimizer.type}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
-        f"{plan.optimizer_class}: {reasons.get('optimizer_class', 'optimizer.implementation')}",
-    )
-    if plan.part_rates:
-        yield (
-            "rates by part",
-            ", ".join(f"{lr:.2g} for {count:,}" for lr, count in plan.part_rates),
-            "peak rate for so many parameters: optimizer.layer_decay, optimizer.head_lr",
-        )
-    yield (
-        "schedule",
-        f"{spec.schedule.type}, {plan.warmup_steps} warm-up steps",
-        f"lr {max(lr for _, lr in plan.planned_rates):.2g} → {plan.planned_rates[-1][1]:.2g} at the last step",
-    )
-    if isinstance(spec.schedule, PlateauSchedule):
-        yield "", "", _plateau_words(spec.schedule, plan)
     order = spec.data.order
     yield (
         "order",
@@ -122,22 +103,6 @@ def _how_long(plan: Plan) -> Iterator[Row]:
         )
     else:
         yield "evaluation", "none", reasons.get("eval_every_steps", "")
-
-
-def _plateau_words(schedule: PlateauSchedule, plan: Plan) -> str:
-    metric = schedule.metric or plan.metric
-    when = [f"{metric} reaches {t:g}" for t in schedule.thresholds]
-    if schedule.patience is not None:
-        when.append(f"{metric} got no better in {schedule.patience} evaluations")
-    return f"at most: times {schedule.factor:g} whenever {', or '.join(when)}"
-
-
-def _schedule_chart(plan: Plan) -> Text:
-    """The learning rate over the run."""
-    schedule, total = plan.spec.schedule, plan.total_steps
-    peak = plan.spec.optimizer.lr
-    lines = text_chart(lambda step: lr_factor(schedule, step, total), total, f"{peak:.2g}")
-    return Text("\n".join(["learning rate by step", *lines]), style="dim", no_wrap=True)
 
 
 def _where(plan: Plan) -> Iterator[Row]:

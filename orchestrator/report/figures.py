@@ -23,6 +23,7 @@ from orchestrator.report.drawing import (
     named_axis,
     points,
     raw_and_smooth,
+    smoothed,
     star,
     steps_of,
     tall,
@@ -61,6 +62,8 @@ def loss_chart(steps: Sequence[Record], evals: Sequence[Record]) -> Chart | None
     """Training loss per step, raw and smoothed, with the evaluation loss on it."""
     x, y = steps_of(steps), column(steps, "loss")
     traces = raw_and_smooth(x, y, "train")
+    own = smoothed(column(steps, "task_loss"))
+    traces += line(x, own, "train without regularisation, mean", "#7c3aed", 2)
     traces += points(steps_of(evals), column(evals, "loss"), "evaluation", EVALUATED)
     note = "Mean loss per target of each global batch, light; its moving mean, dark."
     return chart_of("loss", "Loss", note, traces, "loss", wide=True, height_px=360)

@@ -83,6 +83,8 @@ def status_words(run: Run) -> tuple[str, str]:
     status = run.outcome.get("status")
     if status is None:
         return ("No result yet" if run.events or run.steps else "Not started", "fair")
+    if status == "finished" and run.outcome.get("message"):
+        return "Finished early", "good"  # the message says why
     return STATUS_WORDS.get(status, (str(status), "fair"))
 
 

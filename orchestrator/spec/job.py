@@ -11,6 +11,7 @@ from orchestrator.spec.kubernetes import KubernetesSpec
 from orchestrator.spec.model import FullTuning, ModelSpec, TuningSpec
 from orchestrator.spec.optimization import BatchSpec, ZeroSpec
 from orchestrator.spec.optimizer import AdamW, OptimizerSpec
+from orchestrator.spec.regularisation import RegularisationSpec
 from orchestrator.spec.runtime import RuntimeSpec
 from orchestrator.spec.schedule import LinearSchedule, ScheduleSpec
 from orchestrator.spec.sweep import SweepSpec
@@ -135,6 +136,8 @@ class JobSpec(Frozen):
     """How they move."""
     schedule: ScheduleSpec = LinearSchedule()
     """How the learning rate changes."""
+    regularisation: RegularisationSpec = RegularisationSpec()
+    """What keeps the model from learning its rows by heart."""
     batch: BatchSpec = BatchSpec()
     """Rows per step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.schedule import PlateauSchedule, StepSchedule, WSDSchedule
+from orchestrator.tasks.single_label import SingleLabel
 
 NO_EVAL_ROWS = "has no rows to be measured on"
 GIVE_EVAL_ROWS = "set data.eval, or data.eval_fraction=0.1, or drop it"
@@ -17,6 +18,7 @@ def knob_rules(spec: JobSpec) -> Iterator[Problem]:
     yield from _optimizer(spec)
     yield from _schedule(spec)
     yield from _stop(spec)
+    yield from _regularisation(spec)
 
 
 def _optimizer(spec: JobSpec) -> Iterator[Problem]:
@@ -91,3 +93,36 @@ def _needs_evaluations(spec: JobSpec, field: str, value: object) -> Iterator[Pro
     elif spec.evaluation.every_steps == "end":
         fix = "evaluation.every_steps: epoch, or a number of steps"
         yield Problem(field, "looks at evaluations before the end, and there are none", fix, value)
+
+
+def _regularisation(spec: JobSpec) -> Iterator[Problem]:
+    settings, task = spec.regularisation, spec.task
+    for field in ("label_smoothing", "r_drop_alpha"):
+        if getattr(settings, field) and not task.has_scores:
+            why = f"needs a task that chooses among classes or tokens, which {task.type} does not"
+            yield Problem(f"regularisation.{field}", why, "drop it", getattr(settings, field))
+    for field in ("neftune_alpha", "token_masking"):
+        if getattr(settings, field) and not task.reads_text:
+            why = f"works on words, which {task.type} does not read"
+            yield Problem(f"regularisation.{field}", why, "drop it", getattr(settings, field))
+    for field in ("class_weights", "mixup_alpha"):
+        value = getattr(settings, field)
+        if value is not None and not isinstance(task, SingleLabel):
+            why = f"needs one label per row, which {task.type} does not have"
+            yield Problem(f"regularisation.{field}", why, "drop it", value)
+    if settings.mixup_alpha is not None and settings.r_drop_alpha is not None:
+        why = "excludes regularisation.r_drop_alpha: both decide what a row is paired with"
+        yield Problem("regularisation.mixup_alpha", why, "keep one", settings.mixup_alpha)
+    if settings.r_drop_alpha is not None and spec.model.dropout == 0:
+        why = "needs dropout, or both passes are the same"
+        fix = "model.dropout=0.1, or drop it"
+        yield Problem("regularisation.r_drop_alpha", why, fix, settings.r_drop_alpha)
+    weights, labels = settings.class_weights, getattr(task, "labels", None)
+    if isinstance(weights, dict) and labels:
+        yield from _labels_of(weights, labels)
+
+
+def _labels_of(weights: dict[str, float], labels: tuple[str, ...]) -> Iterator[Problem]:
+    for label in sorted(weights.keys() - set(labels)):
+        fix = f"choose from: {', '.join(labels)}"
+        yield Problem("regularisation.class_weights", "is not among task.labels", fix, label)

@@ -8,6 +8,8 @@ from pydantic import Field, Tag
 
 from orchestrator.values import Frozen, by_type
 
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
 
 class ModelSpec(Frozen):
     """A Hugging Face model: pretrained (hub id or local folder), or from a config."""
@@ -24,8 +26,9 @@ class ModelSpec(Frozen):
     """Hub id or folder of the tokenizer. Default: the one beside `pretrained`."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel, passed to `transformers` as `attn_implementation`; `auto` lets it choose."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Sets every dropout probability of the model's config. Default: the config's own."""
+    dropout: Probability | dict[str, Probability] | None = None
+    """Sets every dropout probability of the model's config, or those named
+    (`{hidden_dropout_prob: 0.2}`). Default: the config's own."""
 
 
 class FullTuning(Frozen):

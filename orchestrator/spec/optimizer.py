@@ -13,9 +13,12 @@ Rate = Annotated[float, Field(gt=0)]
 Implementation = Literal["auto", "deepspeed", "torch"]
 
 
-class PartRates(Frozen):
-    """Rates that differ by part of the model, for every optimizer."""
+class Rates(Frozen):
+    """Learning rates, whichever the optimizer."""
 
+    lr: Rate | Literal["auto"] = "auto"
+    """Peak learning rate, before and beside what the schedule makes of it. `auto`: the usual one for this
+    kind of tuning; the plan says which, and whose."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Peak rate of a layer as a share of the one above; the embeddings have the lowest, the head has
     `lr` (Howard & Ruder, arXiv 1801.06146; Clark et al., arXiv 2003.10555, use 0.8). 1 is one rate for all."""
@@ -23,12 +26,10 @@ class PartRates(Frozen):
     """Peak learning rate of the task's head. Default: `lr`."""
 
 
-class AdamW(PartRates):
+class AdamW(Rates):
     """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101)."""
 
     type: Literal["adamw"] = "adamw"
-    lr: Rate = 5e-5
-    """Peak learning rate."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: Rate = 1e-8
@@ -40,12 +41,10 @@ class AdamW(PartRates):
     an extension at first use); `auto` does so where a compiler is found, and says which in the plan."""
 
 
-class Adam(PartRates):
+class Adam(Rates):
     """Adam with its weight decay as an L2 penalty in the gradient (Kingma & Ba, arXiv 1412.6980)."""
 
     type: Literal["adam"]
-    lr: Rate = 5e-5
-    """Peak learning rate."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: Rate = 1e-8
@@ -57,12 +56,10 @@ class Adam(PartRates):
     """As for `adamw`."""
 
 
-class SGD(PartRates):
+class SGD(Rates):
     """Stochastic gradient descent with optional (Nesterov) momentum."""
 
     type: Literal["sgd"]
-    lr: Rate = 1e-2
-    """Peak learning rate."""
     momentum: Probability = 0.9
     """0 is plain SGD."""
     nesterov: bool = False
@@ -71,12 +68,10 @@ class SGD(PartRates):
     """L2 penalty added to the gradient; norms and biases are left out of it."""
 
 
-class RMSProp(PartRates):
+class RMSProp(Rates):
     """Steps divided by a moving root mean square of the gradient (Hinton, Coursera lecture 6e, 2012)."""
 
     type: Literal["rmsprop"]
-    lr: Rate = 5e-5
-    """Peak learning rate."""
     alpha: Probability = 0.99
     """Decay of the mean square."""
     eps: Rate = 1e-8
@@ -89,27 +84,23 @@ class RMSProp(PartRates):
     """L2 penalty added to the gradient; norms and biases are left out of it."""
 
 
-class Lion(PartRates):
+class Lion(Rates):
     """The sign of an interpolated momentum (Chen et al., arXiv 2302.06675): half of Adam's state."""
 
     type: Literal["lion"]
-    lr: Rate = 1e-5
-    """Peak learning rate. Every weight moves by it at every step: 3 to 10 times less than for Adam."""
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     """Interpolation for the step, and decay of the momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Decoupled decay, 3 to 10 times more than for AdamW; norms and biases are left out of it."""
 
 
-class Adafactor(PartRates):
+class Adafactor(Rates):
     """Adam's second moment as one row and one column per matrix (Shazeer & Stern, arXiv 1804.04235).
 
     Needs whole matrices, so ZeRO stage 0: from stage 1 on the optimizer sees flat pieces of them.
     """
 
     type: Literal["adafactor"]
-    lr: Rate = 1e-3
-    """Peak learning rate; the schedule decides it, not Adafactor's own relative steps."""
     decay_rate: Annotated[float, Field(lt=0)] = -0.8
     """The second moment decays by 1 − step^decay_rate."""
     clip_threshold: Annotated[float, Field(gt=0)] = 1.0

@@ -31,6 +31,19 @@ class BadRow:
     why: str
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a model says and what it should have said, target by target.
+
+    `logits` (targets, classes) in fp32, `labels` (targets,) with -100 where nothing is learnt,
+    `weights` (targets,) 0 where nothing counts. Targets follow the order of the batch's rows.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
 class Task(Frozen):
     """Base of all tasks: input columns → features → batch → loss → metrics → predictions."""
 
@@ -63,6 +76,8 @@ class Task(Frozen):
     """Rows per step unless the job says otherwise."""
     required_inputs: ClassVar[tuple[str, ...]] = ()
     """Arguments that the model's forward must take, beyond what every model takes."""
+    has_scores: ClassVar[bool] = False
+    """The loss is the cross entropy of `scores`, so that it can be smoothed, weighted and mixed."""
     fixed_length: ClassVar[bool] = False
     """Rows are packed to (nearly) one length, so grouping them by length gains nothing."""
 
@@ -142,6 +157,10 @@ class Task(Frozen):
     ) -> dict[str, np.ndarray]:
         """Where `has_reference`: what the untouched model says of a batch, named numbers (rows,). Rows
         that are collated later have them under these names."""
+        raise NotImplementedError
+
+    def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
+        """Where `has_scores`: the predictions that `loss_sum` is the cross entropy of."""
         raise NotImplementedError
 
     def measure(
@@ -256,3 +275,9 @@ def ragged(values: Sequence[Any]) -> np.ndarray:
     for i, value in enumerate(values):
         out[i] = value
     return out
+
+
+def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> Scores:
+    """Scores of (rows, tokens, classes) and (rows, tokens), token by token; those of IGNORED count nothing."""
+    flat = labels.flatten()
+    return Scores(logits.flatten(0, 1), flat, (flat != IGNORED).float())

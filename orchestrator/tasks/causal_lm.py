@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Tag
 
-from orchestrator.tasks.base import IGNORED, BadRow, EncodedRow, FeatureKind, RawRow, Task, pad
+from orchestrator.tasks.base import (
+    IGNORED,
+    BadRow,
+    EncodedRow,
+    FeatureKind,
+    RawRow,
+    Scores,
+    Task,
+    pad,
+)
 from orchestrator.tasks.generation import complete
 from orchestrator.tasks.packing import document, pack_stream, pack_whole
 from orchestrator.tasks.templating import Targets, chat, instruction, plain
@@ -70,6 +79,7 @@ class CausalLM(Task):
     all_logits: ClassVar[bool] = True
     usual_global_rows: ClassVar[int] = 16
     required_inputs: ClassVar[tuple[str, ...]] = ("position_ids",)
+    has_scores: ClassVar[bool] = True
     fixed_length: ClassVar[bool] = True
 
     @property
@@ -155,6 +165,10 @@ class CausalLM(Task):
 
         logits, labels = _shifted(model, batch)
         return functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+    def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
+        logits, labels = _shifted(model, batch)
+        return Scores(logits, labels, (labels != IGNORED).float())
 
     def measure(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.errors import Problem
-from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow
+from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, Scores
 from orchestrator.tasks.single_label import SingleLabel
 
 if TYPE_CHECKING:
@@ -124,6 +124,10 @@ class ImageClassification(SingleLabel):
         values = torch.from_numpy(np.stack(pixels).reshape(shape)).float() / 255
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (values - mean) / std
+
+    def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
+        logits = _logits(model, batch["pixel_values"])
+        return Scores(logits, batch["labels"], batch["weights"])
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         losses = self.losses(_logits(model, batch["pixel_values"]), batch["labels"])

@@ -13,10 +13,12 @@ from orchestrator.tasks.base import (
     EncodedRow,
     FeatureKind,
     RawRow,
+    Scores,
     Task,
     pad,
     ragged,
     text_problem,
+    token_scores,
     tokens_and_mask,
 )
 from orchestrator.tasks.generation import in_step_with_others
@@ -58,6 +60,7 @@ class Seq2Seq(Task):
     )
     default_metric: ClassVar[str] = "bleu"
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    has_scores: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "text2text-generation"
     peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
     all_logits: ClassVar[bool] = True
@@ -115,6 +118,9 @@ class Seq2Seq(Task):
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return _losses(_logits(model, batch), batch["labels"]).sum()
+
+    def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
+        return token_scores(_logits(model, batch), batch["labels"])
 
     def measure(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]

@@ -10,6 +10,7 @@ from orchestrator.tasks.base import (
     EncodedRow,
     FeatureKind,
     RawRow,
+    Scores,
     Task,
     text_problem,
     tokens_and_mask,
@@ -102,14 +103,17 @@ class SequenceTask(Task):
             "weights": torch.from_numpy(weights.astype(np.float32)),
         }
 
+    def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
+        return Scores(outputs_of(model, batch), batch["labels"], batch["weights"])
+
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        losses = self.losses(_logits(model, batch), batch["labels"])
+        losses = self.losses(outputs_of(model, batch), batch["labels"])
         return (losses * batch["weights"]).sum()
 
     def measure(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
     ) -> dict[str, np.ndarray]:
-        logits = _logits(model, batch)
+        logits = outputs_of(model, batch)
         losses = self.losses(logits, batch["labels"])
         return {"loss": losses.cpu().numpy(), **self.outcome(logits, batch["labels"])}
 
@@ -123,7 +127,7 @@ class SequenceTask(Task):
             texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
         ).to(model.device)
         with torch.no_grad():
-            logits = _logits(model, inputs)
+            logits = outputs_of(model, inputs)
         names = model.config.id2label
         return [
             {"text": text, **self.prediction(row, names)}
@@ -145,7 +149,7 @@ def _encoded(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[tupl
     return out
 
 
-def _logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def outputs_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Outputs (rows, outputs) in fp32."""
     logits: torch.Tensor = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]

@@ -32,6 +32,7 @@ class SingleLabel(Task):
     default_metric: ClassVar[str] = "accuracy"
     labelled_head: ClassVar[bool] = True
     target_kind: ClassVar[FeatureKind] = "int"
+    has_scores: ClassVar[bool] = True
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:
         yield from label_problems(self.labels)

@@ -13,10 +13,12 @@ from orchestrator.tasks.base import (
     EncodedRow,
     FeatureKind,
     RawRow,
+    Scores,
     Task,
     label_problems,
     pad,
     ragged,
+    token_scores,
     tokens_and_mask,
 )
 
@@ -56,6 +58,7 @@ class TokenClassification(Task):
     )
     default_metric: ClassVar[str] = "f1"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
+    has_scores: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "token-classification"
     peft_task: ClassVar[str] = "TOKEN_CLS"
     labelled_head: ClassVar[bool] = True
@@ -146,6 +149,9 @@ class TokenClassification(Task):
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return _losses(_logits(model, batch), batch["labels"]).sum()
+
+    def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
+        return token_scores(_logits(model, batch), batch["labels"])
 
     def measure(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]

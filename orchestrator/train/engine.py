@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._utils import _unflatten_dense_tensors as unflattened
 
 from orchestrator.data.stream import StepRows, micro_batches
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.schedule import lr_factor
+from orchestrator.spec.regularisation import NoAveraging
+from orchestrator.train.averaging import AVERAGED_FILE, Averager, add_l1
+from orchestrator.train.objective import Objective
 from orchestrator.train.optimizer import make_optimizer
 
 TAG = "engine"
@@ -31,6 +37,7 @@ def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
 
     if not plan.on_gpu and not plan.optimizer_class.startswith("deepspeed"):
         deepspeed.ops.__compatible_ops__ = {}
+    model.train()  # `from_pretrained` gives a model in evaluation mode: no dropout, no noise
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(plan, model),
@@ -40,34 +47,101 @@ def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
     return engine
 
 
+def after_each_step(engine: Any, plan: Plan) -> Averager | None:
+    """Attach what the job's regularisation does to the weights after each of the optimizer's steps."""
+    settings = plan.spec.regularisation
+    if settings.l1:
+        add_l1(engine.basic_optimizer, settings.l1)
+    if isinstance(settings.averaging, NoAveraging):
+        return None
+    return Averager(engine.basic_optimizer)
+
+
 def set_learning_rate(engine: Any, plan: Plan, step: int, factor: float = 1.0) -> float:
-    """Set the rate of optimizer step `step` (0-based) in every group; returns that of `optimizer.lr`.
+    """Set the rate of optimizer step `step` (0-based) in every group; returns the plan's own, without parts.
 
     `factor`: what evaluations so far have left of it, under a plateau schedule.
     """
-    lr = plan.spec.optimizer.lr * lr_factor(plan.spec.schedule, step, plan.total_steps) * factor
+    lr = plan.learning_rate * lr_factor(plan.spec.schedule, step, plan.total_steps) * factor
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     return lr
 
 
-def train_step(engine: Any, plan: Plan, batch: StepRows) -> float:
-    """Forward and backward over this rank's rows, then the update; returns the rank's loss sum.
+def train_step(
+    engine: Any, plan: Plan, batch: StepRows, objective: Objective
+) -> tuple[float, float]:
+    """Forward and backward over this rank's rows, then the update.
+
+    Returns this rank's sums of what is minimised and of the task's own loss.
 
     Each micro-batch's loss sum is divided by the targets of the *global* batch. DeepSpeed divides by
     accumulation and averages over ranks, so both are multiplied back: the gradient is that of the
     global mean, however the batch is cut.
     """
     scale = dist.get_world_size() * plan.accumulation / max(batch.denominator, 1)
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for rows, weights in micro_batches(batch, plan.micro_rows):
-        tensors = plan.spec.task.collate(rows, weights, plan.pad_token_id)
-        tensors = {name: t.to(engine.device) for name, t in tensors.items()}
-        loss = plan.spec.task.loss_sum(engine, tensors)
+        loss, task_loss = objective(engine, rows, weights)
         engine.backward(loss * scale)
-        total += loss.detach().double()
+        totals += torch.stack([loss.detach(), task_loss]).double()
         engine.step()
-    return float(total)
+    minimised, own = totals.tolist()
+    return minimised, own
+
+
+def show_masters(engine: Any) -> None:
+    """Copy the fp32 weights that the optimizer steps into the model, as after a step. Collective."""
+    optimizer = engine.optimizer
+    if optimizer is engine.basic_optimizer:
+        return  # they are the model's own
+    if hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2
+        optimizer.update_lp_params()
+    elif engine.zero_optimization_stage() == 3:
+        optimizer.checkpoint_event_prologue()  # lets go of gathered weights, small ones too
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    else:  # bf16 without ZeRO: whole weights, or one flat piece per group for a fused optimizer
+        flat = getattr(optimizer, "fp32_groups_flat", None)
+        for i, group in enumerate(optimizer.fp16_groups):
+            masters = optimizer.fp32_groups[i] if flat is None else unflattened(flat[i], group)
+            for parameter, master in zip(group, masters, strict=True):
+                parameter.data.copy_(master.data)
+
+
+@contextmanager
+def averaged(engine: Any, averager: Averager | None) -> Iterator[None]:
+    """Inside, the model holds the averaged weights; without an averager, its own. Collective."""
+    if averager is None:
+        yield
+        return
+    averager.exchange()
+    show_masters(engine)
+    try:
+        yield
+    finally:
+        averager.exchange()
+        show_masters(engine)
+
+
+def averaged_weights(engine: Any, averager: Averager | None) -> dict[str, torch.Tensor] | None:
+    """Averages of the trainable weights by name, in the precision of the model, in host memory.
+
+    None without an averager and on ranks other than 0. Collective.
+    """
+    if averager is None:
+        return None
+    with averaged(engine, averager):
+        if engine.zero_optimization_stage() == 3:
+            found: dict[str, torch.Tensor] | None = engine._zero3_consolidated_16bit_state_dict(
+                True
+            )
+            return found
+        if dist.get_rank():
+            return None
+        named = engine.module.named_parameters()
+        return {n: p.detach().to("cpu", copy=True) for n, p in named if p.requires_grad}
 
 
 def gradient_norm(engine: Any) -> float | None:
@@ -76,12 +150,15 @@ def gradient_norm(engine: Any) -> float | None:
     return None if norm is None else float(norm)
 
 
-def save_shards(engine: Any, folder: Path, rank: int) -> None:
+def save_shards(engine: Any, folder: Path, rank: int, averager: Averager | None = None) -> None:
     """Write this rank's part of model, optimizer and random state below `folder`. Collective.
+
+    With an averager rank 0 adds the averages in one piece, for export.
 
     Raises OSError where a file cannot be written, after every collective call has been made: a rank
     that left early would hang the others.
     """
+    whole = averaged_weights(engine, averager)
     errors: list[Exception] = []
     write = engine.checkpoint_engine.save
 
@@ -101,19 +178,30 @@ def save_shards(engine: Any, folder: Path, rank: int) -> None:
     if errors:
         raise OSError(str(errors[0]).splitlines()[0]) from errors[0]
     torch.save(_random_state(), folder / f"random-{rank:05d}.pt")
+    if whole is not None:
+        try:
+            torch.save(whole, folder / AVERAGED_FILE)
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def load_shards(engine: Any, folder: Path) -> None:
     """Restore model and optimizer as `save_shards` wrote them at the same world size. Collective.
 
-    DeepSpeed unpickles its own files; they were verified against the checksums of the commit first.
+    Weight decay, betas and the like stay as the engine was opened with: a trial may go on from another's
+    weights with settings of its own. DeepSpeed unpickles its own files; they were verified against the
+    checksums of the commit first.
     """
+    groups = engine.basic_optimizer.param_groups
+    own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in groups]
     engine.load_checkpoint(
         str(folder),
         tag=TAG,
         load_module_strict=not has_frozen(engine),
         load_lr_scheduler_states=False,
     )
+    for group, settings in zip(engine.basic_optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def has_frozen(engine: Any) -> bool:

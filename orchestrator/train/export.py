@@ -18,6 +18,7 @@ from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.plan import Plan
 from orchestrator.run_folder import RunFolder, read_json, write_json
 from orchestrator.spec.model import LoraTuning
+from orchestrator.train.averaging import AVERAGED_FILE
 from orchestrator.train.checkpoint import Committed, committed, damage, newest_valid
 from orchestrator.train.engine import TAG
 
@@ -60,7 +61,10 @@ def best_checkpoint(folder: RunFolder, best_step: int | None) -> Committed:
 
 
 def checkpoint_state(checkpoint: Committed, only_trainable: bool) -> dict[str, torch.Tensor]:
-    """Full fp32 weights by name, put together from all ranks' shards."""
+    """Full fp32 weights by name, put together from all ranks' shards; averaged ones where they are kept."""
+    if (averages := checkpoint.folder / AVERAGED_FILE).exists():
+        found: dict[str, torch.Tensor] = torch.load(averages, weights_only=True)
+        return found
     if checkpoint.facts["stage"] == 0:
         path = checkpoint.folder / TAG / "mp_rank_00_model_states.pt"
         state: dict[str, torch.Tensor] = torch.load(path, weights_only=False)["module"]
@@ -195,7 +199,7 @@ def model_card(plan: Plan, step: int, figures: dict[str, Any]) -> str:
         f"- training rows {plan.train_data.rows:,} ({plan.train_data.tokens:,} tokens), "
         f"{plan.total_steps} steps of {plan.global_rows} rows, seed {spec.seed}",
         f"- {spec.tuning.type} tuning, {plan.model.trainable:,} of {plan.model.parameters:,} parameters trained",
-        f"- {spec.optimizer.type}, peak learning rate {spec.optimizer.lr:g}, {spec.schedule.type} schedule, "
+        f"- {spec.optimizer.type}, peak learning rate {plan.learning_rate:g}, {spec.schedule.type} schedule, "
         f"{plan.warmup_steps} warm-up steps, {'bf16' if plan.bf16 else 'fp32'}",
         f"- {plan.num_workers} workers, DeepSpeed ZeRO stage {plan.stage}",
         f"- rows are cut to {plan.max_length_tokens} tokens",

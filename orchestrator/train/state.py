@@ -64,6 +64,8 @@ class Pulse:
     """What all ranks know after a step."""
 
     loss_sum: float
+    task_loss_sum: float
+    """The task's own loss, where regularisation adds to what is minimised."""
     tokens: int
     stop: bool
     late: bool

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
 from orchestrator.plan.plan import DataFacts, Plan, at_workers
-from orchestrator.plan.schedule import plateau_factor
 from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.run_folder import RunFolder
 from orchestrator.train import engine as zero
+from orchestrator.train.averaging import average_share
 from orchestrator.train.checkpoint import (
     CheckpointWriter,
     Committed,
@@ -27,6 +27,8 @@ from orchestrator.train.checkpoint import (
 from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
+from orchestrator.train.history import ended_early, rate_factor, remember
+from orchestrator.train.objective import Objective
 from orchestrator.train.reference import Reference, find_reference
 from orchestrator.train.reshard import load_resharded
 from orchestrator.train.state import (
@@ -39,7 +41,6 @@ from orchestrator.train.state import (
     memory_in_use_bytes,
     peak_memory_bytes,
 )
-from orchestrator.train.stopping import reason_to_stop
 from orchestrator.train.warm import Warm
 
 
@@ -140,7 +141,10 @@ class Trial:
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = plan.pad_token_id
         self._event("engine")
-        return zero.open_engine(plan, model)
+        self.objective = together(lambda: Objective(plan, model))
+        engine = zero.open_engine(plan, model)
+        self.averager = zero.after_each_step(engine, plan)
+        return engine
 
     def _new_model(self) -> torch.nn.Module:
         plan = self.plan
@@ -167,26 +171,31 @@ class Trial:
     def train(self) -> Result:
         """The loop. Every decision is taken from figures that all ranks share."""
         plan, progress = self.plan, self.progress
-        if reason := self._reason_to_stop():
+        if reason := ended_early(plan, progress):
             return self._result("finished", reason)
         resumed_at_s, wanted = progress.elapsed_s, time.perf_counter()
         for batch in self.stream:
             got = time.perf_counter()
             batch = self.reference.joined(batch) if self.reference else batch
-            lr = zero.set_learning_rate(self.engine, plan, progress.step, self._rate_factor())
+            factor = rate_factor(plan, progress)
+            lr = zero.set_learning_rate(self.engine, plan, progress.step, factor)
             skipped_before = self.engine.skipped_steps
-            loss_sum = zero.train_step(self.engine, plan, batch)
-            pulse = self._pulse(loss_sum, batch.tokens)
+            if self.averager:
+                self.averager.share = average_share(plan, progress.step)
+            losses = zero.train_step(self.engine, plan, batch, self.objective)
+            pulse = self._pulse(losses, batch.tokens)
             norm = zero.gradient_norm(self.engine)
             progress.elapsed_s = resumed_at_s + time.monotonic() - self.started_at
             loss = pulse.loss_sum / max(batch.denominator, 1)
+            task_loss = pulse.task_loss_sum / max(batch.denominator, 1)
             if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
                 return self._result("diverged", self._divergence(loss, norm, lr))
             progress.step += 1
-            progress.loss_sum += pulse.loss_sum
+            progress.loss_sum += pulse.task_loss_sum
             progress.targets += batch.denominator
             self._record(
                 loss,
+                task_loss,
                 lr,
                 norm,
                 pulse.tokens,
@@ -198,7 +207,7 @@ class Trial:
                 if pulse.storage_failed:
                     self._check_storage()
                 go_on, worth_saving = self._evaluate_if_due(stopping)
-                reason = self._reason_to_stop()
+                reason = ended_early(plan, progress)
                 self._save_if_due(worth_saving, stopping or pulse.handover or bool(reason))
             except CheckpointError as error:
                 return self._result("storage_failed", str(error))
@@ -233,20 +242,20 @@ class Trial:
                 writer.flush()
         zero.close_engine(self.engine)
 
-    def _pulse(self, loss_sum: float, tokens: int) -> Pulse:
+    def _pulse(self, losses: tuple[float, float], tokens: int) -> Pulse:
         """Sum over ranks, once per step: the loss, and every reason to stop."""
         stop = self.rank == 0 and self.folder.stop_request.exists()
         limit = self.plan.spec.stop.max_time_s
         handover = self.rank == 0 and self.folder.handover_request.exists()
         late = self.rank == 0 and limit is not None and self.progress.elapsed_s >= limit
         figures = torch.tensor(
-            [loss_sum, tokens, stop, late, handover, self.writer.failed()],
+            [*losses, tokens, stop, late, handover, self.writer.failed()],
             dtype=torch.float64,
             device=self.engine.device,
         )
         dist.all_reduce(figures)
-        total, all_tokens, *flags = figures.tolist()
-        return Pulse(total, int(all_tokens), *(flag > 0 for flag in flags))
+        total, own, all_tokens, *flags = figures.tolist()
+        return Pulse(total, own, int(all_tokens), *(flag > 0 for flag in flags))
 
     def _diverged(self, loss: float, norm: float | None, skipped: bool) -> bool:
         """A non-finite loss or gradient, or too many updates that DeepSpeed skipped without a word."""
@@ -260,21 +269,6 @@ class Trial:
         )
         return broken or self.progress.skipped_in_a_row >= self.plan.spec.faults.max_skipped_steps
 
-    def _rate_factor(self) -> float:
-        """What the evaluations so far have left of the planned rate."""
-        plan, schedule = self.plan, self.plan.spec.schedule
-        name = getattr(schedule, "metric", None) or plan.metric
-        values = [record[name] for record in self.progress.history if name in record]
-        return plateau_factor(schedule, values, plan.spec.task.higher_is_better(name))
-
-    def _reason_to_stop(self) -> str:
-        """Why the evaluations so far end training early; empty where they do not."""
-        plan, progress = self.plan, self.progress
-        why = reason_to_stop(plan.spec.stop, progress.history, plan.metric, plan.higher_is_better)
-        if not why or progress.step >= plan.total_steps:
-            return ""
-        return f"stopped early at step {progress.step} of {plan.total_steps}: {why}"
-
     def _evaluate_if_due(self, stopping: bool) -> tuple[bool, bool]:
         """Evaluate at the plan's steps: (whether to go on, whether the state is worth a checkpoint)."""
         step, plan = self.progress.step, self.plan
@@ -283,9 +277,10 @@ class Trial:
         if step % plan.eval_every_steps and step not in (plan.total_steps, *plan.rungs):
             return True, False
         started = time.perf_counter()
-        metrics = self.evaluate(self.engine, self.engine.device)
+        with zero.averaged(self.engine, self.averager):
+            metrics = self.evaluate(self.engine, self.engine.device)
         record = {"step": step, "eval_s": round(time.perf_counter() - started, 3), **metrics}
-        self._remember(record)
+        remember(plan, self.progress, record)
         if self.evals:
             self.evals.write(time=time.time(), **record)
             self.evals.flush()
@@ -298,21 +293,6 @@ class Trial:
         if better and worth_saving:
             self.writer.best_step = step
         return go_on, worth_saving
-
-    def _remember(self, record: dict[str, Any]) -> None:
-        """Keep an evaluation's figures, beside the training loss since the one before.
-
-        One at a sweep's rung is not kept: the job alone would not have made it, and what follows
-        from the history (a plateau's rate, patience) must be the same.
-        """
-        progress, plan = self.progress, self.plan
-        progress.last_eval = record
-        if progress.step % plan.eval_every_steps and progress.step != plan.total_steps:
-            return
-        record["train_loss"] = progress.loss_sum / max(progress.targets, 1)
-        progress.loss_sum, progress.targets = 0.0, 0
-        kept = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "eval_s"}
-        progress.history.append(kept)
 
     def _save_if_due(self, worth_saving: bool, stopping: bool) -> None:
         step, plan = self.progress.step, self.plan
@@ -327,7 +307,7 @@ class Trial:
         self._check_storage()
         self.writer.save(
             step,
-            lambda staging: zero.save_shards(self.engine, staging, self.rank),
+            lambda staging: zero.save_shards(self.engine, staging, self.rank, self.averager),
             {"stage": plan.stage, "progress": asdict(self.progress)},  # a copy: training goes on
         )
         if plan.spec.checkpoint.mode == "sync" or ending:
@@ -365,7 +345,14 @@ class Trial:
         )
 
     def _record(
-        self, loss: float, lr: float, norm: float | None, tokens: int, wait_s: float, step_s: float
+        self,
+        loss: float,
+        task_loss: float,
+        lr: float,
+        norm: float | None,
+        tokens: int,
+        wait_s: float,
+        step_s: float,
     ) -> None:
         if self.steps is None:
             return
@@ -373,6 +360,7 @@ class Trial:
             step=self.progress.step,
             time=time.time(),
             loss=loss,
+            **({"task_loss": task_loss} if task_loss != loss else {}),
             lr=lr,
             grad_norm=norm,
             tokens=tokens,

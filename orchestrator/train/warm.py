@@ -14,7 +14,7 @@ from orchestrator.plan.plan import Plan
 KEPT_MODEL_BYTES = 2 * 2**30
 """A larger model is read anew for every trial; the operating system's file cache holds it anyway."""
 NOT_IN_MODEL = {
-    "name", "data", "optimizer", "schedule", "batch", "gradient_clipping", "zero", "stop",
+    "name", "data", "optimizer", "schedule", "batch", "gradient_clipping", "regularisation", "zero", "stop",
     "evaluation", "checkpoint", "resources", "faults", "tracking", "sweep", "storage",
 }  # fmt: skip
 """Fields that a new model does not depend on. Any other one that changes makes a new model."""

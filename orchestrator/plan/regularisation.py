@@ -1,0 +1,96 @@
+"""What regularisation needs to know of data, tokenizer and model before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.manifest import read_manifest
+from orchestrator.data.shards import open_shards
+from orchestrator.errors import PlanError
+from orchestrator.model.config import dropouts, load_config
+from orchestrator.spec import JobSpec
+from orchestrator.spec.regularisation import NoAveraging
+
+
+def class_weights(
+    spec: JobSpec, labels: Sequence[str], folder: Path, reasons: dict[str, str]
+) -> tuple[float, ...]:
+    """Weight of each label's rows, in the order of `labels`; empty where all count alike.
+
+    Raises PlanError for a label that the data does not have.
+    """
+    wanted = spec.regularisation.class_weights
+    if wanted is None:
+        return ()
+    if isinstance(wanted, dict):
+        unknown = sorted(wanted.keys() - set(labels))
+        if unknown:
+            raise PlanError(
+                f"regularisation.class_weights: {unknown[0]!r} is no label of this data. "
+                f"Labels: {', '.join(labels)}."
+            )
+        return tuple(wanted.get(label, 1.0) for label in labels)
+    counts = _rows_per_label(folder, len(labels))
+    reasons["class_weights"] = "balanced: rows / (labels × rows of the label), mean 1 over all rows"
+    return tuple(sum(counts) / (len(labels) * count) if count else 1.0 for count in counts)
+
+
+def _rows_per_label(folder: Path, labels: int) -> list[int]:
+    import numpy as np
+
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise PlanError(f"{folder}: prepared data is gone. Run `orchestrator prepare` again.")
+    column = open_shards(str(folder), manifest).column("label")
+    return [int(count) for count in np.bincount(column, minlength=labels)]
+
+
+def check_dropout(spec: JobSpec, labels: tuple[str, ...]) -> None:
+    """Raises PlanError where R-Drop would compare a model with itself: no dropout, no noise."""
+    settings = spec.regularisation
+    if settings.r_drop_alpha is None or settings.neftune_alpha is not None:
+        return
+    of_model = dropouts(load_config(spec, labels)).values()
+    if not any(of_model) and not getattr(spec.tuning, "lora_dropout", 0):
+        raise PlanError(
+            "regularisation.r_drop_alpha: every dropout of the model's config is 0, so both passes are "
+            "the same. Set model.dropout=0.1."
+        )
+
+
+def mask_token(spec: JobSpec, tokenizer: Any, reasons: dict[str, str]) -> int | None:
+    """The token that stands for masked ones; None where none are masked.
+
+    Raises PlanError where the tokenizer has neither a mask token nor an unknown one.
+    """
+    if not spec.regularisation.token_masking:
+        return None
+    if tokenizer.mask_token_id is not None:
+        reasons["mask_token_id"] = f"the tokenizer's mask token {tokenizer.mask_token!r}"
+        return int(tokenizer.mask_token_id)
+    if tokenizer.unk_token_id is None:
+        raise PlanError(
+            "regularisation.token_masking: the tokenizer has neither a mask token nor an unknown token to "
+            "put in place of others. Drop it, or use regularisation.neftune_alpha."
+        )
+    reasons["mask_token_id"] = f"no mask token: the unknown token {tokenizer.unk_token!r}"
+    return int(tokenizer.unk_token_id)
+
+
+def special_tokens(spec: JobSpec, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that masking leaves alone."""
+    if not spec.regularisation.token_masking:
+        return ()
+    return tuple(sorted(set(tokenizer.all_special_ids)))
+
+
+def averages(spec: JobSpec) -> bool:
+    """Whether an average of the weights is kept beside them."""
+    return not isinstance(spec.regularisation.averaging, NoAveraging)
+
+
+def passes_per_row(spec: JobSpec) -> int:
+    """How often a row stands in its micro-batch."""
+    return 1 if spec.regularisation.r_drop_alpha is None else 2

@@ -1,0 +1,103 @@
+"""How a plan's training goes, on the screen: optimizer, schedule, regularisation, what ends it, defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from orchestrator.plan.chart import text_chart
+from orchestrator.plan.plan import Plan
+from orchestrator.plan.regularisation import averages
+from orchestrator.plan.schedule import lr_factor
+from orchestrator.spec.schedule import PlateauSchedule
+
+Row = tuple[str, str, str]
+
+
+def learning(plan: Plan) -> Iterator[Row]:
+    """Rows of (what, value, reason)."""
+    yield from _rates(plan)
+    yield from _regularisation(plan)
+    yield from _endings(plan)
+
+
+def _rates(plan: Plan) -> Iterator[Row]:
+    spec, reasons = plan.spec, plan.reasons
+    optimizer = spec.optimizer
+    yield (
+        "optimizer",
+        f"{optimizer.type}, lr {plan.learning_rate:g}, weight decay {optimizer.weight_decay:g}",
+        f"{plan.optimizer_class}: {reasons.get('optimizer_class', 'optimizer.implementation')}",
+    )
+    if plan.part_rates:
+        yield (
+            "rates by part",
+            ", ".join(f"{lr:.2g} for {count:,}" for lr, count in plan.part_rates),
+            "peak rate for so many parameters: optimizer.layer_decay, optimizer.head_lr",
+        )
+    rates = [lr for _, lr in plan.planned_rates]
+    yield (
+        "schedule",
+        f"{spec.schedule.type}, {plan.warmup_steps} warm-up steps",
+        f"lr {max(rates):.2g} → {rates[-1]:.2g} at the last step",
+    )
+    if isinstance(spec.schedule, PlateauSchedule):
+        yield "", "", _plateau_words(spec.schedule, plan)
+
+
+def _plateau_words(schedule: PlateauSchedule, plan: Plan) -> str:
+    metric = schedule.metric or plan.metric
+    when = [f"{metric} reaches {t:g}" for t in schedule.thresholds]
+    if schedule.patience is not None:
+        when.append(f"{metric} got no better in {schedule.patience} evaluations")
+    return f"at most: times {schedule.factor:g} whenever {', or '.join(when)}"
+
+
+def schedule_chart(plan: Plan) -> Text:
+    """The learning rate over the run."""
+    schedule, total = plan.spec.schedule, plan.total_steps
+    peak = f"{plan.learning_rate:.2g}"
+    lines = text_chart(lambda step: lr_factor(schedule, step, total), total, peak)
+    return Text("\n".join(["learning rate by step", *lines]), style="dim", no_wrap=True)
+
+
+def _regularisation(plan: Plan) -> Iterator[Row]:
+    settings, reasons = plan.spec.regularisation, plan.reasons
+    for field in ("l1", "label_smoothing", "neftune_alpha", "mixup_alpha"):
+        if value := getattr(settings, field):
+            yield field.replace("_", " "), f"{value:g}", f"regularisation.{field}"
+    if settings.r_drop_alpha is not None:
+        why = "every row stands twice in its micro-batch: activations and time double"
+        yield "r-drop alpha", f"{settings.r_drop_alpha:g}", why
+    if settings.token_masking:
+        share = f"{settings.token_masking:.0%} of the words"
+        yield "token masking", share, reasons["mask_token_id"]
+    if plan.class_weights:
+        pairs = zip(plan.labels, plan.class_weights, strict=True)
+        shown = ", ".join(f"{label} {weight:.3g}" for label, weight in pairs)
+        yield "class weights", shown, reasons.get("class_weights", "regularisation.class_weights")
+    if averages(plan.spec):
+        why = (
+            "evaluated and exported in place of the weights; one more fp32 value per trained weight"
+        )
+        yield "average of the weights", settings.averaging.type, why
+
+
+def _endings(plan: Plan) -> Iterator[Row]:
+    stop, metric = plan.spec.stop, plan.metric
+    ends = []
+    if stop.target is not None:
+        ends.append(f"{metric} reaches {stop.target:g}")
+    if stop.patience is not None:
+        ends.append(f"{metric} got no better in {stop.patience} evaluations")
+    if stop.overfitting_evals is not None:
+        ends.append(f"it over-fitted in {stop.overfitting_evals} evaluations in a row")
+    if ends:
+        yield "ends early when", ", or ".join(ends), "stop; the best checkpoint is exported"
+
+
+def default_rows(plan: Plan) -> Iterator[Row]:
+    """Values that the job leaves open."""
+    for one in plan.defaults:
+        yield one.field, one.value, f"default, because: {one.why}"

@@ -1,0 +1,69 @@
+"""What keeps a model from learning its training rows by heart."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Tag
+
+from orchestrator.values import Frozen, by_type
+
+
+class NoAveraging(Frozen):
+    """The weights as they are after the last step."""
+
+    type: Literal["none"] = "none"
+
+
+class EMA(Frozen):
+    """Exponential moving average of the weights after every step; at its start shorter, by
+    (1 + step) / (10 + step), so that the first weights fade (as in TensorFlow's)."""
+
+    type: Literal["ema"]
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Share of the average that stays at each step; about 1 / (1 − decay) steps count."""
+
+
+class SWA(Frozen):
+    """Stochastic weight averaging (Izmailov et al., arXiv 1803.05407): the plain mean of the weights at
+    regular steps near the end, best with a rate that stays high, as under `schedule.type: constant`."""
+
+    type: Literal["swa"]
+    start_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """Share of all steps after which weights are averaged."""
+    every_steps: Annotated[int, Field(ge=1)] | Literal["epoch"] = "epoch"
+    """Steps between the weights that are averaged."""
+
+
+AveragingSpec = Annotated[
+    Annotated[NoAveraging, Tag("none")] | Annotated[EMA, Tag("ema")] | Annotated[SWA, Tag("swa")],
+    by_type("none"),
+]
+
+
+class RegularisationSpec(Frozen):
+    """Penalties, noise and averaging. L2 is `optimizer.weight_decay`, dropout is `model.dropout`."""
+
+    l1: Annotated[float, Field(ge=0)] = 0.0
+    """L1 penalty on the weights, not on norms and biases. A proximal step after the optimizer's: every
+    weight shrinks by rate × `l1` and stops at 0 (Duchi & Singer, JMLR 10, 2009)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability given to all classes alike (Szegedy et al., arXiv 1512.00567); in training only."""
+    class_weights: dict[str, Annotated[float, Field(gt=0)]] | Literal["balanced"] | None = None
+    """Tasks with one label per row: weight of a row's loss by its label. `balanced`: rows / (labels × rows of
+    the label), which makes rare labels count as much as frequent ones."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Uniform noise on the token embeddings, of size alpha / √(tokens × width) (NEFTune: Jain et al.,
+    arXiv 2310.05914, who use 5 to 15)."""
+    r_drop_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Run every row twice with other dropout and pull the two predictions together by so much (R-Drop:
+    Liang et al., arXiv 2106.14448, who use 1 to 5). Needs dropout; doubles activations and time."""
+    token_masking: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the tokens that the model does not get to see: the mask token stands for them, or the
+    unknown token where there is no mask token. Special tokens and what is predicted stay."""
+    mixup_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Tasks with one label per row: mix pixels, or the embeddings of words, and labels of pairs of rows by a
+    share drawn from Beta(alpha, alpha) (mixup: Zhang et al., arXiv 1710.09412; on words: Guo et al.,
+    arXiv 1905.08941)."""
+    averaging: AveragingSpec = NoAveraging()
+    """Which weights are evaluated and exported."""

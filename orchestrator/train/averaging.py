@@ -1,0 +1,79 @@
+"""Averages of the weights, kept beside the optimizer's state: one shard per rank, saved with it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from orchestrator.plan.plan import Plan
+from orchestrator.spec.regularisation import EMA, SWA, NoAveraging
+
+AVERAGED_FILE = "averaged.pt"
+"""The averages in one piece inside a checkpoint, for export."""
+AVERAGE = "average"
+"""Name of the average in the optimizer's state. DeepSpeed shards and saves what stands there."""
+
+
+def average_share(plan: Plan, step: int) -> float:
+    """How far the average moves towards the weights after step `step` (0-based): 1 copies them, 0 leaves it."""
+    match plan.spec.regularisation.averaging:
+        case NoAveraging():
+            return 0.0
+        case EMA(decay=decay):
+            return 1 - min(decay, (1 + step) / (10 + step))
+        case SWA(start_ratio=ratio, every_steps=every):
+            stride = plan.steps_per_epoch if every == "epoch" else every
+            since = step + 1 - math.floor(ratio * plan.total_steps)
+            if since < stride:
+                return 1.0  # nothing to average yet: what is evaluated are the weights themselves
+            return 0.0 if since % stride else stride / since
+
+
+class Averager:
+    """Moves the average after each of the optimizer's steps.
+
+    It works on whatever the optimizer steps, whole weights or flat fp32 pieces of them, since an average
+    goes element by element. `share` is set before each step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.share = 1.0
+        self.optimizer = optimizer
+        optimizer.register_step_post_hook(self._after_step)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = optimizer.state[p]
+                if AVERAGE not in state or self.share == 1:
+                    state[AVERAGE] = p.detach().clone()
+                elif self.share:
+                    state[AVERAGE].lerp_(p, self.share)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Swap weights and averages; twice is as before, bit for bit."""
+        for p, state in self.optimizer.state.items():
+            if AVERAGE in state:
+                weights = p.detach().clone()
+                p.copy_(state[AVERAGE])
+                state[AVERAGE].copy_(weights)
+
+
+def add_l1(optimizer: torch.optim.Optimizer, l1: float) -> None:
+    """After each step, shrink every weight that is not spared by rate × `l1`, and no further than 0."""
+
+    @torch.no_grad()
+    def shrink(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            if not group["spared"]:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.copy_(torch.nn.functional.softshrink(p, group["lr"] * l1))
+
+    optimizer.register_step_post_hook(shrink)

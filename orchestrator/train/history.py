@@ -1,0 +1,41 @@
+"""What the evaluations so far decide. Pure but for `remember`: the same on all ranks, and after a resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.plan.plan import Plan
+from orchestrator.plan.schedule import plateau_factor
+from orchestrator.train.state import Progress
+from orchestrator.train.stopping import reason_to_stop
+
+
+def remember(plan: Plan, progress: Progress, record: dict[str, Any]) -> None:
+    """Keep an evaluation's figures, beside the training loss since the one before.
+
+    One at a sweep's rung is not kept: the job alone would not have made it, and what follows
+    from the history (a plateau's rate, patience) must be the same.
+    """
+    progress.last_eval = record
+    if progress.step % plan.eval_every_steps and progress.step != plan.total_steps:
+        return
+    record["train_loss"] = progress.loss_sum / max(progress.targets, 1)
+    progress.loss_sum, progress.targets = 0.0, 0
+    kept = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "eval_s"}
+    progress.history.append(kept)
+
+
+def rate_factor(plan: Plan, progress: Progress) -> float:
+    """What the evaluations so far have left of the planned rate."""
+    schedule = plan.spec.schedule
+    name = getattr(schedule, "metric", None) or plan.metric
+    values = [record[name] for record in progress.history if name in record]
+    return plateau_factor(schedule, values, plan.spec.task.higher_is_better(name))
+
+
+def ended_early(plan: Plan, progress: Progress) -> str:
+    """Why the evaluations so far end training before its last step; empty where they do not."""
+    why = reason_to_stop(plan.spec.stop, progress.history, plan.metric, plan.higher_is_better)
+    if not why or progress.step >= plan.total_steps:
+        return ""
+    return f"stopped early at step {progress.step} of {plan.total_steps}: {why}"

@@ -1,0 +1,116 @@
+"""What is minimised: the task's loss, and what regularisation makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+
+from orchestrator.plan.plan import Plan
+from orchestrator.tasks.base import Scores
+from orchestrator.train.noise import EmbeddingHook
+
+Batch = dict[str, torch.Tensor]
+
+
+class Objective:
+    """From the rows of a micro-batch to loss sums. Draws from the global random state alone.
+
+    Raises OrchestratorError where the model lacks what the job's regularisation works on.
+    """
+
+    def __init__(self, plan: Plan, model: Any) -> None:
+        self.plan, self.settings = plan, plan.spec.regularisation
+        settings = self.settings
+        on_words = ("neftune_alpha", "mixup_alpha") if plan.spec.task.reads_text else ()
+        asked = [n for n in on_words if getattr(settings, n) is not None]
+        self.hook: EmbeddingHook | None = None
+        if asked:
+            self.hook = EmbeddingHook(model, settings.neftune_alpha, f"regularisation.{asked[0]}")
+        self.looks_at_scores = bool(
+            settings.label_smoothing
+            or settings.r_drop_alpha
+            or settings.mixup_alpha
+            or plan.class_weights
+        )
+
+    def __call__(
+        self, engine: Any, rows: list[dict[str, np.ndarray]], weights: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what is minimised, the task's own loss), both summed over the targets of `rows`.
+
+        `weights` (rows,) is 0 for rows that only fill the batch.
+        """
+        plan, task = self.plan, self.plan.spec.task
+        batch = task.collate(rows, weights, plan.pad_token_id)
+        if self.settings.token_masking:
+            batch["input_ids"] = masked(batch["input_ids"], plan, self.settings.token_masking)
+        batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
+        if not self.looks_at_scores:
+            loss = task.loss_sum(engine, batch)
+            return loss, loss.detach()
+        return self._from_scores(engine, batch)
+
+    def _from_scores(self, engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha = self.settings.r_drop_alpha
+        if alpha is not None:
+            batch = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
+        batch, partner, share = self._mixed(batch)
+        scores = self.plan.spec.task.scores(engine, batch)
+        losses = self._cross_entropy(scores, scores.labels) * share
+        if partner is not None:
+            losses = losses + self._cross_entropy(scores, scores.labels[partner]) * (1 - share)
+        total = losses.sum()
+        if alpha is not None:
+            total = total / 2 + alpha * _divergence(scores)
+        return total, _plain(scores) / (1 if alpha is None else 2)
+
+    def _mixed(self, batch: Batch) -> tuple[Batch, torch.Tensor | None, float]:
+        """(batch, partner of each row, share of the row itself), for mixup; else as it was."""
+        if self.settings.mixup_alpha is None:
+            return batch, None, 1.0
+        share = float(np.random.beta(self.settings.mixup_alpha, self.settings.mixup_alpha))
+        partner = torch.randperm(len(batch["labels"])).to(batch["labels"].device)
+        if self.hook is None:
+            pixels = batch["pixel_values"]
+            mixed = share * pixels + (1 - share) * pixels[partner]
+            return {**batch, "pixel_values": mixed}, partner, share
+        self.hook.mix = (partner, share)
+        seen = torch.maximum(batch["attention_mask"], batch["attention_mask"][partner])
+        return {**batch, "attention_mask": seen}, partner, share
+
+    def _cross_entropy(self, scores: Scores, labels: torch.Tensor) -> torch.Tensor:
+        """Per target, smoothed and weighted by row and class."""
+        smoothing = self.settings.label_smoothing
+        losses = functional.cross_entropy(
+            scores.logits, labels, reduction="none", label_smoothing=smoothing
+        )
+        if self.plan.class_weights:
+            by_class = torch.tensor(self.plan.class_weights, device=labels.device)
+            losses = losses * by_class[labels]
+        return losses * scores.weights
+
+
+def _plain(scores: Scores) -> torch.Tensor:
+    """The task's loss of these scores, without smoothing and class weights."""
+    with torch.no_grad():
+        losses = functional.cross_entropy(scores.logits, scores.labels, reduction="none")
+        return (losses * scores.weights).sum()
+
+
+def _divergence(scores: Scores) -> torch.Tensor:
+    """Symmetric KL divergence between the two halves' predictions, summed over targets (R-Drop)."""
+    first, second = functional.log_softmax(scores.logits, dim=-1).chunk(2)
+    there = functional.kl_div(first, second, reduction="none", log_target=True).sum(-1)
+    back = functional.kl_div(second, first, reduction="none", log_target=True).sum(-1)
+    return ((there + back) / 2 * scores.weights.chunk(2)[0]).sum()
+
+
+def masked(tokens: torch.Tensor, plan: Plan, share: float) -> torch.Tensor:
+    """`tokens` (rows, length) with about `share` of those that are not special replaced by the plan's mask token."""
+    assert plan.mask_token_id is not None
+    hidden = torch.rand(tokens.shape) < share
+    hidden &= ~torch.isin(tokens, torch.tensor(plan.special_token_ids))
+    return tokens.masked_fill(hidden, plan.mask_token_id)
