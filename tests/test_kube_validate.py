@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_render import EVERYTHING, job
 from typer.testing import CliRunner
 
@@ -195,6 +197,24 @@ def test_what_kuberay_accepts_is_accepted(ray_job: dict[str, Any], changes: dict
     for path, value in changes.items():
         ray_job = changed(ray_job, path, value)
     assert problems_of(ray_job) == []
+
+
+NONSENSE: list[Any] = [None, True, -1, 1.5, "", "x", [], {}, [1], [{}], {"a": 1}, 2**40]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(choice=st.randoms(use_true_random=False), value=st.sampled_from(NONSENSE))
+def test_nonsense_anywhere_is_a_problem_or_harmless_but_never_a_crash(
+    ray_job: dict[str, Any], choice: Any, value: Any
+) -> None:
+    document = copy.deepcopy(ray_job)
+    here: Any = document
+    key: Any = choice.choice(["metadata", "spec"])
+    while isinstance(here[key], dict | list) and here[key] and choice.random() < 0.85:
+        here = here[key]
+        key = choice.choice(list(here) if isinstance(here, dict) else range(len(here)))
+    here[key] = value
+    problems_of(document)
 
 
 def test_a_typo_hides_no_broken_rule_and_every_object_is_looked_at(

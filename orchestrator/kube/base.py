@@ -20,12 +20,24 @@ class Manifest(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
 
 
+class ObjectMeta(Manifest):
+    """An object's `metadata`: what we write and rules read; Kubernetes knows more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = None
+    generate_name: str | None = None
+    namespace: str | None = None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
 class Object(Manifest):
     """A whole object: kind and API version are always written."""
 
     api_version: str
     kind: str
-    metadata: dict[str, Any]
+    metadata: ObjectMeta
 
     def dump(self) -> dict[str, Any]:
         """As Kubernetes spells it."""

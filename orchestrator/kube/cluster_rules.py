@@ -135,7 +135,7 @@ def _autoscaler(spec: RayClusterSpec, at: str) -> Iterator[Problem]:
 
 def restart_policy(template: dict[str, Any], at: str, reason: str) -> Iterator[Problem]:
     """A pod that Kubernetes would restart, where `reason` forbids it."""
-    policy = (template.get("spec") or {}).get("restartPolicy")
+    policy = _pod(template).get("restartPolicy")
     if policy not in (None, "", "Never"):
         yield Problem(
             f"{at}.template.spec.restartPolicy",
@@ -145,15 +145,24 @@ def restart_policy(template: dict[str, Any], at: str, reason: str) -> Iterator[P
         )
 
 
+def _pod(template: dict[str, Any]) -> dict[str, Any]:
+    """A template's pod. What is malformed counts as absent: Kubernetes' schema names it."""
+    spec = template.get("spec")
+    return spec if isinstance(spec, dict) else {}
+
+
 def _containers(template: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = (template.get("spec") or {}).get("containers") or []
-    return found
+    return _mappings(_pod(template).get("containers"))
 
 
 def _variables(template: dict[str, Any]) -> dict[str, Any]:
     """Environment of the Ray container, which is the first one."""
     first = (_containers(template) or [{}])[0]
-    return {one.get("name", ""): one.get("value", "") for one in first.get("env") or ()}
+    return {str(one.get("name")): one.get("value", "") for one in _mappings(first.get("env"))}
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _at_least(version: str | None, least: tuple[int, int]) -> bool:

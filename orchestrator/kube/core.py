@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.kube.base import Manifest, Object
-
-
-class Metadata(Manifest):
-    """`metadata` of an object or a pod."""
-
-    name: str | None = None
-    namespace: str | None = None
-    labels: dict[str, str] | None = None
-    annotations: dict[str, str] | None = None
+from orchestrator.kube.base import Manifest, Object, ObjectMeta
 
 
 class KeyRef(Manifest):
@@ -206,7 +197,7 @@ class Pod(Manifest):
 class PodTemplate(Manifest):
     """A pod to be made."""
 
-    metadata: Metadata | None = None
+    metadata: ObjectMeta | None = None
     spec: Pod
 
 

@@ -24,7 +24,7 @@ def job_rules(spec: RayJobSpec, annotations: dict[str, str], at: str) -> Iterato
         yield from cluster_rules(spec.ray_cluster_spec, annotations, f"{at}.rayClusterSpec")
     try:
         environment = yaml.safe_load(spec.runtime_env_yaml or "{}")
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         environment = None
     if not isinstance(environment, dict):
         yield Problem(f"{at}.runtimeEnvYAML", "is not a YAML mapping", "as in `pip: [requests]`")

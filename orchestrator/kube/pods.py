@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from orchestrator.kube.base import ObjectMeta
 from orchestrator.kube.core import (
     Affinity,
     Capabilities,
@@ -18,7 +19,6 @@ from orchestrator.kube.core import (
     KeyRef,
     Lifecycle,
     Match,
-    Metadata,
     NodeAffinity,
     NodeTerm,
     NodeTerms,
@@ -122,7 +122,7 @@ def labels(spec: JobSpec) -> dict[str, str]:
 
 
 def _template(spec: JobSpec, pod: Pod) -> PodTemplate:
-    return PodTemplate(metadata=Metadata(labels=labels(spec)), spec=pod)
+    return PodTemplate(metadata=ObjectMeta(labels=labels(spec)), spec=pod)
 
 
 def _container(spec: JobSpec, name: str, size: PodSize, with_job: bool) -> Container:

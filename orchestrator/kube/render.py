@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from orchestrator.errors import Problem, SpecError
+from orchestrator.kube.base import ObjectMeta
 from orchestrator.kube.core import ConfigMap
 from orchestrator.kube.kuberay import (
     AuthOptions,
@@ -152,15 +153,16 @@ def _runtime_env(spec: JobSpec) -> dict[str, Any]:
     return found
 
 
-def _metadata(spec: JobSpec, name: str, queued: bool = False) -> dict[str, Any]:
+def _metadata(spec: JobSpec, name: str, queued: bool = False) -> ObjectMeta:
     k = spec.kubernetes
     marks = labels(spec)
     if queued and k.kueue:
         marks["kueue.x-k8s.io/queue-name"] = k.kueue.queue
         if k.kueue.priority_class:
             marks["kueue.x-k8s.io/priority-class"] = k.kueue.priority_class
-    optional = {"namespace": k.namespace, "annotations": k.annotations if queued else None}
-    return {"name": name, "labels": marks} | {n: v for n, v in optional.items() if v}
+    optional: dict[str, Any] = {"namespace": k.namespace, "annotations": queued and k.annotations}
+    given = {field: value for field, value in optional.items() if value}
+    return ObjectMeta(name=name, labels=marks, **given)
 
 
 def _cleanup(k: KubernetesSpec) -> dict[str, Any]:

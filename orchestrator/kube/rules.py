@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from orchestrator.errors import Problem
+from orchestrator.kube.base import ObjectMeta
 from orchestrator.kube.cluster_rules import cluster_rules
 from orchestrator.kube.job_rules import job_rules
 from orchestrator.kube.kuberay import RayCluster, RayClusterSpec, RayCronJob, RayJob, RayJobSpec
@@ -29,19 +29,18 @@ def broken_rules(one: RayJob | RayCluster | RayCronJob) -> list[Problem]:
 
 
 def _of(one: RayJob | RayCluster | RayCronJob) -> Iterator[Problem]:
-    annotations = one.metadata.get("annotations") or {}
+    annotations = one.metadata.annotations
+    queued = QUEUE_LABEL in one.metadata.labels
     match one:
         case RayJob():
             yield from _name(one.metadata, MAX_RAYJOB_NAME)
             yield from job_rules(one.spec, annotations, "spec")
-            if (one.metadata.get("labels") or {}).get(
-                QUEUE_LABEL
-            ) and not one.spec.cluster_selector:
+            if queued and not one.spec.cluster_selector:
                 yield from _kueue_job(one.spec, annotations)
         case RayCluster():
             yield from _name(one.metadata, MAX_RAYCLUSTER_NAME)
             yield from cluster_rules(one.spec, annotations, "spec")
-            if (one.metadata.get("labels") or {}).get(QUEUE_LABEL):
+            if queued:
                 yield from _kueue_cluster(one.spec, annotations, "spec")
         case RayCronJob():
             yield from _name(one.metadata, MAX_RAYCRONJOB_NAME)
@@ -55,11 +54,11 @@ def _of(one: RayJob | RayCluster | RayCronJob) -> Iterator[Problem]:
             yield from job_rules(one.spec.job_template, {}, "spec.jobTemplate")
 
 
-def _name(metadata: dict[str, Any], limit: int) -> Iterator[Problem]:
-    name = metadata.get("name")
-    if name is None and metadata.get("generateName"):
-        name = f"{metadata['generateName']}xxxxx"  # Kubernetes appends five letters
-    if not isinstance(name, str) or not name:
+def _name(metadata: ObjectMeta, limit: int) -> Iterator[Problem]:
+    name = metadata.name
+    if name is None and metadata.generate_name:
+        name = f"{metadata.generate_name}xxxxx"  # Kubernetes appends five letters
+    if not name:
         yield Problem("metadata.name", "is required")
         return
     if len(name) > limit:
