@@ -89,6 +89,14 @@ def test_the_loss_is_that_of_the_paper(tokenizer: Any, model: Any) -> None:
     assert set(TASK.metric_names) <= set(got)
 
 
+def test_a_pair_takes_the_room_of_its_longer_answer_twice(tokenizer: Any) -> None:
+    rows = TASK.encode(ROWS, tokenizer, 64, ())
+    for row, found in zip(rows, arrays(rows), strict=True):
+        ids = TASK.collate([found], np.ones(1), 0)["input_ids"]
+        assert TASK.padded_length(row) == ids.numel()
+        assert TASK.length(row) < ids.numel()
+
+
 def test_an_untrained_model_has_no_margin_and_is_not_called_right() -> None:
     zero = np.zeros(3)
     got = TASK.metrics({"loss": zero, "chosen": zero, "rejected": zero}, ())

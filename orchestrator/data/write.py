@@ -176,7 +176,7 @@ class ShardWriter:
         self.tokens += sum(lengths)
         self.targets += sum(targets)
         decoded = [self.task.target_length(row) for row in rows]
-        self.longest = max(self.longest, *(n - d for n, d in zip(lengths, decoded, strict=True)))
+        self.longest = max(self.longest, *map(self.task.padded_length, rows))
         self.longest_target = max(self.longest_target, *decoded)
         shard = Shard(file=name, rows=count, size_bytes=path.stat().st_size, sha256=sha256_of(path))
         self.shards.append(shard.model_dump())

@@ -125,6 +125,11 @@ class Task(Frozen):
         """Tokens of an encoded row: what batches are grouped by, and what throughput counts."""
         return len(row["input_ids"])
 
+    def padded_length(self, row: EncodedRow) -> int:
+        """Tokens that the model (its encoder, where there is one) reads for a row in a batch of its
+        own: what memory is planned by."""
+        return self.length(row) - self.target_length(row)
+
     def target_length(self, row: EncodedRow) -> int:
         """Those of its tokens that a decoder reads, beside the encoder's."""
         return 0

@@ -75,6 +75,9 @@ class PreferenceTuning(Task):
     def length(self, row: EncodedRow) -> int:
         return sum(len(row[f"{side}_ids"]) for side in SIDES)
 
+    def padded_length(self, row: EncodedRow) -> int:
+        return 2 * max(len(row[f"{side}_ids"]) for side in SIDES)
+
     def encode(
         self, rows: Sequence[RawRow], tokenizer: Any, max_length: int, labels: tuple[str, ...]
     ) -> list[EncodedRow | BadRow]:
