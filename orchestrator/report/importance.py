@@ -14,6 +14,9 @@ FEWEST_TRIALS = 20
 """Trials below which nothing is said. In a simulation with one field that mattered among four, and noise of
 the size of its effect, fANOVA named it first in 8, 12, 14, 17 and 19 of 20 sweeps of 8, 16, 20, 30 and 50 trials."""
 
+MOST_TRIALS = 300
+"""Trials that the forest is grown from: its time grows faster than their number."""
+
 
 def optuna_trial(
     dimensions: Mapping[str, Facts], values: Mapping[str, Any], reports: Sequence[tuple[int, float]]
@@ -53,8 +56,9 @@ def _distribution(dimension: Facts) -> Any:
 def importance(sweep: Sweep) -> tuple[dict[str, float], str]:
     """(field → share of the metric's variance, how it was found or why it was not).
 
-    fANOVA (Hutter et al., ICML 2014) over trials compared after the same training: the furthest rung that
-    FEWEST_TRIALS reached. Trials that went on from another's checkpoint do not count.
+    fANOVA (Hutter et al., ICML 2014) over trials after the same training: at the furthest rung that half of
+    them, and FEWEST_TRIALS, reached. Further on only survivors are left, which are alike in the field that
+    decided. Trials that went on from another's checkpoint do not count.
     """
     step, trials = _compared(sweep)
     if len(trials) < FEWEST_TRIALS:
@@ -71,10 +75,11 @@ def importance(sweep: Sweep) -> tuple[dict[str, float], str]:
             {},
             "Not computed: no searched field differs between these trials, or the metric does not.",
         )
+    used = len(trials[:: -(-len(trials) // MOST_TRIALS)])
     left_out = [path for path in sweep.dimensions() if path not in found]
-    words = f"fANOVA over the values of {len(trials)} trials at step {step}."
+    words = f"fANOVA over the values of {used} trials at step {step}."
     if step != (sweep.rungs or (step,))[-1]:
-        words += " What matters in the end may differ."
+        words += " Fewer got further; what matters in the end may differ."
     if left_out:
         words += f" Left out, because not every trial has them: {', '.join(left_out)}."
     return found, words
@@ -82,17 +87,20 @@ def importance(sweep: Sweep) -> tuple[dict[str, float], str]:
 
 def _compared(sweep: Sweep) -> tuple[int, list[tuple[TrialRun, float]]]:
     """(the base job's step of a rung, its trials with their values)."""
-    found: list[tuple[TrialRun, float]] = []
-    for number, step in reversed(list(enumerate(sweep.rungs))):
-        found = []
-        for trial in sweep.trials:
-            at = trial.rungs[number] if number < len(trial.rungs) else None
-            if trial.state.parent is None and at in trial.state.reports:
-                value = finite(sweep.log.value(trial.state, at))
-                found += [(trial, value)] if value is not None else []
-        if len(found) >= FEWEST_TRIALS:
-            return step, found
-    return (sweep.rungs or (0,))[0], found
+    at_rung = [(step, _values_at(sweep, number)) for number, step in enumerate(sweep.rungs)]
+    first, all_of_them = at_rung[0] if at_rung else (0, [])
+    enough = max(FEWEST_TRIALS, len(all_of_them) / 2)
+    return next((r for r in reversed(at_rung) if len(r[1]) >= enough), (first, all_of_them))
+
+
+def _values_at(sweep: Sweep, number: int) -> list[tuple[TrialRun, float]]:
+    found = []
+    for trial in sweep.trials:
+        step = trial.rungs[number] if number < len(trial.rungs) else None
+        if trial.state.parent is None and step in trial.state.reports:
+            value = finite(sweep.log.value(trial.state, step))
+            found += [(trial, value)] if value is not None else []
+    return found
 
 
 def _fanova(sweep: Sweep, trials: Sequence[tuple[TrialRun, float]]) -> dict[str, float]:
@@ -104,7 +112,7 @@ def _fanova(sweep: Sweep, trials: Sequence[tuple[TrialRun, float]]) -> dict[str,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         study = optuna.create_study(direction="maximize" if sweep.log.maximize else "minimize")
-        for trial, value in trials:
+        for trial, value in trials[:: -(-len(trials) // MOST_TRIALS)]:
             study.add_trial(optuna_trial(dimensions, trial.state.values, [(0, value)]))
         found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
     return {path: share for path, value in found.items() if (share := finite(value)) is not None}

@@ -68,7 +68,8 @@ def _field_chart(sweep: Sweep, path: str, dimension: Facts) -> Chart | None:
     if choices:
         layout["xaxis"].update(named_axis(choices), range=[-0.6, len(choices) - 0.4])
     elif dimension.get("type") == "log_uniform":
-        layout["xaxis"].update(type="log", dtick=1, exponentformat="power")
+        wide = dimension["high"] > 100 * dimension["low"]
+        layout["xaxis"].update(type="log", dtick=1 if wide else "D2", exponentformat="power")
     return chart
 
 

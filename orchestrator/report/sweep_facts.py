@@ -92,6 +92,14 @@ class Sweep:
         return tuple(self.plan.get("rungs") or ())
 
     @property
+    def planned_trials(self) -> int | None:
+        """Trials there will be; in population-based training each generation of a member is one."""
+        count = finite(self.plan.get("num_trials"))
+        if count is None:
+            return None
+        return int(count) * (len(self.rungs) if self.scheduler == "pbt" else 1)
+
+    @property
     def best(self) -> TrialRun | None:
         """The trial with the best report."""
         best = self.log.best()

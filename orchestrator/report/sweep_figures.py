@@ -57,7 +57,7 @@ def curves_chart(sweep: Sweep) -> Chart | None:
     title = f"Learning curves: {name}"
     chart = chart_of("curves", title, note, traces, name, log=log, wide=True, height_px=400)
     if chart:
-        chart.figure["layout"].update(hovermode="closest", shapes=_rungs(sweep.rungs))
+        _mark_rungs(chart, sweep.rungs)
     return chart
 
 
@@ -72,7 +72,7 @@ def losses_chart(sweep: Sweep) -> Chart | None:
     log = spread(v for points in lines.values() for _, v in points)
     chart = chart_of("losses", "Training loss", note, traces, "loss", log=log)
     if chart:
-        chart.figure["layout"].update(hovermode="closest", shapes=_rungs(sweep.rungs))
+        _mark_rungs(chart, sweep.rungs)
     return chart
 
 
@@ -239,8 +239,18 @@ def _bars(
     )  # fmt: skip
 
 
-def _rungs(rungs: Sequence[int]) -> list[dict[str, Any]]:
-    return [_upright(rung, "dot", "#64748b") for rung in rungs]
+def _mark_rungs(chart: Chart, rungs: Sequence[int]) -> None:
+    words = {"showarrow": False, "yref": "paper", "y": 0, "xanchor": "right", "yanchor": "bottom"}
+    font = {"size": 10, "color": "#64748b"}
+    chart.figure["layout"]["xaxis"]["showgrid"] = not rungs  # grid lines would cover them
+    chart.figure["layout"].update(
+        hovermode="closest",
+        shapes=[_upright(rung, "dash", "#64748b") for rung in rungs],
+        annotations=[
+            {"x": rung, "text": f"rung {i}", "textangle": -90, "font": font, **words}
+            for i, rung in enumerate(rungs, 1)
+        ],
+    )
 
 
 def _upright(x: float, dash: str, colour: str) -> dict[str, Any]:

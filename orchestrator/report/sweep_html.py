@@ -175,10 +175,7 @@ def comparisons(sweep: Sweep) -> Iterator[Comparison]:
     planned_steps = finite(sweep.plan.get("expected_steps"))
     steps = float(sum(t.steps for t in sweep.trials))
     yield compared("optimizer steps, all trials", planned_steps, steps, number)
-    trials = finite(sweep.plan.get("num_trials"))
-    if trials is not None and sweep.scheduler == "pbt":
-        trials *= len(sweep.rungs)
-    yield compared("trials", trials, float(len(sweep.trials)), number)
+    yield compared("trials", sweep.planned_trials, float(len(sweep.trials)), number)
 
 
 def _reached(trial: TrialRun, number_of_rung: int, rung: int) -> bool:
