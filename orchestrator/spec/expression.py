@@ -39,10 +39,17 @@ class Expression:
             raise ExpressionError("compares nothing")
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it is true of these values; true where a field is not among them."""
+        """Whether it is true of these values.
+
+        True where a field is not among them, false where it has no value: a division by zero, a word
+        where a number is needed.
+        """
         if not self.names <= values.keys():
             return True
-        return bool(self._value(self._tree, values))
+        try:
+            return bool(self._value(self._tree, values))
+        except (ArithmeticError, TypeError):
+            return False
 
     def _collect(self, node: ast.AST) -> None:
         match node:
