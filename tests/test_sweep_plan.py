@@ -53,6 +53,8 @@ def test_slots_are_as_many_as_the_cluster_holds(job: Any) -> None:
     assert planned(job(num_trials=3)).slots == 3, "no more than there are trials"
     assert planned(job(num_trials=12, resources={"num_workers": 2})).slots == 2
     assert planned(job(num_trials=12, resources={"cpus_per_worker": 3})).slots == 1
+    wide = planned(job(num_trials=12, resources={"cpus_per_worker": 2}))
+    assert (wide.slots, wide.base.num_workers) == (2, 1)
     two_gpus = Node(
         cpus=16, memory_bytes=64 * GIB, gpus=2, gpu_name="A100", gpu_memory_bytes=80 * GIB
     )

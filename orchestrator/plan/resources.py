@@ -56,7 +56,7 @@ def _room(spec: JobSpec, cluster: Cluster, gpus: float) -> int:
     if gpus:
         return sum(int(n.gpus) * per_gpu(gpus) for n in cluster.nodes)
     cpus = spec.resources.cpus_per_worker
-    if isinstance(spec.resources.num_workers, WorkerRange) and cpus != "auto":
+    if not isinstance(spec.resources.num_workers, int) and cpus != "auto":
         return int(sum(n.cpus // cpus for n in cluster.nodes))
     return int(cluster.cpus)
 
@@ -73,6 +73,7 @@ def _num_workers(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str
         reasons["num_workers"] = (
             "one per GPU" if gpus else "two on CPU, one where there is one core"
         )
+        most = most if gpus else max(1, most)  # no room for one: said with the CPUs it wants
         count = max(1, most if gpus else min(2, most))
     else:
         count = wanted
