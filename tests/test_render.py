@@ -104,6 +104,7 @@ RUNTIME = {
 CASES: dict[str, tuple[JobSpec, bool]] = {
     "rayjob-gpu": (job(), False),
     "rayjob-everything": (job({"num_workers": 12}, RUNTIME, **EVERYTHING), False),
+    "rayjob-elastic": (job({"num_workers": {"min": 8, "max": 32}}, idle_timeout_s=120), False),
     "raycluster-cpu": (job(cluster="16cpux2", head={"cpus": 2, "memory_gib": 8}), True),
 }
 
@@ -184,6 +185,32 @@ def test_a_live_plan_on_the_rendered_pods_finds_the_same_shares(
         assert seen.count == size.workers.count
     fixed = job({**resources, "num_workers": size.workers.count}, cluster=machines)
     assert share_out(fixed, size.cluster, {}) == size.workers
+
+
+@pytest.mark.parametrize(
+    ("cluster", "least", "most", "pods"),
+    [("8xH100x4", 8, 32, (1, 4)), ("8xH100x4", 9, 16, (2, 2)), ("8xH100x4", 1, 64, (1, 4)),
+     ("16cpux3", 1, 3, (1, 3))],
+)  # fmt: skip
+def test_an_elastic_range_is_the_autoscalers_range(
+    cluster: str, least: int, most: int, pods: tuple[int, int]
+) -> None:
+    spec = job({"num_workers": {"min": least, "max": most}}, cluster=cluster)
+    inner, group = ray_job(spec)["spec"]["rayClusterSpec"], worker_group(spec)
+    assert (group["minReplicas"], group["maxReplicas"], group["replicas"]) == (*pods, pods[1])
+    assert ("enableInTreeAutoscaling" in inner) == (pods[0] < pods[1])
+    if pods[0] < pods[1]:
+        assert inner["autoscalerOptions"]["version"] == "v2"
+        assert "automountServiceAccountToken" not in inner["headGroupSpec"]["template"]["spec"]
+
+
+def test_an_elastic_range_in_kueue_needs_kueues_own_word() -> None:
+    elastic = {"num_workers": {"min": 8, "max": 32}}
+    with pytest.raises(SpecError, match="elastic-job"):
+        render(job(elastic, kueue={"queue": "gpus"}))
+    render(
+        job(elastic, kueue={"queue": "gpus"}, annotations={"kueue.x-k8s.io/elastic-job": "true"})
+    )
 
 
 def test_a_machine_too_small_for_a_worker_is_refused_with_one_that_does() -> None:
