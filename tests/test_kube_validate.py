@@ -275,6 +275,8 @@ def test_the_command_writes_yaml_and_checks_it(tmp_path: Path) -> None:
     target.write_text(written.output, encoding="utf-8")
     kinds = [one["kind"] for one in yaml.safe_load_all(written.output)]
     assert kinds == ["ConfigMap", "RayJob"]
+    assert "# num_workers: one per GPU\n" in written.output
+    assert "# pods: 8 worker(s) a pod" in written.output
     checked = CliRunner().invoke(app, ["render", "--validate", str(target)])
     assert checked.exit_code == 0, checked.output
     assert "1 RayJob" in checked.output

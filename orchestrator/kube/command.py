@@ -8,19 +8,24 @@ from pathlib import Path
 from orchestrator.errors import OrchestratorError
 from orchestrator.kube.render import render
 from orchestrator.kube.schema import read_crds
+from orchestrator.kube.sizing import size_of
 from orchestrator.kube.text import dump_documents
 from orchestrator.kube.validate import validate
 from orchestrator.spec import load_spec
 
 
 def manifests(job: Path | None, overrides: Sequence[str], cluster_only: bool = False) -> str:
-    """YAML for `kubectl apply`. The job's local paths are the cluster's, so they are not looked for here.
+    """YAML for `kubectl apply`, with the reasons for its sizes as comments. The job's local paths are the
+    cluster's, so they are not looked for here.
 
     Raises SpecError, PlanError.
     """
     if job is None:
         raise OrchestratorError("render needs a job file, or --validate FILE.")
-    return dump_documents(render(load_spec(job, overrides, files="there"), cluster_only))
+    spec = load_spec(job, overrides, files="there")
+    documents = render(spec, cluster_only)
+    why = "".join(f"# {what}: {reason}\n" for what, reason in size_of(spec).reasons.items())
+    return why + dump_documents(documents)
 
 
 def check_file(path: Path, crds: Path | None) -> Iterator[str]:

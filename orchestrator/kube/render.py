@@ -57,6 +57,7 @@ def render(spec: JobSpec, cluster_only: bool = False) -> list[dict[str, Any]]:
     _require(spec)
     size = size_of(spec)
     documents = [_ray_cluster(spec, size)] if cluster_only else _ray_job(spec, size)
+    # Other problems show values, so they wait until no value is a secret.
     problems = unsafe(documents) or [p for one in documents for p in problems_of(one)]
     if problems:
         raise SpecError(problems, "manifests")
