@@ -475,6 +475,8 @@ def test_a_flipped_bit_and_a_missing_shard_are_noticed(models: tiny.Tiny, tmp_pa
     shard.write_bytes(content)
     with pytest.raises(DataError, match=shard.name):
         verify_shards(done.folder, done.manifest)
+    with pytest.raises(DataError, match=f"{shard.name}.*Delete .* and run prepare again"):
+        prepare(tiny.job(models.bert, path, tmp_path, data={"shard_rows": 15}))
     shard.unlink()
     with pytest.raises(DataError, match="missing"):
         verify_shards(done.folder, done.manifest)

@@ -76,15 +76,25 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+HASHED_BYTES = 4 * 2**30
+"""Shards are compared with their checksums up to this many bytes in all: some seconds of a start."""
+
+
 def verify_shards(folder: Path, manifest: Manifest) -> None:
-    """Compare every shard with its checksum; raises DataError naming the first that differs."""
+    """Compare every shard with the manifest: its size, and its checksum within the first HASHED_BYTES.
+
+    Raises DataError naming the first that differs.
+    """
+    hashed_bytes = 0
     for shard in manifest.shards:
         path = folder / shard.file
         if not path.exists():
             raise DataError(
                 f"{path}: this shard is missing. Delete {folder} and run prepare again."
             )
-        if path.stat().st_size != shard.size_bytes or sha256_of(path) != shard.sha256:
+        hashed_bytes += shard.size_bytes
+        same = path.stat().st_size == shard.size_bytes
+        if not same or (hashed_bytes <= HASHED_BYTES and sha256_of(path) != shard.sha256):
             raise DataError(
                 f"{path}: its content does not match the manifest's checksum. "
                 f"Delete {folder} and run prepare again."

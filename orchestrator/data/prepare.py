@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from orchestrator.data.manifest import (
     Manifest,
     Shard,
     read_manifest,
+    verify_shards,
 )
+from orchestrator.data.patience import patiently
 from orchestrator.data.sources import Piece, SourceFile, find_files, split_into_pieces
 from orchestrator.data.write import (
     COUNTS,
@@ -87,6 +90,7 @@ def prepare_split(
     held_out = paths is None and spec.data.eval_fraction is not None
     labels = labels if labels is not None else getattr(spec.task, "labels", None)
     if ready := _find(spec, split, files, labels, held_out):
+        verify_shards(ready.folder, ready.manifest)
         return ready
     return _make(
         spec,
@@ -203,7 +207,7 @@ def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
     items = [{"work": w} for w in work]
     with ray.data.DataContext.current(context):
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            lambda item: {"out": json.dumps(function(item["work"]))}
+            lambda item: {"out": json.dumps(_patiently(function, item["work"]))}
         )
     try:
         return [json.loads(r["out"]) for r in dataset.take_all()]
@@ -211,6 +215,11 @@ def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
         if isinstance(error.cause, OrchestratorError):
             raise error.cause from None  # its words are for the user, Ray's traceback is not
         raise
+
+
+def _patiently(function: Any, work: PieceWork) -> dict[str, Any]:
+    done: dict[str, Any] = patiently(work.piece.file.url, partial(function, work))
+    return done
 
 
 def _scan_labels(spec: JobSpec, pieces: Sequence[Piece], keep: Split | None) -> tuple[str, ...]:

@@ -9,10 +9,12 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
+from orchestrator.data.patience import patiently
 from orchestrator.errors import DataError
 from orchestrator.tasks import BadRow
 
@@ -87,22 +89,37 @@ def find_files(paths: str | Sequence[str], file_format: str) -> list[SourceFile]
 
     Raises DataError where a path matches nothing or its format cannot be told.
     """
-    out: list[SourceFile] = []
-    for url in [paths] if isinstance(paths, str) else paths:
-        filesystem, path = open_filesystem(url)
-        names = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
-        files = [n for n in names if filesystem.isfile(n)]
-        if not files:
-            raise DataError(
-                f"{url}: no such file. Check the path (globs like data/*.parquet work)."
-            )
-        scheme = url.partition("://")[0] + "://" if "://" in url else ""
-        out += [_describe(filesystem, name, scheme, file_format) for name in files]
-    return out
+    urls = [paths] if isinstance(paths, str) else paths
+    return [file for url in urls for file in patiently(url, partial(_find, url, file_format))]
 
 
-def _describe(filesystem: Any, path: str, scheme: str, file_format: str) -> SourceFile:
-    url = scheme + path
+def _find(url: str, file_format: str) -> list[SourceFile]:
+    filesystem, path = open_filesystem(url)
+    names = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
+    files = [n for n in names if _is_file(filesystem, n)]
+    if not files:
+        raise DataError(f"{url}: no such file. Check the path (globs like data/*.parquet work).")
+    return [_describe(filesystem, name, _url_of(name, url), file_format) for name in files]
+
+
+def _is_file(filesystem: Any, path: str) -> bool:
+    """fsspec's own `isfile` takes every error for a no, also that of an endpoint that is down."""
+    try:
+        return bool(filesystem.info(path)["type"] == "file")
+    except FileNotFoundError:
+        return False
+
+
+def _url_of(name: str, asked: str) -> str:
+    """A file's URL: the scheme that was asked for, and what follows the path (an endpoint, a region)."""
+    if "://" not in asked or "://" in name:
+        return name
+    scheme, _, rest = asked.partition("://")
+    mark, options = rest.rpartition("?")[1:] if "=" in rest else ("", "")
+    return f"{scheme}://{name}{mark}{options}"
+
+
+def _describe(filesystem: Any, path: str, url: str, file_format: str) -> SourceFile:
     if file_format == "auto":
         suffixes = [
             s for s in PurePosixPath(path).suffixes if s not in (".gz", ".zst", ".bz2", ".xz")
@@ -132,7 +149,7 @@ def split_into_pieces(files: Sequence[SourceFile]) -> list[Piece]:
     pieces: list[Piece] = []
     for i, file in enumerate(files):
         try:
-            ranges = _ranges(file)
+            ranges = patiently(file.url, partial(_ranges, file))
         except UNREADABLE as error:
             raise _unreadable(file, error) from error
         for start, stop in ranges:
@@ -141,7 +158,7 @@ def split_into_pieces(files: Sequence[SourceFile]) -> list[Piece]:
 
 
 def _ranges(file: SourceFile) -> list[tuple[int, int]]:
-    compressed = file.url.endswith((".gz", ".zst", ".bz2", ".xz"))
+    compressed = file.url.partition("?")[0].endswith((".gz", ".zst", ".bz2", ".xz"))
     match file.format:
         case "parquet":
             import pyarrow.parquet as pq
