@@ -106,6 +106,22 @@ def test_the_newest_and_the_best_are_kept(
     assert [c.step for c in committed(folder.checkpoints)] == [50, 40, 20]
 
 
+def test_a_folder_that_vanishes_is_told_later_and_not_made_again_on_another_disk(
+    folder: RunFolder, writers: list[CheckpointWriter]
+) -> None:
+    save(folder.checkpoints, 10, writers)
+    away = folder.root / "away"
+    folder.checkpoints.rename(away)
+    written = []
+    writers[0].save(20, lambda staging: written.append(staging.is_dir()), {})
+    assert written == [True], "the other ranks would wait for this one"
+    with pytest.raises(CheckpointError, match="could not be written"):
+        writers[0].wait()
+    assert not folder.checkpoints.exists()
+    away.rename(folder.checkpoints)
+    assert [c.step for c in committed(folder.checkpoints)] == [10]
+
+
 def test_a_failed_write_is_told_later_and_leaves_earlier_checkpoints(
     folder: RunFolder, writers: list[CheckpointWriter]
 ) -> None:

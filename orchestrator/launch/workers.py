@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import CheckpointError
 from orchestrator.plan.plan import Plan
 from orchestrator.report.records import append_event
 from orchestrator.run_folder import RunFolder, write_json
@@ -76,14 +78,32 @@ def work(config: dict[str, Any]) -> None:
     log_to(folder.logs / f"worker-{rank:05d}.log")
     import torch
 
+    from orchestrator.train.group import together
+    from orchestrator.train.state import Result
     from orchestrator.train.trial import run_trial
 
     torch.set_num_threads(plan.cpus_per_worker)
-    result = run_trial(plan, folder)
+    try:
+        together(lambda: must_see(folder))
+        result = run_trial(plan, folder)
+    except CheckpointError as error:
+        result = Result("failed", 0, None, None, str(error))
     if rank == 0:
         if result.status == "storage_failed":
             folder.reserve.unlink(missing_ok=True)
         write_json(folder.outcome, asdict(result))
+
+
+def must_see(folder: RunFolder) -> None:
+    """Raises CheckpointError where this node does not see the run folder that the driver made.
+
+    Making it here would train into a folder that nobody finds again.
+    """
+    if not folder.plan.exists():
+        raise CheckpointError(
+            f"{folder.root} is not there on node {platform.node()}: storage must be a folder that every node "
+            "sees. Mount it there, or set storage=… to one that is; then run the same command again."
+        )
 
 
 def log_to(path: Path) -> None:

@@ -126,11 +126,16 @@ class CheckpointWriter:
         the other ranks would wait for this one. Call `wait` before.
         """
         target = self.folder / f"step-{step:08d}-{self.attempt}"
-        staging = self._staging()
+        try:
+            staging = self._staging()
+        except OSError as error:  # the folder is gone; the other ranks still wait for us in `write`
+            self._error = error
+            staging = Path(tempfile.mkdtemp())
         try:
             write(staging)
         except OSError as error:
             self._error = error
+        if self._error is not None:
             shutil.rmtree(staging, ignore_errors=True)
             return target
         facts = {"step": step, "world_size": self.world_size, "time": time.time(), **facts}
@@ -188,6 +193,7 @@ class CheckpointWriter:
 def publish(staging: Path, target: Path, rank: int) -> None:
     """Move a rank's files into the checkpoint, durable, and list them with their checksums."""
     listed: dict[str, dict[str, Any]] = {}
+    target.mkdir(exist_ok=True)  # not its parents: where they are gone, so is the shared disk
     for source in sorted(p for p in staging.rglob("*") if p.is_file()):
         name = source.relative_to(staging).as_posix()
         listed[name] = {"sha256": sha256_of(source), "bytes": source.stat().st_size}
@@ -196,7 +202,6 @@ def publish(staging: Path, target: Path, rank: int) -> None:
         shutil.move(source, destination)
         with open(destination, "rb+") as handle:
             os.fsync(handle.fileno())
-    target.mkdir(parents=True, exist_ok=True)
     write_json(target / f"files-{rank:05d}.json", listed)
 
 
