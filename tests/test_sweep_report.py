@@ -14,12 +14,21 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.errors import OrchestratorError
+from orchestrator.report import importance as importance_module
 from orchestrator.report.importance import FEWEST_TRIALS, importance
-from orchestrator.report.slot_time import busy_s, capacity_s, idle, launches, slot_shares, spans
+from orchestrator.report.lineage import lineage_chart
+from orchestrator.report.slot_time import (
+    busy_s,
+    capacity_s,
+    idle,
+    launches,
+    running_s,
+    slot_shares,
+    spans,
+)
 from orchestrator.report.space_figures import (
     NOT_SET,
     field_charts,
-    lineage_chart,
     parallel_chart,
 )
 from orchestrator.report.sweep_facts import read_sweep
@@ -140,6 +149,12 @@ def test_time_between_launches_does_not_count(tmp_path: Path) -> None:
     runs = launches(read_sweep(folder))
     assert len(runs) == 2
     assert runs[0].ended < killed_at
+    ran = [run.ended - run.began for run in runs]
+    assert running_s(runs, runs[1].began + 5) == pytest.approx(ran[0] + 5)
+    chart = slots_chart(read_sweep(folder), runs, spans(read_sweep(folder), runs))
+    assert chart is not None
+    assert chart.figure["layout"]["xaxis"]["range"][1] == pytest.approx(sum(ran))
+    assert [shape["x0"] for shape in chart.figure["layout"]["shapes"]] == [pytest.approx(ran[0])]
     words = words_of(page_of(folder))
     assert "1 resume" in words
     assert "2 h" not in words.split("Trials")[0]
@@ -169,7 +184,18 @@ def test_importance_names_the_field_that_matters(many: SweepFolder) -> None:
     assert max(found, key=lambda p: found[p]) == "optimizer.lr"
     assert sum(found.values()) == pytest.approx(1)
     assert "fANOVA" in words
-    assert "step 5" in words, "further on only the survivors are left"
+    assert "step 5" in words
+
+
+def test_importance_is_not_that_of_survivors(
+    many: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importance_module, "FEWEST_TRIALS", 5)
+    sweep = read_sweep(many)
+    assert sum(15 in t.state.reports for t in sweep.trials) > 5
+    assert "at step 5." in importance(sweep)[1]
+    everyone = sweeps.make_sweep(many.root.parent / "all", 8, scheduler="none").write()
+    assert "at step 45." in importance(read_sweep(everyone))[1]
 
 
 def test_importance_of_too_few_trials_is_refused_in_words(tmp_path: Path) -> None:
@@ -217,6 +243,17 @@ def test_a_torn_or_missing_file_never_fails_the_report(tmp_path: Path, name: str
     write_sweep_report(folder)
     (folder.root / name).unlink()
     write_sweep_report(folder)
+
+
+def test_a_trial_that_never_began_is_listed_with_its_reason(tmp_path: Path) -> None:
+    made = sweeps.make_sweep(tmp_path / "refused", 2)
+    facts = {"kind": "trial", "trial": "t00002", "index": 2, "values": {}, "parent": None}
+    why = {"kind": "end", "trial": "t00002", "status": "failed", "step": 0, "message": "no room"}
+    made.log += [{"time": made.free[0] + i, **record} for i, record in enumerate((facts, why))]
+    words = words_of(page_of(made.write()))
+    assert "1 failed" in words
+    assert "t00002 failed 0 / 45" in words
+    assert "t00002: failed no room" in words
 
 
 def test_values_that_are_not_finite_become_gaps(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,19 +41,16 @@ class Span:
 
 
 def launches(sweep: Sweep) -> list[Launch]:
-    """Every launch. One that was killed ends with the last thing that anybody wrote down."""
-    marks = [e for e in sweep.events if e["kind"] in ("launch", "end")]
-    words = [float(r["time"]) for r in (*marks, *sweep.records, *sweep.slots)]
+    """Every launch; it ends with the last thing that anybody wrote down before the next one."""
+    marks = [e for e in sweep.events if e["kind"] == "launch"]
+    words = [float(r["time"]) for r in (*sweep.events, *sweep.records, *sweep.slots)]
     words += [ended for t in sweep.trials for _, ended in t.attempts]
+    bounds = [*(float(e["time"]) for e in marks), math.inf]
     found = []
-    for i, mark in enumerate(marks):
-        if mark["kind"] == "launch":
-            began, after = float(mark["time"]), [float(e["time"]) for e in marks[i + 1 :]]
-            ended = after[0] if after and marks[i + 1]["kind"] == "end" else None
-            until = after[0] if after else float("inf")
-            last = max((t for t in words if began <= t < until), default=began)
-            slots = int(finite(mark.get("slots")) or sweep.plan.get("slots") or 1)
-            found.append(Launch(began, last if ended is None else ended, slots))
+    for mark, (began, until) in zip(marks, pairwise(bounds), strict=True):
+        slots = int(finite(mark.get("slots")) or finite(sweep.plan.get("slots")) or 1)
+        last = max((t for t in words if began <= t < until), default=began)
+        found.append(Launch(began, last, slots))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Charts of what was searched: the metric against each field, all fields at once, importance, descent."""
+"""Charts of what was searched: the metric against each field, all fields at once, importance."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _field_chart(sweep: Sweep, path: str, dimension: Facts) -> Chart | None:
             traces.append(
                 go.Scatter(
                     x=x, y=[t.state.best for t in mine], name=kind, mode="markers", marker=marker,
-                    text=[_words(sweep, t) for t in mine], hovertemplate="%{text}<extra></extra>",
+                    text=[trial_words(sweep, t) for t in mine], hovertemplate="%{text}<extra></extra>",
                 )
             )  # fmt: skip
     if not traces:
@@ -59,7 +59,9 @@ def _field_chart(sweep: Sweep, path: str, dimension: Facts) -> Chart | None:
             )
         )
     log_y = spread(t.state.best for t in known)
-    note = "The best value of each trial; those that were stopped early had fewer steps for it."
+    note = "The best value of each trial."
+    if any(t.state.status == "pruned" for t in known):
+        note += " Those that were stopped early had fewer steps for it."
     name = sweep.log.metric
     chart = built(f"field-{path}", path, note, traces, name, log=log_y)
     layout = chart.figure["layout"]
@@ -106,7 +108,7 @@ def parallel_chart(sweep: Sweep) -> Chart | None:
         for trial in trials:
             x += [*range(len(axes)), None]
             y += [*(at.get(trial.id, NOT_SET) for at, _ in axes), None]
-            text += [_words(sweep, trial)] * (len(axes) + 1)
+            text += [trial_words(sweep, trial)] * (len(axes) + 1)
         traces.append(
             go.Scatter(
                 x=x, y=y, name=name, mode="lines", text=text, hovertemplate="%{text}<extra></extra>",
@@ -163,7 +165,9 @@ def _placed(
 ) -> tuple[dict[str, float], Ticks]:
     log = log and low > 0
     a, b = (math.log(low), math.log(high)) if log else (low, high)
-    width = (b - a) or 1.0
+    if a == b:
+        return dict.fromkeys(values, 0.5), [(0.5, f"{low:.3g}")]
+    width = b - a
     at = {i: ((math.log(v) if log and v > 0 else v) - a) / width for i, v in values.items()}
     ends = [a + width * k / 4 for k in range(5)]
     return at, [(k / 4, f"{math.exp(e) if log else e:.3g}") for k, e in enumerate(ends)]
@@ -221,80 +225,7 @@ def importance_chart(importance: Mapping[str, float], note: str) -> Chart | None
     return chart
 
 
-def lineage_chart(sweep: Sweep) -> Chart | None:
-    """Population-based training: who went on from whose checkpoint, and the line that led to the best."""
-    import plotly.graph_objects as go
-
-    if not any(t.state.parent for t in sweep.trials):
-        return None
-    rows = {t.id: _member(sweep, t) for t in sweep.trials}
-    by_id = {t.id: t for t in sweep.trials}
-    winning = _ancestors(by_id, sweep.best)
-    traces = []
-    for name, colour, width, chosen in (
-        ("went on", "#94a3b8", 2.0, [t for t in sweep.trials if not _took_over(rows, t)]),
-        ("took over another's checkpoint", "#dc2626", 2.0, [t for t in sweep.trials if _took_over(rows, t)]),
-        ("led to the best", BEST, 4.0, [t for t in sweep.trials if t.id in winning]),
-    ):  # fmt: skip
-        x: list[float | None] = []
-        y: list[float | None] = []
-        for trial in chosen:
-            from_row = rows.get(trial.state.parent[0]) if trial.state.parent else rows[trial.id]
-            start, end = float(trial.first_step), float(max(trial.last_step, trial.first_step))
-            turn = start + 0.25 * (end - start)
-            x += [start, turn, end, None]
-            y += [from_row, rows[trial.id], rows[trial.id], None]
-        if x:
-            line = {"color": colour, "width": width}
-            traces.append(
-                go.Scatter(x=x, y=y, name=name, mode="lines", line=line, hoverinfo="skip")
-            )
-    ends = [t for t in sweep.trials if t.state.best is not None]
-    values = [sweep.log.value(t.state, t.state.step) for t in ends]
-    traces.append(
-        go.Scatter(
-            x=[float(t.last_step) for t in ends], y=[rows[t.id] for t in ends], mode="markers",
-            marker={
-                "size": 9, "color": [finite(v) for v in values], "colorscale": "Viridis",
-                "reversescale": not sweep.log.maximize, "showscale": True, "colorbar": {"thickness": 10},
-            },
-            text=[_words(sweep, t) for t in ends], hovertemplate="%{text}<extra></extra>", showlegend=False,
-        )
-    )  # fmt: skip
-    members = max(rows.values()) + 1
-    note = "A line is a member of the population. Dots: the metric at the end of a generation."
-    chart = built(
-        "lineage",
-        "Lineage",
-        note,
-        traces,
-        "member",
-        wide=True,
-        height_px=max(260, 130 + 18 * members),
-    )
-    chart.figure["layout"]["yaxis"].update(autorange="reversed", dtick=max(1, members // 20))
-    chart.figure["layout"]["hovermode"] = "closest"
-    return chart
-
-
-def _member(sweep: Sweep, trial: TrialRun) -> int:
-    return trial.state.index % max(int(finite(sweep.plan.get("num_trials")) or 1), 1)
-
-
-def _took_over(rows: Mapping[str, int], trial: TrialRun) -> bool:
-    parent = trial.state.parent
-    return parent is not None and rows.get(parent[0]) != rows[trial.id]
-
-
-def _ancestors(by_id: Mapping[str, TrialRun], trial: TrialRun | None) -> set[str]:
-    found: set[str] = set()
-    while trial is not None and trial.id not in found:
-        found.add(trial.id)
-        trial = by_id.get(trial.state.parent[0]) if trial.state.parent else None
-    return found
-
-
-def _words(sweep: Sweep, trial: TrialRun) -> str:
+def trial_words(sweep: Sweep, trial: TrialRun) -> str:
     """What a pointer shows of a trial."""
     best = "" if trial.state.best is None else f"{sweep.log.metric} {metric_text(trial.state.best)}"
     lines = [f"{trial.id}, {look(sweep, trial)} at step {trial.last_step}", best]

@@ -180,7 +180,7 @@ def _losses(steps: Sequence[Facts]) -> tuple[tuple[float, float | None], ...]:
 
 
 def _attempts(starts: list[float], times: list[float]) -> tuple[tuple[float, float], ...]:
-    bounds = zip(starts, [*starts[1:], math.inf], strict=True)
+    bounds = zip(starts, [*starts[1:], math.inf], strict=False)
     return tuple((a, max((t for t in times if a <= t < b), default=a)) for a, b in bounds)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from orchestrator.report import space_figures, sweep_figures
 from orchestrator.report.importance import importance
+from orchestrator.report.lineage import lineage_chart
 from orchestrator.report.page import Comparison, Figure, Page, compared, render_page, two_to_a_row
 from orchestrator.report.records import finite
 from orchestrator.report.run import Facts
@@ -82,7 +83,7 @@ def render(sweep: Sweep) -> str:
         charts=two_to_a_row(
             [
                 sweep_figures.curves_chart(sweep),
-                space_figures.lineage_chart(sweep),
+                lineage_chart(sweep),
                 sweep_figures.slots_chart(sweep, runs, seen.taken),
                 *space_figures.field_charts(sweep),
                 space_figures.parallel_chart(sweep),
