@@ -71,6 +71,10 @@ class Pulse:
     late: bool
     handover: bool
     storage_failed: bool
+    ask: bool
+    """Time to ask the cluster whether it takes a node away."""
+    leave: bool
+    """It does, and soon."""
 
 
 def memory_in_use_bytes(device: torch.device) -> int:

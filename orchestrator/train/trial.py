@@ -28,6 +28,7 @@ from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
 from orchestrator.train.history import ended_early, rate_factor, remember
+from orchestrator.train.notice import Ask, Notice
 from orchestrator.train.objective import Objective
 from orchestrator.train.reference import Reference, find_reference
 from orchestrator.train.reshard import load_resharded
@@ -45,17 +46,22 @@ from orchestrator.train.warm import Warm
 
 
 def run_trial(
-    plan: Plan, folder: RunFolder, warm: Warm | None = None, judge: Judge | None = None
+    plan: Plan,
+    folder: RunFolder,
+    warm: Warm | None = None,
+    judge: Judge | None = None,
+    ask: Ask | None = None,
 ) -> Result:
     """Train to the plan's last step, from the newest valid checkpoint. Collective.
 
     `warm`: what this worker keeps from trial to trial. `judge`: who decides after each evaluation.
+    `ask` says when a node of this group will be taken away; a checkpoint is committed before.
 
     Returns the same Result on all ranks. Raises what the cluster did (a lost peer), so that Ray Train
     restarts the group; what the job itself did wrong comes back as a status: trying again is no use.
     """
     try:
-        trial = Trial(plan, folder, warm, judge)
+        trial = Trial(plan, folder, warm, judge, ask)
     except OrchestratorError as error:
         return Result("failed", 0, None, None, str(error))
     try:
@@ -77,12 +83,14 @@ class Trial:
         folder: RunFolder,
         warm: Warm | None = None,
         judge: Judge | None = None,
+        ask: Ask | None = None,
     ) -> None:
         self.folder = folder
         self.warm, self.judge = warm, judge
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.plan = plan = at_workers(plan, self.world_size)
         self.started_at = time.monotonic()
+        self.notice = Notice(ask, self.rank)
         self.stepped = False
         self.steps = RecordWriter(folder.steps) if self.rank == 0 else None
         self.evals = RecordWriter(folder.evals) if self.rank == 0 else None
@@ -208,7 +216,8 @@ class Trial:
                     self._check_storage()
                 go_on, worth_saving = self._evaluate_if_due(stopping)
                 reason = ended_early(plan, progress)
-                self._save_if_due(worth_saving, stopping or pulse.handover or bool(reason))
+                leaving = self._heed_notice(pulse) or pulse.handover
+                self._save_if_due(worth_saving, stopping or bool(reason) or leaving)
             except CheckpointError as error:
                 return self._result("storage_failed", str(error))
             if stopping:
@@ -221,6 +230,8 @@ class Trial:
                 return self._result("pruned")
             if pulse.handover and progress.step < plan.total_steps:
                 self._hand_over()
+            if pulse.leave and progress.step < plan.total_steps:
+                self.notice.wait_to_be_taken()
             wanted = time.perf_counter()
         return self._result("finished")
 
@@ -249,13 +260,29 @@ class Trial:
         handover = self.rank == 0 and self.folder.handover_request.exists()
         late = self.rank == 0 and limit is not None and self.progress.elapsed_s >= limit
         figures = torch.tensor(
-            [*losses, tokens, stop, late, handover, self.writer.failed()],
+            [
+                *losses,
+                tokens,
+                stop,
+                late,
+                handover,
+                self.writer.failed(),
+                self.notice.due(),
+                self.notice.over(),
+            ],
             dtype=torch.float64,
             device=self.engine.device,
         )
         dist.all_reduce(figures)
         total, own, all_tokens, *flags = figures.tolist()
         return Pulse(total, own, int(all_tokens), *(flag > 0 for flag in flags))
+
+    def _heed_notice(self, pulse: Pulse) -> bool:
+        """Whether a checkpoint must be committed now: a node has been announced to go, or goes."""
+        heard = pulse.ask and self.notice.heard()
+        if heard:
+            self._event("notice", step=self.progress.step, deadline_s=self.notice.deadline_s)
+        return heard or pulse.leave
 
     def _diverged(self, loss: float, norm: float | None, skipped: bool) -> bool:
         """A non-finite loss or gradient, or too many updates that DeepSpeed skipped without a word."""
@@ -312,7 +339,10 @@ class Trial:
         )
         if plan.spec.checkpoint.mode == "sync" or ending:
             self._check_storage()
-        self._event("save", step=step, stall_s=round(time.perf_counter() - started, 4))
+        stall_s = time.perf_counter() - started
+        if ending:
+            self.notice.commit_s = stall_s
+        self._event("save", step=step, stall_s=round(stall_s, 4))
 
     def _check_storage(self) -> None:
         """Wait for the checkpoint in flight; a failure on any rank is raised on all."""
