@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,19 @@ from orchestrator.train.checkpoint import Committed, newest_valid
 
 
 class LiveRun:
-    """`orchestrator train` (or `sweep`) in a process group of its own, on a Ray of its own or the one at `address`."""
+    """`orchestrator train` (or `sweep`) in a process group of its own, on a Ray of its own or the one at `address`.
 
-    def __init__(self, spec: JobSpec, verb: str = "train", address: str | None = None) -> None:
+    `inside` are words that run a command elsewhere (in a pod); `more` is added to the environment.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        verb: str = "train",
+        address: str | None = None,
+        inside: Sequence[str] = (),
+        **more: str,
+    ) -> None:
         self.folder = RunFolder(Path(spec.storage) / spec.name)
         job = Path(spec.data.prepared_dir).parent / f"{spec.name}.yaml"
         job.write_text(dump_spec(spec), encoding="utf-8")
@@ -32,8 +42,8 @@ class LiveRun:
             environment["RAY_ADDRESS"] = address
         with open(self.log, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", verb, str(job)],
-                stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                [*inside, sys.executable, "-m", "orchestrator", verb, str(job)],
+                stdout=log, stderr=subprocess.STDOUT, env={**environment, **more}, start_new_session=True,
             )  # fmt: skip
 
     def step(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -85,7 +86,7 @@ def work(config: dict[str, Any]) -> None:
     torch.set_num_threads(plan.cpus_per_worker)
     try:
         together(lambda: must_see(folder))
-        result = run_trial(plan, folder)
+        result = run_trial(plan, folder, ask=node_taken_away_at_s)
     except CheckpointError as error:
         result = Result("failed", 0, None, None, str(error))
     if rank == 0:
@@ -104,6 +105,19 @@ def must_see(folder: RunFolder) -> None:
             f"{folder.root} is not there on node {platform.node()}: storage must be a folder that every node "
             "sees. Mount it there, or set storage=… to one that is; then run the same command again."
         )
+
+
+def node_taken_away_at_s() -> float | None:
+    """When a node of this worker group will be drained, in Unix seconds; now where Ray knows no deadline.
+
+    Collective: Ray Train makes all ranks agree.
+    """
+    from ray.train import get_preemption_info
+
+    info = get_preemption_info()
+    if info is None:
+        return None
+    return info.deadline_ms / 1000 if info.deadline_ms else time.time()
 
 
 def log_to(path: Path) -> None:

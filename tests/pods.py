@@ -1,0 +1,275 @@
+"""Several Ray nodes on one machine, each as if it were a pod: own address, own processes, own /dev/shm.
+
+A pod is a network, a PID and a mount namespace. Its link is one end of a pair whose other end hangs
+on a bridge, which stands in a namespace of its own so that nothing of the machine's is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+GCS_PORT = 6379
+REDIS_PORT = 6380
+START_S = 90
+SETTINGS = {
+    # Ray takes a node for dead after 5 checks in vain, 3 s apart and 10 s long: 13 s for a killed raylet
+    # and over a minute for a link that is down.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_health_check_initial_delay_ms": "0",
+    # A head that is away for less than this takes nobody along.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    "RAY_AUTH_MODE": "disabled",
+    # Gloo takes the address of the host's name, which is the loopback in every pod.
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class Pod:
+    """One Ray node in namespaces of its own."""
+
+    def __init__(self, pods: Pods, number: int, arguments: list[str], **more: str) -> None:
+        self.pods, self.number = pods, number
+        self.address = f"10.77.{pods.subnet}.{number}"
+        self.namespace = f"{pods.name}-{number}"
+        self.log = pods.folder / f"pod-{number}-{time.time_ns()}.log"
+        self._connect()
+        command = ["ray", "start", "--block", f"--node-ip-address={self.address}"]
+        command += ["--object-store-memory=100000000", *arguments]
+        self.process = self._start([*command], more)
+
+    def _connect(self) -> None:
+        # Names of links have at most 15 characters.
+        inside, outside = "eth0", f"p{self.number}"
+        with suppress(subprocess.CalledProcessError):  # a pod of this number was here before
+            ip("netns", "del", self.namespace)
+        with suppress(subprocess.CalledProcessError):  # its link may outlive it by a moment
+            ip("-n", self.pods.hub, "link", "del", outside)
+        ip("netns", "add", self.namespace)
+        ip("-n", self.pods.hub, "link", "add", outside, "type", "veth", "peer", "name", inside,
+           "netns", self.namespace)  # fmt: skip
+        ip("-n", self.pods.hub, "link", "set", outside, "master", "bridge", "up")
+        ip("-n", self.namespace, "address", "add", f"{self.address}/24", "dev", inside)
+        ip("-n", self.namespace, "link", "set", inside, "up")
+        ip("-n", self.namespace, "link", "set", "lo", "up")
+        # Ray finds its own address by asking for the way to the outside.
+        ip("-n", self.namespace, "route", "add", "default", "via", f"10.77.{self.pods.subnet}.254")
+
+    def _start(self, command: list[str], more: dict[str, str]) -> subprocess.Popen[bytes]:
+        script = (
+            'mount -t tmpfs tmpfs /dev/shm && mkdir -p "$0" && mount -t tmpfs tmpfs "$0" '
+            '&& cd "$0" && exec "$@"'
+        )
+        into = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.namespace]
+        into += ["unshare", "--pid", "--mount", "--fork"]  # all die with the tests
+        into += ["--kill-child", "--mount-proc", "bash", "-c", script, str(self.pods.temporary)]
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                [*into, *command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**self.pods.environment, **more},
+                start_new_session=True,
+            )
+
+    def inside(self) -> list[str]:
+        """Words that run a command among this pod's processes, on its network."""
+        init = psutil.Process(self.process.pid).children()[0].pid
+        return ["nsenter", "--target", str(init), "--net", "--pid", "--mount", "--"]
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """This pod's processes by what their command line holds."""
+        try:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        return [p for p in family if title in command_line(p)]
+
+    def kill(self) -> None:
+        """`kill -9` of the pod: all of its processes at once, its link gone."""
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+        with suppress(subprocess.CalledProcessError):
+            ip("netns", "del", self.namespace)
+
+    def kill_process(self, title: str) -> None:
+        """`kill -9` of one process of the pod."""
+        found = self.processes(title)
+        assert found, f"no {title} in pod {self.number}"
+        found[0].kill()
+
+    def cut_off(self) -> None:
+        """The link goes down; nobody is told, and everything in the pod lives on."""
+        ip("-n", self.pods.hub, "link", "set", f"p{self.number}", "down")
+
+
+class Pods:
+    """A cluster of pods on a bridge of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.subnet = os.getpid() % 200 + 20
+        self.name = f"orc{os.getpid()}"
+        self.hub = f"{self.name}-hub"
+        self.temporary = Path(f"/tmp/{self.name}")
+        self.temporary.mkdir(exist_ok=True)
+        tied = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+        plain = {k: v for k, v in os.environ.items() if k not in tied}
+        path = os.pathsep.join((str(Path(sys.executable).parent), plain.get("PATH", "")))
+        self.environment = {**plain, **SETTINGS, "PATH": path, "RAY_TMPDIR": str(self.temporary)}
+        self.all: dict[int, Pod] = {}
+        self.redis: subprocess.Popen[bytes] | None = None
+        ip("netns", "add", self.hub)
+        ip("-n", self.hub, "link", "add", "bridge", "type", "bridge")
+        ip("-n", self.hub, "address", "add", f"10.77.{self.subnet}.254/24", "dev", "bridge")
+        ip("-n", self.hub, "link", "set", "bridge", "up")
+        ip("-n", self.hub, "link", "set", "lo", "up")
+
+    @property
+    def gcs(self) -> str:
+        """The address that drivers and nodes join."""
+        return f"10.77.{self.subnet}.1:{GCS_PORT}"
+
+    def start_redis(self) -> None:
+        """A Redis of our own, beside the pods."""
+        command = ["redis-server", "--bind", f"10.77.{self.subnet}.254", "--port", str(REDIS_PORT)]
+        command += ["--save", "", "--requirepass", "pods", "--dir", str(self.folder)]
+        into = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.hub]
+        with open(self.folder / "redis.log", "ab") as log:
+            self.redis = subprocess.Popen(
+                [*into, *command], stdout=log, stderr=log, env=self.environment
+            )
+
+    def start_head(self, cpus: int) -> Pod:
+        """The head: pod 1. Its GCS keeps everything in Redis where one runs."""
+        arguments = ["--head", f"--port={GCS_PORT}", f"--num-cpus={cpus}"]
+        arguments += ["--dashboard-host=0.0.0.0"]
+        more = {}
+        if self.redis:
+            more["RAY_REDIS_ADDRESS"] = f"10.77.{self.subnet}.254:{REDIS_PORT}"
+            more["RAY_external_storage_namespace"] = self.name
+            arguments += ["--redis-password=pods"]
+        self.all[1] = Pod(self, 1, arguments, **more)
+        return self.all[1]
+
+    def start_worker(self, number: int, cpus: int) -> Pod:
+        """A worker node."""
+        arguments = [f"--address={self.gcs}", f"--num-cpus={cpus}"]
+        self.all[number] = Pod(self, number, arguments)
+        return self.all[number]
+
+    def wait_for(self, nodes: int, timeout_s: float = START_S) -> None:
+        """Until the head counts so many living nodes."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.nodes()) != nodes:
+            assert time.monotonic() < deadline, f"{nodes} nodes expected:\n{self.output()}"
+            time.sleep(0.5)
+
+    def nodes(self) -> dict[str, str]:
+        """Living nodes as the head sees them: address → node id."""
+        script = (
+            "import sys; from ray._raylet import GcsClient\n"
+            "for n in GcsClient(address=sys.argv[1]).get_all_node_info().values():\n"
+            "    if n.state == 0: print(n.node_manager_address, n.node_id.hex())"
+        )
+        done = self.run([sys.executable, "-c", script, self.gcs], check=False)
+        pairs = [line.split() for line in done.stdout.splitlines()]
+        return {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and pair[0].startswith("10.")}
+
+    def run(self, command: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command in the head pod."""
+        environment = {**self.environment, "RAY_ADDRESS": self.gcs}
+        return subprocess.run(
+            [*self.all[1].inside(), *command], env=environment, check=check, timeout=60,
+            capture_output=True, text=True,
+        )  # fmt: skip
+
+    def drain(self, pod: Pod, seconds: int) -> None:
+        """Announce that a node will be taken away, as a cloud does with a spot machine."""
+        node = self.nodes()[pod.address]
+        self.run(
+            ["ray", "drain-node", "--address", self.gcs, "--node-id", node, "--reason",
+             "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+             "--deadline-remaining-seconds", str(seconds)]
+        )  # fmt: skip
+
+    def where(self, title: str) -> dict[int, psutil.Process]:
+        """Pods that hold such a process: number → the first one."""
+        found = {n: pod.processes(title) for n, pod in self.all.items()}
+        return {n: processes[0] for n, processes in found.items() if processes}
+
+    def output(self) -> str:
+        """What the pods said last."""
+        logs = sorted(self.folder.glob("pod-*.log"))
+        return "\n".join(f"{f.name}: {f.read_text(errors='replace')[-1500:]}" for f in logs)
+
+    def close(self) -> None:
+        """Nothing stays behind."""
+        for pod in self.all.values():
+            pod.kill()
+        if self.redis:
+            self.redis.kill()
+            self.redis.wait(10)
+        for path in Path("/run/netns").glob(f"{self.name}-*"):
+            with suppress(subprocess.CalledProcessError):
+                ip("netns", "del", path.name)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+@contextmanager
+def pods(folder: Path) -> Iterator[Pods]:
+    """Pods below `folder`; skips the test, with the reason, where namespaces are not to be had."""
+    if why := impossible():
+        pytest.skip(f"pods need {why}")
+    cluster = Pods(folder)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def impossible() -> str:
+    """What is missing for pods; empty where nothing is."""
+    for tool in ("ip", "unshare", "nsenter", "setpriv"):
+        if not shutil.which(tool):
+            return f"`{tool}`"
+    probe = ["unshare", "--net", "--pid", "--mount", "--fork", "--mount-proc", "true"]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else f"root rights for namespaces ({done.stderr.strip()})"
+
+
+def until(reached: Callable[[], bool], what: str, timeout_s: float = 120) -> float:
+    """Poll until something is so; returns the seconds it took."""
+    started = time.monotonic()
+    while not reached():
+        assert time.monotonic() - started < timeout_s, f"waited {timeout_s} s in vain: {what}"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def ip(*words: str) -> None:
+    """`ip …`."""
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def command_line(process: psutil.Process) -> str:
+    """A process's title; empty where it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

@@ -1,0 +1,236 @@
+"""Nodes of their own addresses: training across them, and what happens when they go."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+import tiny
+from pods import Pods, pods, until
+
+from orchestrator.report.records import read_records, read_steps
+from orchestrator.run_folder import read_json
+from orchestrator.spec import JobSpec
+from orchestrator.train.checkpoint import committed
+
+pytestmark = pytest.mark.chaos
+
+STEPS = 400
+EVERY = 16
+START_S = 300
+"""Patience with a start: four nodes share this machine's cores."""
+WORKER_CPUS = 2
+NODE_CPUS = 3
+"""One worker of two CPUs fits, and a task that reads; a second worker does not."""
+
+
+def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
+    """Dropout on, a partial last batch in each epoch, two workers of two CPUs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
+    settings = {
+        "name": f"zero{stage}",
+        "batch": {"global_rows": 16},
+        "optimizer": {"lr": 1e-3},
+        "zero": {"stage": stage},
+        "stop": {"max_steps": STEPS},
+        "checkpoint": {"every_steps": EVERY},
+        "resources": {"num_workers": 2, "cpus_per_worker": WORKER_CPUS, "gpus_per_worker": 0},
+        "model": {"dropout": 0.1},
+        **fields,
+    }
+    return tiny.job(models.bert, train, folder, **settings)
+
+
+def start(spec: JobSpec, cluster: Pods, pod: int = 1) -> faults.LiveRun:
+    """`orchestrator train`, its driver in one of the pods."""
+    inside = cluster.all[pod].inside()
+    return faults.LiveRun(spec, address=cluster.gcs, inside=inside, **cluster.environment)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Pods]:
+    """A head that no worker fits on, and three nodes for two workers."""
+    with pods(tmp_path / "pods") as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def one_node(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """Final states by ZeRO stage of runs with both workers on one node; filled as tests ask."""
+
+    class References(dict[int, Any]):
+        def __missing__(self, stage: int) -> Any:
+            folder = tmp_path_factory.mktemp("one-node")
+            with pods(folder / "pods") as single:
+                single.start_head(2 * WORKER_CPUS + 1)
+                single.wait_for(1)
+                run = start(job(models, folder, stage), single)
+                until(lambda: len(run.events("first_step")) == 1, "the first step", START_S)
+                assert len(single.where("RayTrainWorker")) == 1
+                assert run.finish() == 0, run.output()
+            self[stage] = faults.final_state(run.folder)
+            return self[stage]
+
+    return References()
+
+
+def check_whole(run: faults.LiveRun, want: dict[str, Any]) -> None:
+    """The run finished, with the weights, optimizer and random state of the run on one node."""
+    assert read_json(run.folder.outcome)["status"] == "finished", run.output()
+    got = faults.final_state(run.folder)
+    assert got["step"] == STEPS
+    faults.assert_identical(got["files"], want["files"])
+    assert [r["step"] for r in read_steps(run.folder.steps)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_nodes_end_bit_for_bit_like_one(
+    stage: int, models: tiny.Tiny, tmp_path: Path, cluster: Pods, one_node: dict[int, Any]
+) -> None:
+    cluster.start_head(1)
+    for number in (2, 3):
+        cluster.start_worker(number, NODE_CPUS)
+    cluster.wait_for(3)
+    run = start(job(models, tmp_path, stage), cluster)
+    run.wait_until(lambda: len(run.events("first_step")) == 1, START_S)
+    assert sorted(cluster.where("RayTrainWorker")) == [2, 3], "a worker on each node"
+    assert run.finish() == 0, run.output()
+    check_whole(run, one_node[stage])
+
+
+def test_lost_workers_raylets_pods_and_links_change_nothing(
+    models: tiny.Tiny, tmp_path: Path, cluster: Pods, one_node: dict[int, Any]
+) -> None:
+    cluster.start_head(1)
+    for number in (2, 3, 4):
+        cluster.start_worker(number, NODE_CPUS)
+    cluster.wait_for(4)
+    run = start(job(models, tmp_path, 2), cluster)
+    spare = 5
+    for kind in ("worker", "raylet", "pod", "link"):
+        reached = run.step()
+        run.wait_until(lambda s=reached: run.step() >= s + EVERY + 3, START_S)
+        pod = cluster.all[max(cluster.where("RayTrainWorker"))]
+        starts, commits = len(run.events("first_step")), committed(run.folder.checkpoints)
+        killed_at = run.step()
+        match kind:
+            case "worker":
+                pod.kill_process("RayTrainWorker")
+            case "raylet":
+                pod.kill_process("raylet/raylet")
+            case "pod":
+                pod.kill()
+            case "link":
+                pod.cut_off()
+        seconds = until(lambda n=starts: len(run.events("first_step")) > n, kind, 200)
+        resumed = run.events("stream")[-1]["step"]
+        print(f"| 2 | {kind} | {killed_at} | {resumed} | {seconds:.1f} |", flush=True)
+        assert resumed >= max(c.step for c in commits)
+        if kind != "worker":
+            pod.kill()
+            del cluster.all[pod.number]
+            cluster.start_worker(spare, NODE_CPUS)
+            spare += 1
+    assert run.finish() == 0, run.output()
+    check_whole(run, one_node[2])
+
+
+def test_a_drained_node_is_left_with_a_checkpoint_and_no_step_is_lost(
+    models: tiny.Tiny, tmp_path: Path, cluster: Pods
+) -> None:
+    cluster.start_head(1)
+    for number in (2, 3, 4):
+        cluster.start_worker(number, NODE_CPUS)
+    cluster.wait_for(4)
+    spec = job(
+        models,
+        tmp_path,
+        2,
+        stop={"max_steps": 50_000},  # more than can be done by then
+        checkpoint={"every_steps": 50_000},
+        faults={"max_restarts": 0},  # and no restart to spend
+    )
+    run = start(spec, cluster)
+    run.wait_until(lambda: run.step() >= EVERY, START_S)
+    pod = cluster.all[max(cluster.where("RayTrainWorker"))]
+    drained = time.monotonic()
+    cluster.drain(pod, 12)
+    run.wait_until(lambda: bool(run.events("notice")), START_S)
+    noticed_s = time.monotonic() - drained
+    run.wait_until(lambda: len(run.events("first_step")) == 2, START_S)
+    resumed_s = time.monotonic() - drained
+    assert pod.number not in cluster.where("RayTrainWorker"), "nobody works on the drained node"
+    run.folder.stop_request.touch()
+    assert run.finish() == 130, run.output()
+    notice, (_, resumed) = run.events("notice")[0], run.events("stream")
+    saves = [e["step"] for e in run.events("save")]
+    assert saves[0] == notice["step"], "a checkpoint at once"
+    assert saves[1] == resumed["step"] > notice["step"], "and one at the end, which is resumed"
+    done = [r["step"] for r in read_records(run.folder.steps)]
+    assert done == list(range(1, len(done) + 1)), "a step was lost or done twice"
+    print(
+        f"| drain, 12 s | notice after {noticed_s:.1f} s at step {notice['step']} | "
+        f"next step after {resumed_s:.1f} s at {resumed['step']} | lost 0 |",
+        flush=True,
+    )
+
+
+def test_a_head_that_comes_back_with_redis_finds_the_run_going_on(
+    models: tiny.Tiny, tmp_path: Path, cluster: Pods, one_node: dict[int, Any]
+) -> None:
+    if not shutil.which("redis-server"):
+        pytest.skip("needs redis-server")
+    cluster.start_redis()
+    cluster.start_head(0)
+    for number in (2, 3):
+        cluster.start_worker(number, NODE_CPUS)
+    cluster.wait_for(3)
+    run = start(job(models, tmp_path, 2), cluster, pod=2)  # a driver on the head would go with it
+    run.wait_until(lambda: run.step() >= EVERY, START_S)
+    killed_at = run.step()
+    cluster.all[1].kill()
+    time.sleep(3)
+    meanwhile = run.step()
+    cluster.start_head(0)
+    cluster.wait_for(3)
+    assert run.finish() == 0, run.output()
+    print(
+        f"| head, Redis | killed at {killed_at}, 3 s later {meanwhile} | "
+        f"group starts {len(run.events('first_step'))} |",
+        flush=True,
+    )
+    check_whole(run, one_node[2])
+
+
+def test_without_redis_the_same_command_on_a_new_cluster_goes_on(
+    models: tiny.Tiny, tmp_path: Path, cluster: Pods, one_node: dict[int, Any]
+) -> None:
+    spec = job(models, tmp_path, 2)
+    cluster.start_head(1)
+    for number in (2, 3):
+        cluster.start_worker(number, NODE_CPUS)
+    cluster.wait_for(3)
+    run = start(spec, cluster)
+    run.wait_until(lambda: run.step() >= 2 * EVERY, START_S)
+    killed_at = run.step()
+    for pod in cluster.all.values():
+        pod.kill()
+    run.finish(60)
+    newest = max(c.step for c in committed(run.folder.checkpoints))
+    started = time.monotonic()
+    cluster.start_head(1)
+    for number in (2, 3):
+        cluster.start_worker(number, NODE_CPUS)
+    cluster.wait_for(3)
+    again = start(spec, cluster)
+    again.wait_until(lambda: len(again.events("first_step")) == 2, START_S)
+    print(f"| all nodes | {killed_at} | {newest} | {time.monotonic() - started:.1f} |", flush=True)
+    assert again.finish() == 0, again.output()
+    assert again.events("stream")[-1]["step"] == newest
+    check_whole(again, one_node[2])
