@@ -87,7 +87,9 @@ class Pod:
 
     def inside(self) -> list[str]:
         """Words that run a command among this pod's processes, on its network."""
-        init = psutil.Process(self.process.pid).children()[0].pid
+        unshare = psutil.Process(self.process.pid)
+        until(lambda: bool(unshare.children()), f"pod {self.number}", START_S)
+        init = unshare.children()[0].pid
         return ["nsenter", "--target", str(init), "--net", "--pid", "--mount", "--"]
 
     def processes(self, title: str) -> list[psutil.Process]:
