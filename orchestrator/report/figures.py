@@ -249,10 +249,8 @@ def per_label_chart(record: Record) -> Chart | None:
             )  # fmt: skip
     which = "The weakest first" if len(scores) <= MOST_BARS else f"The {MOST_BARS} weakest"
     note = f"{which}; evaluation at step {record.get('step', '?')}."
-    names = [str(name) for name in ordered]
-    chart = built(
-        "per-label", "Scores per label", note, bars, "", height_px=tall(names * len(bars))
-    )
+    names, height_px = [str(name) for name in ordered], 100 + 13 * len(ordered) * len(bars)
+    chart = built("per-label", "Scores per label", note, bars, "", height_px=max(320, height_px))
     chart.figure["layout"]["yaxis"].update(autorange="reversed", **named_axis(names))
     chart.figure["layout"]["xaxis"].update(title={"text": "score"}, range=[0, 1.02])
     chart.figure["layout"].update(hovermode="closest", bargap=0.35, showlegend=len(bars) > 1)
