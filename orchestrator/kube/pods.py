@@ -137,6 +137,7 @@ def _container(spec: JobSpec, name: str, size: PodSize, with_job: bool) -> Conta
         name=name,
         image=k.image or "",
         image_pull_policy=k.image_pull_policy,
+        # Read tasks start where their raylet does, and the job's relative paths are theirs too.
         working_dir=k.storage.mount_path,
         env=_env(spec),
         resources=_resources(size, k.worker),
