@@ -157,7 +157,7 @@ def cloze(sentences: list[dict[str, Any]], rng: random.Random) -> dict[str, Any]
             while last + 1 < len(tags) and tags[last + 1] == "I-NAME":
                 last += 1
             name = " ".join(tokens[first : last + 1])
-            if context.count(name) == 1 and len(tokens) >= 8:
+            if context.count(name) == 1 and 8 <= len(tokens) <= 50:
                 found.append((name, " ".join([*tokens[:first], "___", *tokens[last + 1 :]])))
     if not found:
         return None
