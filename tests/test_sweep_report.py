@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,25 @@ def test_a_torn_or_missing_file_never_fails_the_report(tmp_path: Path, name: str
     write_sweep_report(folder)
     (folder.root / name).unlink()
     write_sweep_report(folder)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fields_that_are_missing_or_null_never_fail_the_report(tmp_path: Path, seed: int) -> None:
+    rng, folder = random.Random(seed), sweeps.make_population(tmp_path / "s", 4, 3).write()
+    for path in sorted(folder.root.rglob("*.json*")):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        sweeps.write_lines(path, [damaged(json.loads(line), rng) for line in lines])
+    write_sweep_report(folder)
+
+
+def damaged(value: Any, rng: random.Random) -> Any:
+    """A copy without some of its fields, and with others empty."""
+    if isinstance(value, list):
+        return [damaged(v, rng) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {k: v for k, v in value.items() if rng.random() > 0.04}
+    return {k: None if rng.random() < 0.03 else damaged(v, rng) for k, v in kept.items()}
 
 
 def test_a_trial_that_never_began_is_listed_with_its_reason(tmp_path: Path) -> None:

@@ -148,11 +148,7 @@ def _axis(
         some = list(at.items())[:: max(1, math.ceil(len(at) / MOST_TICKS))]
         return placed, [(place, name) for name, place in some]
     known = {t.id: v for t in trials if (v := finite(t.state.values.get(path))) is not None}
-    low = finite(dimension.get("low")) if "low" in dimension else min(known.values(), default=0.0)
-    high = (
-        finite(dimension.get("high")) if "high" in dimension else max(known.values(), default=1.0)
-    )
-    return _placed(known, low or 0.0, high or 0.0, dimension.get("type") == "log_uniform")
+    return _placed(known, dimension["low"], dimension["high"], dimension["type"] == "log_uniform")
 
 
 def _metric_axis(sweep: Sweep, trials: Sequence[TrialRun]) -> tuple[dict[str, float], Ticks]:

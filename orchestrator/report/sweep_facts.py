@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from orchestrator.report.drawing import thinned
 from orchestrator.report.records import finite, read_records
@@ -118,12 +119,20 @@ class Sweep:
         return known + [t for t in self.trials if t.state.best is None]
 
     def dimensions(self) -> dict[str, Facts]:
-        """Searched field → type, bounds or values; plain lists read as choices."""
+        """Searched field → `type`, and `low` and `high` or `values`; plain lists read as choices."""
         space = dict(self.spec.get("space") or {})
         for trial in self.trials:  # a plan that cannot be read: the values say what was searched
-            for path in trial.state.values:
-                space.setdefault(path, {"type": "uniform"})
-        return {p: {"type": "choice", "values": d} if isinstance(d, list) else d for p, d in space.items()}  # fmt: skip
+            space |= {path: None for path in trial.state.values if path not in space}
+        return {path: self._dimension(path, given) for path, given in space.items()}
+
+    def _dimension(self, path: str, given: Any) -> Facts:
+        facts = {"type": "choice", "values": given} if isinstance(given, list) else given
+        if isinstance(facts, dict) and "type" in facts:
+            bounds = [finite(facts.get("low")), finite(facts.get("high"))]
+            if isinstance(facts.get("values"), list) or None not in bounds:
+                return facts
+        known = [v for t in self.trials if (v := finite(t.state.values.get(path))) is not None]
+        return {"type": "uniform", "low": min(known, default=0.0), "high": max(known, default=0.0)}
 
 
 def read_sweep(folder: SweepFolder) -> Sweep:

@@ -86,7 +86,8 @@ class SweepLog:
 
     def value(self, trial: TrialState, step: int) -> float:
         """The sweep's metric in a report; NaN where it says none."""
-        return float(trial.reports[step].get(self.metric, math.nan))
+        value = trial.reports[step].get(self.metric)
+        return float(value) if isinstance(value, int | float) else math.nan
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether a value of the metric beats another one; what is not finite never does."""
@@ -128,18 +129,21 @@ class SweepLog:
 
     def _fold(self, record: dict[str, Any]) -> None:
         kind, trial = record["kind"], record["trial"]
+        step = 0 if kind == "trial" else int(record["step"])
+        if not isinstance(trial, str):
+            raise TypeError(trial)
         if kind == "trial":
-            parent = tuple(record["parent"]) if record["parent"] else None
+            parent = (str(p[0]), int(p[1])) if (p := record["parent"]) else None
             values = dict(record["values"])
-            self.trials[trial] = TrialState(trial, record["index"], values, parent)
+            self.trials[trial] = TrialState(trial, int(record["index"]), values, parent)
         elif kind == "report":
             verdict = Verdict(record["go_on"], record["save"])
             metrics = dict(record["metrics"])
-            self._reported(self.trials[trial], record["step"], record["key"], metrics, verdict)
+            self._reported(self.trials[trial], step, float(record["key"]), metrics, verdict)
         elif kind == "end":
             state = self.trials[trial]
-            state.status, state.message = record["status"], record["message"]
-        self.order.append((kind, trial, record.get("step", 0)))
+            state.status, state.message = record["status"], str(record["message"])
+        self.order.append((kind, trial, step))
 
     def _reported(
         self, trial: TrialState, step: int, key: float, metrics: dict[str, Any], verdict: Verdict
