@@ -219,8 +219,8 @@ def _final_table(outcome: Outcome) -> Table:
 
 @app.command()
 def sweep(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
-    """Run the job's sweep: many trials on warm worker groups; the same command again goes on."""
-    spec = _load(job, overrides)
+    """Run the job's sweep: many trials on warm worker groups; the same command, or its name, goes on."""
+    spec = _load(job if job.is_file() else _sweep_job(job), overrides)
     _quiet_libraries()
     from orchestrator.api import sweep as run
     from orchestrator.report.sweep_view import results_table
@@ -239,6 +239,13 @@ def sweep(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
             out.print(f"{name}: {path}", soft_wrap=True, highlight=False)
     if outcome.status == "stopped":
         raise typer.Exit(130)
+
+
+def _sweep_job(run: Path) -> Path:
+    """The job file that a sweep of this name left in its folder."""
+    from orchestrator.run_folder import find_sweep
+
+    return find_sweep(run).spec
 
 
 @app.command()

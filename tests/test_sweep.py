@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,33 @@ def test_killed_at_random_moments_a_sweep_decides_what_it_would_have_decided(
     ran = [r["trial"] for r in read_records(folder.log) if r["kind"] == "end"]
     assert sorted(ran) == sorted(set(ran)), "a finished trial ran again"
     assert read_json(folder.outcome)["status"] == "finished"
+
+
+def test_a_sweep_that_is_asked_to_stop_keeps_everything_and_goes_on_by_name(
+    models: tiny.Tiny, tmp_path: Path
+) -> None:
+    search = {
+        "space": {"optimizer.lr": lr()},
+        "num_trials": 30,
+        "scheduler": {"type": "none"},
+        "budget": {"patience_trials": 3},
+        "slots": 1,
+    }
+    spec = job(models, tmp_path, "asked", search, stop={"max_steps": 100})
+    folder = SweepFolder(tmp_path / "runs" / "asked")
+    run = faults.LiveRun(spec, "sweep")
+    run.wait_until(lambda: ended(folder) >= 1)
+    begun = len(list((folder.root / "trials").iterdir()))
+    run.signal(signal.SIGINT)
+    assert run.finish() == 130, run.output()
+    assert "the same command goes on" in run.output()
+    assert (read_json(folder.outcome)["status"], ended(folder)) == ("stopped", 1)
+    assert begun >= 2
+    again = faults.LiveRun(spec, "sweep")
+    assert again.finish() == 0, again.output()
+    outcome = read_json(folder.outcome)
+    assert outcome["status"] == "budget"
+    assert "has not improved for 3 trials" in outcome["message"]
+    assert folder.export.exists()
+    streams = [e for e in read_records(folder.trial("t00001").events) if e["kind"] == "stream"]
+    assert [e["step"] > 0 for e in streams] == [False, True], "the stopped trial began anew"

@@ -75,7 +75,7 @@ class SweepView:
         return Group(Text(self._summary(), style="bold"), trials_table(self.log, shown))
 
     def _summary(self) -> str:
-        running = sum(t.status is None for t in self.log.trials.values())
+        running = sum(t.status is None for t in list(self.log.trials.values()))
         best = self.log.best()
         parts = [f"{self._ended()} of {self.num_trials} trials ended"]
         parts.append(f"{min(running, self.slots)} of {self.slots} slots busy")
@@ -86,7 +86,7 @@ class SweepView:
         return "  ·  ".join(parts)
 
     def _ended(self) -> int:
-        return sum(t.status is not None for t in self.log.trials.values())
+        return sum(t.status is not None for t in list(self.log.trials.values()))
 
     def _left_s(self) -> float | None:
         done = self._ended() - self._ended_before
@@ -106,7 +106,7 @@ def _line(log: SweepLog, trial: TrialState, kind: str, step: int) -> str:
 
 def trials_table(log: SweepLog, trials: list[TrialState]) -> Table:
     """One line per trial: values, how far it got, its last and best figure."""
-    paths = list(dict.fromkeys(path for t in log.trials.values() for path in t.values))
+    paths = list(dict.fromkeys(path for t in list(log.trials.values()) for path in t.values))
     table = Table(box=None, pad_edge=False)
     for name in ("trial", "status", "step", log.metric, "best"):
         table.add_column(name, justify="right" if name not in ("trial", "status") else "left")

@@ -101,7 +101,7 @@ class SweepLog:
 
     def ranked(self) -> list[TrialState]:
         """Trials that reported anything, best first."""
-        known = [t for t in self.trials.values() if t.best is not None]
+        known = [t for t in list(self.trials.values()) if t.best is not None]
         sign = -1 if self.maximize else 1
         return sorted(known, key=lambda t: (sign * (t.best or 0.0), t is not self._best))
 

@@ -51,7 +51,7 @@ class Director:
 
     def next_trial(self) -> TrialState | None:
         """The next trial to run; None where one may come later, NO_MORE where none will."""
-        self._check_budget()
+        self.check_budget()
         if self.stopping:
             return NO_MORE
         if self._unfinished:
@@ -72,7 +72,7 @@ class Director:
         verdict = self.referee.judge(trial, step, key, value, said["last"])
         self.log.report(trial.id, step, key, said["metrics"], verdict)
         self.broker.verdict.remote(trial.id, step, verdict.go_on, verdict.save)
-        self._check_budget()
+        self.check_budget()
 
     def ended(self, said: dict[str, Any]) -> None:
         """Log an end. A trial that was asked to stop stays open: a resumed sweep goes on with it."""
@@ -91,7 +91,7 @@ class Director:
         """Ask every running trial to commit a checkpoint and leave; propose no more."""
         self.stopping = self.stopping or why
         self.broker.cancel.remote()
-        for trial in self.live:
+        for trial in list(self.live):  # a signal may come while Tune adds one
             folder = self.folder.trial(trial)
             if folder.root.exists():
                 folder.stop_request.touch()
@@ -200,7 +200,8 @@ class Director:
 
     # endings
 
-    def _check_budget(self) -> None:
+    def check_budget(self) -> None:
+        """Stop the sweep where its budget is used up."""
         budget = self.plan.sweep.budget
         spent = time.monotonic() - self.started_at
         if self.stopping:
@@ -222,9 +223,10 @@ class Director:
 
     def _forget_checkpoints(self) -> None:
         """Delete checkpoints of ended trials that are not among the best."""
-        if isinstance(self.plan.sweep.scheduler, PbtScheduler):
-            return
         kept = {t.id for t in self.log.ranked()[: self.plan.sweep.keep_trials]}
+        if isinstance(self.plan.sweep.scheduler, PbtScheduler):  # the next generation's parents
+            parents = 2 * self.plan.num_trials
+            kept |= set(list(self.log.trials)[-parents:])
         for trial in [t for t in self._with_checkpoints if t not in kept]:
             if self.log.trials[trial].status is not None:
                 folder = self.folder.trial(trial).checkpoints

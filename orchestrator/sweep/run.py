@@ -124,6 +124,7 @@ def _run(
         tuning.start()
         while tuning.is_alive():
             view.update()
+            director.check_budget()
             if not fleet.alive() and director.live:
                 director.stop("no slot is left")
             time.sleep(POLL_S)
