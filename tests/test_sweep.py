@@ -145,6 +145,7 @@ def ended(folder: SweepFolder) -> int:
     return sum(r["kind"] == "end" for r in read_records(folder.log))
 
 
+@pytest.mark.timeout(600)
 def test_killed_at_random_moments_a_sweep_decides_what_it_would_have_decided(
     models: tiny.Tiny, tmp_path: Path
 ) -> None:
@@ -171,6 +172,7 @@ def test_killed_at_random_moments_a_sweep_decides_what_it_would_have_decided(
     assert read_json(folder.outcome)["status"] == "finished"
 
 
+@pytest.mark.timeout(400)
 def test_a_sweep_that_is_asked_to_stop_keeps_everything_and_goes_on_by_name(
     models: tiny.Tiny, tmp_path: Path
 ) -> None:
