@@ -193,3 +193,41 @@ def test_old_checkpoints_go_and_the_newest_stay(pair: dict[str, Plan]) -> None:
     folder = RunFolder(Path(pair["zero1"].run_dir))
     assert [c.step for c in committed(folder.checkpoints)] == [30, 15]
     assert not list(folder.checkpoints.glob(".staging-*"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_closed_engine_leaves_nothing_in_memory(
+    ray: Any, models: tiny.Tiny, tmp_path: Path, stage: int
+) -> None:
+    plan = plan_of(
+        job(models, tmp_path, f"closed{stage}", zero={"stage": stage}, resources={"num_workers": 1})
+    )
+
+    @ray.remote(num_cpus=1, max_calls=1)  # a process of its own
+    def tensors_left(plan_json: str, store: str) -> list[int]:
+        import gc
+        import os
+
+        import torch.distributed as dist
+
+        from orchestrator.train import engine as zero
+
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as Ray Train sets them
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        plan = Plan.model_validate_json(plan_json)
+        left = []
+        for _ in range(3):
+            engine = zero.open_engine(plan, build_model(plan.spec, plan.labels))
+            batch = {"input_ids": torch.ones(2, 8, dtype=torch.long)}
+            engine.backward(engine(**batch).logits.sum())
+            engine.step()
+            zero.close_engine(engine)
+            del engine
+            gc.collect()
+            alive = (o for o in gc.get_objects() if isinstance(o, torch.Tensor))
+            left.append(sum(t.numel() for t in alive))
+        dist.destroy_process_group()
+        return left
+
+    first, _, last = ray.get(tensors_left.remote(plan.model_dump_json(), str(tmp_path / "store")))
+    assert last - first < 1000, "the model alone has two hundred times as many values"
