@@ -18,6 +18,9 @@ import requests
 START_S = 90
 
 
+WORKER_PORTS = 200
+
+
 class LocalHead:
     """`ray start --head` on the loopback, reachable with a token only."""
 
@@ -25,7 +28,7 @@ class LocalHead:
         # Ray's sockets lie below it, and their paths may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
         self.token = secrets.token_hex(32)
-        ports = free_ports(10)
+        ports = head_ports()
         self.address = f"http://127.0.0.1:{ports[0]}"
         self.gcs = f"127.0.0.1:{ports[1]}"
         low = ports[-1]
@@ -36,7 +39,7 @@ class LocalHead:
             f"--dashboard-agent-listen-port={ports[3]}", f"--dashboard-agent-grpc-port={ports[4]}",
             f"--metrics-export-port={ports[5]}", f"--node-manager-port={ports[6]}",
             f"--object-manager-port={ports[7]}", f"--runtime-env-agent-port={ports[8]}",
-            f"--min-worker-port={low}", f"--max-worker-port={low + 200}",
+            f"--min-worker-port={low}", f"--max-worker-port={low + WORKER_PORTS}",
             f"--temp-dir={self.folder}", f"--num-cpus={cpus}", "--object-store-memory=100000000",
         ]  # fmt: skip
         self.log = self.folder / "start.log"
@@ -79,8 +82,10 @@ class LocalHead:
 
     def close(self) -> None:
         """`kill -9` of everything that was started here."""
-        family = [psutil.Process(self.process.pid)]
-        family += family[0].children(recursive=True)
+        family = []
+        if self.process.poll() is None:
+            family = [psutil.Process(self.process.pid)]
+            family += family[0].children(recursive=True)
         for process in family:
             try:
                 process.kill()
@@ -98,6 +103,14 @@ def plain_environment() -> dict[str, str]:
     # The head's PATH is the jobs' PATH: without it, `python` there would be another one.
     found["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), found.get("PATH", "")))
     return found
+
+
+def head_ports() -> list[int]:
+    """Ten ports, the last of which begins the workers' range; Ray refuses a head whose other ports lie in it."""
+    while True:
+        *others, low = free_ports(10)
+        if low + WORKER_PORTS < 65_536 and not any(low <= p <= low + WORKER_PORTS for p in others):
+            return [*others, low]
 
 
 def free_ports(count: int) -> list[int]:

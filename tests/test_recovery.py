@@ -167,6 +167,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a failed test may hold it
 
 
+@pytest.mark.chaos
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     models: tiny.Tiny,
     tmp_path: Path,
