@@ -46,8 +46,8 @@ def read_json(path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """Paths of one run. Everything a run leaves behind lies below `root`."""
+class _Folder:
+    """What the folders of runs and of sweeps have in common."""
 
     root: Path
 
@@ -59,6 +59,28 @@ class RunFolder:
     def spec(self) -> Path:
         """The job as the user wrote it, overrides applied; `train` accepts it again."""
         return self.root / "job.yaml"
+
+    @property
+    def outcome(self) -> Path:
+        """How the last launch ended; absent while it runs."""
+        return self.root / "outcome.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+@dataclass(frozen=True)
+class RunFolder(_Folder):
+    """Paths of one run. Everything a run leaves behind lies below `root`."""
 
     @property
     def plan(self) -> Path:
@@ -78,11 +100,6 @@ class RunFolder:
     def events(self) -> Path:
         """Starts, restarts, checkpoints, stops: what happened and when."""
         return self.root / "metrics" / "events.jsonl"
-
-    @property
-    def outcome(self) -> Path:
-        """How the last launch ended; absent while it runs."""
-        return self.root / "outcome.json"
 
     @property
     def baseline(self) -> Path:
@@ -108,35 +125,13 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
-    def logs(self) -> Path:
-        return self.root / "logs"
-
-    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
-    @property
-    def export(self) -> Path:
-        return self.root / "export"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
-
 
 @dataclass(frozen=True)
-class SweepFolder:
+class SweepFolder(_Folder):
     """Paths of one sweep. Its trials are runs, each with a run folder below `trials`."""
-
-    root: Path
-
-    @property
-    def name(self) -> str:
-        return self.root.name
-
-    @property
-    def spec(self) -> Path:
-        return self.root / "job.yaml"
 
     @property
     def plan(self) -> Path:
@@ -161,22 +156,6 @@ class SweepFolder:
     def best(self) -> Path:
         """The best trial's job, ready to `train`."""
         return self.root / "best.yaml"
-
-    @property
-    def outcome(self) -> Path:
-        return self.root / "outcome.json"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
-
-    @property
-    def export(self) -> Path:
-        return self.root / "export"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
 
     def trial(self, trial: str) -> RunFolder:
         """The run folder of one trial."""

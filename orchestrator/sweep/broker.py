@@ -63,15 +63,11 @@ class Broker:
         if waiting is not None and not waiting.done():
             waiting.set_result((go_on, save))
 
-    async def wanted(self, slot: int) -> int | None:
-        """Workers that a slot should have for what comes next; None where nothing will."""
+    async def wanted(self) -> int | None:
+        """Workers that a free slot should have for what comes next; None where nothing will."""
         while not self._queue and not self._closing:
             await self._change(IDLE_S)
         return self._queue[0].num_workers if self._queue else None
-
-    async def running(self) -> dict[int, str]:
-        """Slot → trial."""
-        return {slot: task.trial for slot, task in self._held.items()}
 
     async def cancel(self) -> None:
         """The sweep is stopping: what no slot has begun is not begun."""

@@ -67,7 +67,7 @@ class Fleet:
                     self.errors.append(error)
                     return
             with contextlib.suppress(ray.exceptions.RayError):
-                wanted = ray.get(self.broker.wanted.remote(slot))
+                wanted = ray.get(self.broker.wanted.remote())
                 if wanted is None:
                     return
                 workers = wanted
