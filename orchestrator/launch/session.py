@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,12 @@ TRAIN_SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).parent / "ray_data_logging.yaml"),
+}
+
+LOCAL_SETTINGS = {
+    # Each is a process, or work in one, that a Ray of our own on one machine has no use for.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 
 
@@ -49,6 +56,7 @@ def ray_session(cpus: float, gpus: float = 0) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    set_here: list[str] = []
     if attached_address():
         settings = {
             "env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS if k not in _job_variables()}
@@ -57,21 +65,40 @@ def ray_session(cpus: float, gpus: float = 0) -> Iterator[Any]:
             address="auto", runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR
         )
     else:
+        set_here = [name for name in LOCAL_SETTINGS if name not in os.environ]
+        os.environ.update({name: LOCAL_SETTINGS[name] for name in set_here})
         # Workers inherit the settings from this process. A runtime_env would do as well, but Ray's
         # prestarted worker processes have none and would stay unused: every start would be cold.
-        ray.init(
-            address="local",
-            num_cpus=int(cpus) + EXTRA_CPUS,
-            num_gpus=int(gpus),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _importing(("torch", "transformers.modeling_utils")):
+            ray.init(
+                address="local",
+                num_cpus=int(cpus) + EXTRA_CPUS,
+                num_gpus=int(gpus),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     send_chatter_to(None)
     try:
         yield ray
     finally:
         ray.shutdown()
+        for name in set_here:
+            del os.environ[name]
+
+
+@contextmanager
+def _importing(modules: tuple[str, ...]) -> Iterator[None]:
+    """Import what the plan will need beside a block that mostly waits for other processes.
+
+    None of these modules may be among those that the block imports itself.
+    """
+    thread = threading.Thread(target=lambda: [importlib.import_module(m) for m in modules])
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _job_variables() -> dict[str, str]:

@@ -21,34 +21,20 @@ from orchestrator.spec.job import WorkerRange
 def make_trainer(plan: Plan, launch_id: str) -> Any:
     """A Ray Train run of this plan. Its name is new per launch: Ray's own snapshot of an earlier
     launch, which may be torn, is never read. Ours are the checkpoints that count."""
-    from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from orchestrator.launch.trainer import make_group
 
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(plan.spec.faults.health_timeout_s)
     size, callbacks = _size(plan)
-    return TorchTrainer(
+    return make_group(
+        f"launch-{launch_id}",
         work,
-        train_loop_config={"plan": plan.model_dump_json()},
-        torch_config=TorchConfig(backend="nccl" if plan.on_gpu else "gloo"),
-        scaling_config=scaling(plan, **size),
-        run_config=RunConfig(
-            name=f"launch-{launch_id}",
-            storage_path=str(Path(plan.run_dir) / "ray"),
-            failure_config=FailureConfig(max_failures=plan.spec.faults.max_restarts),
-            callbacks=callbacks,
-        ),
+        {"plan": plan.model_dump_json()},
+        plan.workers,
+        Path(plan.run_dir) / "ray",
+        plan.spec.faults.max_restarts,
+        size,
+        callbacks,
     )
-
-
-def scaling(plan: Plan, **size: Any) -> Any:
-    """A worker group of the plan's size, or of the `size` given in ScalingConfig's words."""
-    from ray.train import ScalingConfig
-
-    resources = {"CPU": float(plan.cpus_per_worker)}
-    if plan.on_gpu:
-        resources["GPU"] = plan.gpus_per_worker
-    size = size or {"num_workers": plan.num_workers}
-    return ScalingConfig(use_gpu=plan.on_gpu, resources_per_worker=resources, **size)
 
 
 def _size(plan: Plan) -> tuple[dict[str, Any], list[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,11 @@ class Plan(Frozen):
         return self.gpus_per_worker > 0
 
     @property
+    def workers(self) -> Workers:
+        """How many workers there are, and what each one gets."""
+        return Workers(self.num_workers, self.gpus_per_worker, self.cpus_per_worker)
+
+    @property
     def worker_range(self) -> tuple[int, int]:
         """(fewest, most) workers that may train this job; both `num_workers` where that is fixed."""
         return worker_limits(self.spec, self.num_workers)
@@ -200,7 +206,7 @@ def at_workers(plan: Plan, num_workers: int, stage: Stage | None = None) -> Plan
     load = Load(
         spec=plan.spec,
         model=plan.model,
-        workers=Workers(num_workers, plan.gpus_per_worker, plan.cpus_per_worker),
+        workers=replace(plan.workers, count=num_workers),
         bf16=plan.bf16,
         rows=rows_per_rank(plan.global_rows, num_workers),
         tokens_per_row=plan.model.image_tokens or plan.train_data.longest_tokens,

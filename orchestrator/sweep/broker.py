@@ -24,14 +24,9 @@ class Task:
 class Broker:
     """An async Ray actor. Holds nothing that is not in the log or in the trials' run folders."""
 
-    def __init__(self, max_failures: int, spoken: dict[str, dict[int, tuple[bool, bool]]]) -> None:
-        """`spoken`: verdicts of an earlier launch; a replayed step gets the same answer."""
+    def __init__(self, max_failures: int) -> None:
         self._max_failures = max_failures
-        self._spoken: dict[tuple[str, int], tuple[bool, bool]] = {
-            (trial, step): verdict
-            for trial, by_step in spoken.items()
-            for step, verdict in by_step.items()
-        }
+        self._spoken: dict[tuple[str, int], tuple[bool, bool]] = {}
         self._queue: deque[Task] = deque()
         self._held: dict[int, Task] = {}
         self._failures: dict[str, int] = defaultdict(int)
@@ -43,6 +38,14 @@ class Broker:
         self._cancelled = False
 
     # what the driver calls
+
+    async def remember(self, spoken: dict[str, dict[int, tuple[bool, bool]]]) -> None:
+        """Verdicts of an earlier launch, by trial and step; a replayed step gets the same answer."""
+        self._spoken |= {
+            (trial, step): verdict
+            for trial, by_step in spoken.items()
+            for step, verdict in by_step.items()
+        }
 
     async def enqueue(self, trial: str, plan: str, num_workers: int) -> None:
         """A trial is ready to run."""

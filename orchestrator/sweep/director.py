@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import ray
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.plan.plan import Plan
@@ -183,7 +184,8 @@ class Director:
         except Exception as error:  # noqa: BLE001, one trial's trouble must not end the sweep
             self.broker.fail.remote(trial.id, f"{type(error).__name__}: {error}")
             return
-        self.broker.enqueue.remote(trial.id, plan.model_dump_json(), plan.num_workers)
+        # Waited for: Ray may run calls to an async actor in another order than they were made in.
+        ray.get(self.broker.enqueue.remote(trial.id, plan.model_dump_json(), plan.num_workers))
 
     def _inherit(self, folder: RunFolder, parent: tuple[str, int]) -> None:
         """Give a trial its parent's checkpoint: the same files, linked where the file system can."""

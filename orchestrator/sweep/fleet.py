@@ -9,12 +9,13 @@ import threading
 import time
 import traceback
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.launch.workers import log_to, scaling
+from orchestrator.launch.workers import log_to
 from orchestrator.plan.plan import Plan
+from orchestrator.plan.resources import Workers
 from orchestrator.report.records import append_event
 from orchestrator.run_folder import RunFolder, read_json, write_json
 
@@ -28,8 +29,11 @@ logger = logging.getLogger(__name__)
 class Fleet:
     """All slots; each is a thread of the driver around one `TorchTrainer.fit()` after another."""
 
-    def __init__(self, base: Plan, root: Path, slots: int, broker: Any, broker_name: str) -> None:
-        self.base, self.root, self.broker, self.broker_name = base, root, broker, broker_name
+    def __init__(
+        self, workers: Workers, slots: int, root: Path, broker: Any, broker_name: str
+    ) -> None:
+        self.workers, self.root, self.broker, self.broker_name = workers, root, broker, broker_name
+        self.work_dir = Path.cwd()
         self.errors: list[BaseException] = []
         self._threads = [
             threading.Thread(target=self._keep, args=(slot,), name=f"slot-{slot}", daemon=True)
@@ -37,7 +41,7 @@ class Fleet:
         ]
 
     def start(self) -> None:
-        """Start all slots at once; their workers import while trials are being proposed."""
+        """Start all slots at once; their workers import while the sweep is planned."""
         for thread in self._threads:
             thread.start()
 
@@ -55,7 +59,7 @@ class Fleet:
         """A slot's life: a worker group of the size that is wanted, again and again until none is."""
         import ray
 
-        failures, workers = 0, self.base.num_workers
+        failures, workers = 0, self.workers.count
         while failures < RESTARTS_WITHOUT_WORK:
             try:
                 self._trainer(slot, workers).fit()
@@ -73,23 +77,21 @@ class Fleet:
                 workers = wanted
 
     def _trainer(self, slot: int, workers: int) -> Any:
-        from ray.train import FailureConfig, RunConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from orchestrator.launch.trainer import make_group
 
-        plan = self.base.model_copy(update={"num_workers": workers})
-        return TorchTrainer(
+        return make_group(
+            f"slot-{slot}-{uuid.uuid4().hex[:6]}",
             serve,
-            train_loop_config={
-                "slot": slot, "root": str(self.root), "broker": self.broker_name, "work_dir": plan.work_dir,
+            {
+                "slot": slot,
+                "root": str(self.root),
+                "broker": self.broker_name,
+                "work_dir": str(self.work_dir),
             },
-            torch_config=TorchConfig(backend="nccl" if plan.on_gpu else "gloo"),
-            scaling_config=scaling(plan),
-            run_config=RunConfig(
-                name=f"slot-{slot}-{uuid.uuid4().hex[:6]}",
-                storage_path=str(self.root / "ray"),
-                failure_config=FailureConfig(max_failures=-1),  # the broker counts them, per trial
-            ),
-        )  # fmt: skip
+            replace(self.workers, count=workers),
+            self.root / "ray",
+            max_failures=-1,  # the broker counts them, per trial
+        )
 
 
 def serve(config: dict[str, Any]) -> None:
@@ -97,6 +99,7 @@ def serve(config: dict[str, Any]) -> None:
     import ray
     import torch.distributed as dist
 
+    from orchestrator.train.engine import import_ahead
     from orchestrator.train.group import broadcast
     from orchestrator.train.warm import Warm
 
@@ -105,6 +108,7 @@ def serve(config: dict[str, Any]) -> None:
         os.chdir(config["work_dir"])
     log_to(root / "logs" / f"slot-{slot:03d}-{rank:05d}.log")
     broker = ray.get_actor(config["broker"])
+    import_ahead()
     warm = Warm()
     while True:
         task: Any = None

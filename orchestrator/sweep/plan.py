@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import PlanError, SpecError
 from orchestrator.plan import Cluster, Plan, make_plan
+from orchestrator.plan.resources import Workers, share_out
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.sweep import (
     AshaScheduler,
@@ -65,10 +68,8 @@ def plan_sweep(
     work_dir = work_dir or Path.cwd()
     root = work_dir / spec.storage / spec.name
     one = parse_spec(with_values(spec, {}))
-    try:
+    with _fitting(slots):
         base = make_plan(one, cluster.divided(slots), prepared, work_dir)
-    except PlanError as error:
-        raise PlanError(f"a trial does not fit one of {slots} slots: {error}") from error
     rungs = rungs_of(sweep, base, base.total_steps, reasons)
     expected = expected_at(sweep, num_trials, rungs, slots)
     return SweepPlan(
@@ -86,6 +87,26 @@ def plan_sweep(
         reasons=reasons,
         warnings=tuple(_warnings(sweep, num_trials, slots)),
     )
+
+
+def slots_of(spec: JobSpec, cluster: Cluster) -> tuple[int, Workers]:
+    """(slots, the workers of each): what can be started before there are rows to plan with.
+
+    Raises PlanError where one trial does not fit a slot.
+    """
+    assert spec.sweep is not None
+    slots = _slots(spec, spec.sweep, cluster, default_trials(spec.sweep), {})
+    with _fitting(slots):
+        return slots, share_out(spec, cluster.divided(slots), {})
+
+
+@contextmanager
+def _fitting(slots: int) -> Iterator[None]:
+    """Says of what does not fit that a slot is what it has to fit."""
+    try:
+        yield
+    except PlanError as error:
+        raise PlanError(f"a trial does not fit one of {slots} slots: {error}") from error
 
 
 def plan_trial(

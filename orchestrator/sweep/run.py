@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from orchestrator.launch.claim import MAY_CHANGE, another_job, claimed_folder, d
 from orchestrator.launch.run import cluster_here, prepared_data, stop_on_signals
 from orchestrator.launch.session import ray_session, send_chatter_to
 from orchestrator.plan import Cluster, Plan, this_machine
+from orchestrator.plan.resources import Workers
 from orchestrator.report.records import append_event
 from orchestrator.report.sweep_html import write_sweep_report
 from orchestrator.report.sweep_view import SweepView
@@ -24,7 +27,7 @@ from orchestrator.report.trial_log import SweepLog, TrialState
 from orchestrator.run_folder import SweepFolder, read_json, write_atomically, write_json
 from orchestrator.spec import JobSpec, dump_spec, parse_spec
 from orchestrator.spec.sweep_rules import with_values
-from orchestrator.sweep.plan import SweepPlan, plan_sweep, plan_trial
+from orchestrator.sweep.plan import SweepPlan, plan_sweep, plan_trial, slots_of
 from orchestrator.sweep.space import Values
 
 if TYPE_CHECKING:
@@ -72,15 +75,17 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     console = console or Console(quiet=True)
     machine = this_machine()
     with ray_session(machine.cpus, machine.gpus):
-        prepared = prepared_data(spec, console)
-        plan = plan_sweep(spec, cluster_here(), prepared)
-        folder = SweepFolder(Path(plan.run_dir))
-        with claimed_folder(folder.root, fresh):
+        cluster = cluster_here()
+        folder = SweepFolder(Path.cwd() / spec.storage / spec.name)
+        slots, workers = slots_of(spec, cluster)
+        with claimed_folder(folder.root, fresh), _fleet(spec, slots, workers, folder) as fleet:
+            prepared = prepared_data(spec, console)
+            plan = plan_sweep(spec, cluster, prepared)
             _check_same_job(folder, plan)
             write_atomically(folder.spec, dump_spec(spec))
             write_json(folder.plan, plan.model_dump(mode="json"))
             send_chatter_to(folder.logs / "driver.log")
-            status, message = _run(plan, folder, prepared, console)
+            status, message = _run(plan, folder, fleet, prepared, console)
             return finish(plan, folder, status, message)
 
 
@@ -94,28 +99,52 @@ def _check_same_job(folder: SweepFolder, plan: SweepPlan) -> None:
         raise another_job(folder.root, changed)
 
 
+@contextmanager
+def _fleet(spec: JobSpec, slots: int, workers: Workers, folder: SweepFolder) -> Iterator[Fleet]:
+    """The slots, started before there is a plan: their workers import while it is made.
+
+    At the end of the block they are waited for; an error in it does not wait.
+    """
+    import ray
+
+    from orchestrator.sweep.broker import Broker
+    from orchestrator.sweep.fleet import Fleet
+
+    assert spec.sweep is not None
+    append_event(folder.events, "launch", slots=slots)
+    name = f"broker-{uuid.uuid4().hex[:8]}"
+    actor: Any = ray.remote(Broker)
+    broker: Any = actor.options(name=name, num_cpus=0, max_concurrency=1000).remote(
+        spec.sweep.max_trial_failures
+    )
+    fleet = Fleet(workers, slots, folder.root, broker, name)
+    fleet.start()
+    try:
+        yield fleet
+    except BaseException:
+        broker.close.remote()
+        raise
+    fleet.join(LEAVE_S)
+
+
 def _run(
-    plan: SweepPlan, folder: SweepFolder, prepared: dict[Split, Prepared], console: Console
+    plan: SweepPlan,
+    folder: SweepFolder,
+    fleet: Fleet,
+    prepared: dict[Split, Prepared],
+    console: Console,
 ) -> tuple[str, str]:
     """Trials until there are no more; returns (status, why it ended early)."""
     import ray
 
-    from orchestrator.sweep.broker import Broker
     from orchestrator.sweep.director import Director  # imports Ray Tune, which ray_session prepares
-    from orchestrator.sweep.fleet import Fleet
     from orchestrator.sweep.tuning import make_tuner
 
-    append_event(folder.events, "launch", slots=plan.slots)
     log = SweepLog(folder.log, plan.base.metric, plan.base.higher_is_better)
-    name = f"broker-{uuid.uuid4().hex[:8]}"
-    actor: Any = ray.remote(Broker)
-    broker: Any = actor.options(name=name, num_cpus=0, max_concurrency=1000).remote(
-        plan.sweep.max_trial_failures, _spoken(log)
-    )
-    fleet = Fleet(plan.base, folder.root, plan.slots, broker, name)
-    fleet.start()
+    broker = fleet.broker
+    ray.get(broker.remember.remote(_spoken(log)))
     director = Director(plan, log, broker, folder, _planner(plan, prepared))
-    tuner = make_tuner(director, name, folder.root / "ray", plan.slots + 1)
+    tuner = make_tuner(director, fleet.broker_name, folder.root / "ray", plan.slots + 1)
     tuning = _Background(tuner.fit)
     with (
         SweepView(folder, plan.num_trials, plan.slots, log, console) as view,
@@ -133,8 +162,7 @@ def _run(
         director.stop("Ray Tune failed")
         ray.get(broker.release.remote())
     director.close()
-    ray.get(broker.close.remote())
-    fleet.join(LEAVE_S)
+    ray.get(broker.close.remote())  # the slots leave while the best model is exported
     append_event(folder.events, "end", trials=len(log.trials))
     if tuning.error is not None:
         raise tuning.error

@@ -28,6 +28,12 @@ TAG = "engine"
 """Name of DeepSpeed's folder inside a checkpoint."""
 
 
+def import_ahead() -> None:
+    """Import what an engine and its model need while there is nothing to train yet: seconds of a core."""
+    import deepspeed  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
+
+
 def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
     """A DeepSpeed engine in the process group that Ray Train made.
 
