@@ -61,7 +61,11 @@ class LiveRun:
 
     def workers(self) -> list[psutil.Process]:
         """The Ray Train workers of this run, by what they call themselves."""
-        return [p for p in self._family() if "RayTrainWorker" in _title(p)]
+        return self.processes("RayTrainWorker")
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """This run's processes by what they call themselves."""
+        return [p for p in self._family() if title in _title(p)]
 
     def kill_worker(self, index: int = 0) -> None:
         """`kill -9` of one worker process."""

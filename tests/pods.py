@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,10 @@ SETTINGS = {
     "GLOO_SOCKET_IFNAME": "eth0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+CLUSTERS = count()
+"""Two clusters of one process have different names and addresses."""
 
 
 class Pod:
@@ -125,8 +130,9 @@ class Pods:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.subnet = os.getpid() % 200 + 20
-        self.name = f"orc{os.getpid()}"
+        number = next(CLUSTERS)
+        self.subnet = (os.getpid() + 50 * number) % 200 + 20
+        self.name = f"orc{os.getpid()}-{number}"
         self.hub = f"{self.name}-hub"
         self.temporary = Path(f"/tmp/{self.name}")
         self.temporary.mkdir(exist_ok=True)
@@ -136,6 +142,7 @@ class Pods:
         self.environment = {**plain, **SETTINGS, "PATH": path, "RAY_TMPDIR": str(self.temporary)}
         self.all: dict[int, Pod] = {}
         self.redis: subprocess.Popen[bytes] | None = None
+        self.watcher: subprocess.Popen[bytes] | None = None
         ip("netns", "add", self.hub)
         ip("-n", self.hub, "link", "add", "bridge", "type", "bridge")
         ip("-n", self.hub, "address", "add", f"10.77.{self.subnet}.254/24", "dev", "bridge")
@@ -210,6 +217,31 @@ class Pods:
              "--deadline-remaining-seconds", str(seconds)]
         )  # fmt: skip
 
+    def watch(self) -> None:
+        """Note from now on when the head takes a node for dead."""
+        script = (
+            "import sys, time; from ray._raylet import GcsClient\n"
+            "head, dead = GcsClient(address=sys.argv[1]), set()\n"
+            "while not time.sleep(0.2):\n"
+            "    for n in head.get_all_node_info().values():\n"
+            "        if n.state == 1 and n.node_id not in dead:\n"
+            "            dead.add(n.node_id)\n"
+            "            print(time.time(), n.node_manager_address, flush=True)"
+        )
+        with open(self.folder / "deaths.log", "ab") as log:
+            command = [*self.all[1].inside(), sys.executable, "-c", script, self.gcs]
+            self.watcher = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.DEVNULL, env=self.environment
+            )
+
+    def died_at_s(self, pod: Pod) -> float | None:
+        """When `watch` saw the head take a pod for dead, in Unix seconds."""
+        for line in (self.folder / "deaths.log").read_text().splitlines():
+            at_s, address = line.split()
+            if address == pod.address:
+                return float(at_s)
+        return None
+
     def where(self, title: str) -> dict[int, psutil.Process]:
         """Pods that hold such a process: number → the first one."""
         found = {n: pod.processes(title) for n, pod in self.all.items()}
@@ -222,6 +254,9 @@ class Pods:
 
     def close(self) -> None:
         """Nothing stays behind."""
+        if self.watcher:
+            self.watcher.kill()
+            self.watcher.wait(10)
         for pod in self.all.values():
             pod.kill()
         if self.redis:

@@ -94,6 +94,17 @@ def test_every_format_gives_the_same_rows_in_the_order_of_the_files(
     assert texts(prepare(globbed)["train"], words) == wanted
 
 
+def test_relative_paths_are_relative_to_the_driver_wherever_its_nodes_were_started(
+    models: tiny.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "model").symlink_to(models.bert)
+    monkeypatch.chdir(tmp_path)  # Ray has been running elsewhere
+    done = prepare(tiny.job(Path("model"), "rows.jsonl", Path(".")))["train"]
+    assert done.manifest.rows == len(ROWS)
+    assert done.folder.is_absolute()
+
+
 def test_text_files_hold_one_document_per_line_and_are_packed(
     models: tiny.Tiny, tmp_path: Path
 ) -> None:

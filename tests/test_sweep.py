@@ -164,6 +164,11 @@ def test_killed_at_random_moments_a_sweep_decides_what_it_would_have_decided(
     run.wait_until(lambda: ended(folder) >= target)
     run.kill_everything()
     again = faults.LiveRun(spec, "sweep")
+    again.wait_until(lambda: ended(folder) > target)
+    lost = again.processes("LightTrial")
+    assert lost, "nobody follows the trials"
+    for process in lost:
+        process.kill()
     assert again.finish() == 0, again.output()
     log = open_log(folder)
     got = facts(log)

@@ -383,6 +383,21 @@ def test_runs_report_and_results_know_sweeps(tmp_path: Path) -> None:
     assert first.startswith(open_log(folder).ranked()[0].id)
 
 
+@pytest.mark.parametrize("torn", ["plan.json", "sweep.json", "outcome.json", "job.yaml"])
+def test_a_torn_run_or_sweep_is_listed_as_unreadable_beside_the_others(
+    torn: str, tmp_path: Path
+) -> None:
+    good = sweeps.make_sweep(tmp_path / "good", 2).write()
+    damaged = sweeps.make_sweep(tmp_path / "damaged", 2).write()
+    if torn == "job.yaml":
+        damaged.spec.unlink()
+    else:
+        (damaged.root / torn).write_text('{"spec": {"na')
+    lines = call("runs", "--storage", tmp_path).splitlines()
+    assert any("damaged" in line and "unreadable" in line for line in lines)
+    assert any(good.name in line and "finished" in line for line in lines)
+
+
 def test_a_sweep_that_is_taken_for_a_run_is_told_where_its_runs_are(tmp_path: Path) -> None:
     folder = sweeps.make_sweep(tmp_path / "small", 1).write()
     with pytest.raises(OrchestratorError, match="small is a sweep"):

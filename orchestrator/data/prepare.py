@@ -204,10 +204,10 @@ def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True
-    items = [{"work": w} for w in work]
+    items, here = [{"work": w} for w in work], os.getcwd()
     with ray.data.DataContext.current(context):
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            lambda item: {"out": json.dumps(_patiently(function, item["work"]))}
+            lambda item: {"out": json.dumps(_piece(function, item["work"], here))}
         )
     try:
         return [json.loads(r["out"]) for r in dataset.take_all()]
@@ -215,6 +215,13 @@ def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
         if isinstance(error.cause, OrchestratorError):
             raise error.cause from None  # its words are for the user, Ray's traceback is not
         raise
+
+
+def _piece(function: Any, work: PieceWork, here: str) -> dict[str, Any]:
+    """What a task does, in the driver's folder where its node has it: the job's paths are relative to it."""
+    if os.path.isdir(here):
+        os.chdir(here)
+    return _patiently(function, work)
 
 
 def _patiently(function: Any, work: PieceWork) -> dict[str, Any]:

@@ -27,7 +27,10 @@ def runs_table(storage: Path) -> Table:
         table.add_column(name, justify="right" if name == "step" else "left")
     found: list[RunFolder | SweepFolder] = [*list_runs(storage), *list_sweeps(storage)]
     for folder in sorted(found, key=lambda f: f.root.stat().st_mtime):
-        table.add_row(*(_row(folder) if isinstance(folder, RunFolder) else _sweep_row(folder)))
+        try:
+            table.add_row(*(_row(folder) if isinstance(folder, RunFolder) else _sweep_row(folder)))
+        except (AttributeError, KeyError, OSError, TypeError, ValueError):  # a torn or edited file
+            table.add_row(folder.name, "", "unreadable")
     return table
 
 

@@ -31,7 +31,9 @@ class Broker:
         self._held: dict[int, Task] = {}
         self._failures: dict[str, int] = defaultdict(int)
         self._last_words: dict[str, str] = {}
-        self._reports: dict[str, asyncio.Queue[dict[str, Any]]] = defaultdict(asyncio.Queue)
+        self._said: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._drained: set[int] = set()
+        self._given_up: set[str] = set()
         self._waiting: dict[tuple[str, int], asyncio.Future[tuple[bool, bool]]] = {}
         self._changed = asyncio.Event()
         self._closing = False
@@ -50,14 +52,14 @@ class Broker:
     async def enqueue(self, trial: str, plan: str, num_workers: int) -> None:
         """A trial is ready to run."""
         if self._cancelled:
-            await self._reports[trial].put(_end(trial, "stopped", 0, ""))
+            self._say(_end(trial, "stopped", 0, ""))
             return
         self._queue.append(Task(trial, plan, num_workers))
         self._wake()
 
     async def fail(self, trial: str, message: str) -> None:
         """A trial cannot run at all."""
-        await self._reports[trial].put(_end(trial, "failed", 0, message))
+        self._say(_end(trial, "failed", 0, message))
 
     async def verdict(self, trial: str, step: int, go_on: bool, save: bool) -> None:
         """The answer to a report."""
@@ -77,7 +79,17 @@ class Broker:
         self._cancelled = True
         while self._queue:
             trial = self._queue.popleft().trial
-            await self._reports[trial].put(_end(trial, "stopped", 0, ""))
+            self._say(_end(trial, "stopped", 0, ""))
+
+    async def give_up(self, trial: str) -> None:
+        """Nobody will judge this trial any more."""
+        self._given_up.add(trial)
+        for key in [key for key in self._waiting if key[0] == trial]:
+            await self.verdict(*key, go_on=False, save=False)
+
+    async def lost(self, slot: int) -> None:
+        """A slot's worker group is gone. What it held is for whichever slot is free first."""
+        self._take_back(slot)
 
     async def release(self) -> None:
         """Nobody will judge any more: those who wait for a verdict are let go."""
@@ -93,25 +105,27 @@ class Broker:
 
     # what a light trial calls
 
-    async def next_report(self, trial: str) -> dict[str, Any]:
-        """The trial's next report, or its end."""
-        return await self._reports[trial].get()
+    async def next_report(self, trial: str, heard: int) -> tuple[int, dict[str, Any]]:
+        """What a trial says after the first `heard` things: a report that has no verdict, or its end.
+
+        Also how many things have been heard with it. A light trial that was lost and started again
+        begins at 0: what it had taken, and nobody has answered, is handed out again.
+        """
+        while True:
+            for count, said in enumerate(self._said[trial][heard:], heard + 1):
+                if said["kind"] == "end" or (trial, said["step"]) not in self._spoken:
+                    return count, said
+            heard = len(self._said[trial])
+            await self._change(IDLE_S)
 
     # what rank 0 of a slot calls
 
     async def next_task(self, slot: int, num_workers: int) -> dict[str, Any]:
         """What a slot does next: `run` a plan, `idle`, or `leave`.
 
-        A slot that asks while it holds a trial was lost while running it: it gets the trial again, or
-        the trial has cost too many workers.
+        A slot that asks while it holds a trial was lost while running it.
         """
-        held = self._held.get(slot)
-        if held is not None:
-            self._failures[held.trial] += 1
-            if self._failures[held.trial] <= self._max_failures:
-                return {"kind": "run", "trial": held.trial, "plan": held.plan}
-            del self._held[slot]
-            await self._reports[held.trial].put(_end(held.trial, "failed", 0, self._lost(held)))
+        self._take_back(slot)
         deadline = time.monotonic() + IDLE_S
         while (left := deadline - time.monotonic()) > 0:
             if self._closing and not self._queue:
@@ -134,19 +148,46 @@ class Broker:
         if known is not None:
             return known
         answer = asyncio.get_running_loop().create_future()
+        if trial in self._given_up:
+            return False, False
         self._waiting[trial, step] = answer
-        said = {"kind": "report", "trial": trial, "step": step, "metrics": metrics, "last": last}
-        await self._reports[trial].put(said)
+        self._say(
+            {"kind": "report", "trial": trial, "step": step, "metrics": metrics, "last": last}
+        )
         return await answer
 
     async def ended(self, slot: int, trial: str, status: str, step: int, message: str) -> None:
         """A trial left its slot. `stopped` and `out_of_time` are no end: it may go on another day."""
         self._held.pop(slot, None)
-        await self._reports[trial].put(_end(trial, status, step, message))
+        self._drained.discard(slot)
+        self._say(_end(trial, status, step, message))
+
+    async def drained(self, slot: int) -> None:
+        """A node of this slot will be taken away: the workers lost with it count against no trial."""
+        self._drained.add(slot)
 
     async def crashed(self, trial: str, message: str) -> None:
         """What a worker said before it died."""
         self._last_words[trial] = message
+
+    def _take_back(self, slot: int) -> None:
+        """Queue what a lost slot held, first in line, unless it has cost too many workers."""
+        task = self._held.pop(slot, None)
+        if task is None:
+            return
+        self._failures[task.trial] += slot not in self._drained
+        self._drained.discard(slot)
+        if self._failures[task.trial] > self._max_failures:
+            self._say(_end(task.trial, "failed", 0, self._lost(task)))
+        elif self._cancelled:
+            self._say(_end(task.trial, "stopped", 0, ""))
+        else:
+            self._queue.appendleft(task)
+            self._wake()
+
+    def _say(self, said: dict[str, Any]) -> None:
+        self._said[said["trial"]].append(said)
+        self._wake()
 
     def _lost(self, task: Task) -> str:
         words = self._last_words.get(task.trial, "no last words: killed, or out of memory")

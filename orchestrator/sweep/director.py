@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,8 @@ from orchestrator.train.checkpoint import committed, retain
 
 NO_MORE: Final = TrialState("", -1, {})
 """What `next_trial` returns when there will be no further trial."""
+MOST_LOST = 10
+"""Light trials that one trial may lose before the sweep is stopped."""
 FAILURES = ("diverged", "failed", "storage_failed")
 
 MakePlan = Callable[[str, Values], Plan]
@@ -46,18 +49,22 @@ class Director:
         """Why the sweep ends early, once it does."""
         self.started_at = time.monotonic()
         self.live: set[str] = set()
+        self._adrift: list[str] = []
+        self._lost: Counter[str] = Counter()
         self._with_checkpoints = set(log.trials)
         self._unfinished = [t for t in log.trials.values() if t.status is None]
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
 
     def next_trial(self) -> TrialState | None:
-        """The next trial to run; None where one may come later, NO_MORE where none will."""
+        """The next trial to run or to follow on; None where one may come later, NO_MORE where none will."""
+        if self._adrift:
+            return self.log.trials[self._adrift.pop(0)]
         self.check_budget()
-        if self.stopping:
-            return NO_MORE
-        if self._unfinished:
+        if self._unfinished and not self.stopping:
             return self._start(self._unfinished.pop(0))
-        proposed = self._propose()
+        proposed = NO_MORE if self.stopping else self._propose()
+        if proposed is NO_MORE and self.live:
+            return None  # a light trial may be lost yet
         if proposed is None or proposed is NO_MORE:
             return proposed
         self.log.trial(proposed.id, proposed.index, proposed.values, proposed.parent)
@@ -66,12 +73,14 @@ class Director:
         return self._start(trial)
 
     def reported(self, said: dict[str, Any]) -> None:
-        """Judge a report, log it, answer."""
+        """Judge a report, log it, answer; one that comes twice has its answer already."""
         trial, step = self.log.trials[said["trial"]], said["step"]
-        value = said["metrics"].get(self.log.metric, math.nan)
-        key = step * unit_per_step(self.plan.sweep, self.plans[trial.id])
-        verdict = self.referee.judge(trial, step, key, value, said["last"])
-        self.log.report(trial.id, step, key, said["metrics"], verdict)
+        verdict = trial.verdicts.get(step)
+        if verdict is None:
+            value = said["metrics"].get(self.log.metric, math.nan)
+            key = step * unit_per_step(self.plan.sweep, self.plans[trial.id])
+            verdict = self.referee.judge(trial, step, key, value, said["last"])
+            self.log.report(trial.id, step, key, said["metrics"], verdict)
         self.broker.verdict.remote(trial.id, step, verdict.go_on, verdict.save)
         self.check_budget()
 
@@ -85,7 +94,13 @@ class Director:
         self._forget_checkpoints()
 
     def orphaned(self, trial: str) -> None:
-        """Tune lost the light trial's process."""
+        """Tune lost the light trial's process: another one will take what this trial reports."""
+        self._lost[trial] += 1
+        if self._lost[trial] <= MOST_LOST:
+            self._adrift.append(trial)
+            return
+        self.stop(f"the process that follows {trial} could not be kept; the same command goes on")
+        self.broker.give_up.remote(trial)
         self.live.discard(trial)
 
     def stop(self, why: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.launch.workers import log_to
+from orchestrator.launch.workers import log_to, node_taken_away_at_s
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.resources import Workers
 from orchestrator.report.records import append_event
@@ -69,8 +69,10 @@ class Fleet:
                 failures += 1
                 if failures == RESTARTS_WITHOUT_WORK:
                     self.errors.append(error)
-                    return
             with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self.broker.lost.remote(slot))  # nothing, where the slot left by itself
+                if failures == RESTARTS_WITHOUT_WORK:
+                    return
                 wanted = ray.get(self.broker.wanted.remote())
                 if wanted is None:
                     return
@@ -78,6 +80,8 @@ class Fleet:
 
     def _trainer(self, slot: int, workers: int) -> Any:
         from orchestrator.launch.trainer import make_group
+
+        from orchestrator.sweep.hand_back import HandBack
 
         return make_group(
             f"slot-{slot}-{uuid.uuid4().hex[:6]}",
@@ -91,6 +95,7 @@ class Fleet:
             replace(self.workers, count=workers),
             self.root / "ray",
             max_failures=-1,  # the broker counts them, per trial
+            callbacks=[HandBack(self.broker_name, slot)],
         )
 
 
@@ -145,8 +150,14 @@ def _run(plan: Plan, trial: str, slot: int, broker: Any, warm: Any) -> None:
             verdict: tuple[bool, bool] = ray.get(answer)
             return verdict
 
+        def ask() -> float | None:
+            at_s = node_taken_away_at_s()
+            if at_s is not None and rank == 0:
+                ray.get(broker.drained.remote(slot))
+            return at_s
+
         try:
-            outcome = asdict(run_trial(plan, folder, warm, judge))
+            outcome = asdict(run_trial(plan, folder, warm, judge, ask))
         except Exception:
             words = traceback.format_exc()[-CRASH_CHARS:]
             ray.get(broker.crashed.remote(trial, words))

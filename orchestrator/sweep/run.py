@@ -114,9 +114,9 @@ def _fleet(spec: JobSpec, slots: int, workers: Workers, folder: SweepFolder) -> 
     append_event(folder.events, "launch", slots=slots)
     name = f"broker-{uuid.uuid4().hex[:8]}"
     actor: Any = ray.remote(Broker)
-    broker: Any = actor.options(name=name, num_cpus=0, max_concurrency=1000).remote(
-        spec.sweep.max_trial_failures
-    )
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # others may go
+    options = {"name": name, "num_cpus": 0, "max_concurrency": 1000, "label_selector": here}
+    broker: Any = actor.options(**options).remote(spec.sweep.max_trial_failures)
     fleet = Fleet(workers, slots, folder.root, broker, name)
     fleet.start()
     try:

@@ -14,8 +14,9 @@ from ray.tune.search import Searcher
 
 from orchestrator.sweep.director import NO_MORE, Director
 
-TRIAL_CPUS = 0.01
-"""What a light trial asks of the cluster: Tune refuses a request of nothing."""
+NODE_SHARE = 0.0001
+"""What a light trial asks of the driver's node: Tune refuses a request of nothing. No CPU, of which the
+slots may need every one; and no other node, which may go while the driver stays."""
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -34,6 +35,7 @@ class LightTrial(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         self.trial: str = config["trial"]
         self.broker = ray.get_actor(config["broker"])
+        self.heard = 0
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The same process takes the next trial."""
@@ -41,7 +43,8 @@ class LightTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        said: Any = ray.get(self.broker.next_report.remote(self.trial))
+        answer: Any = self.broker.next_report.remote(self.trial, self.heard)
+        self.heard, said = ray.get(answer)
         # As text: Tune takes nested results apart.
         return {"said": json.dumps(said), "done": said["kind"] == "end"}
 
@@ -112,7 +115,7 @@ def make_tuner(director: Director, broker_name: str, storage: Path, in_flight: i
     """Tune over the director's trials, `in_flight` at a time."""
     os.environ.update(QUIET)
     return tune.Tuner(
-        tune.with_resources(LightTrial, {"cpu": TRIAL_CPUS}),
+        tune.with_resources(LightTrial, {_this_node(): NODE_SHARE}),
         tune_config=tune.TuneConfig(
             search_alg=LogSearcher(director, broker_name),
             scheduler=LogScheduler(director),
@@ -122,3 +125,9 @@ def make_tuner(director: Director, broker_name: str, storage: Path, in_flight: i
         ),
         run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
     )
+
+
+def _this_node() -> str:
+    """The resource that only the driver's node has."""
+    mine = ray.get_runtime_context().get_node_id()
+    return next(f"node:{n['NodeManagerAddress']}" for n in ray.nodes() if n["NodeID"] == mine)
