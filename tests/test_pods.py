@@ -20,7 +20,7 @@ from orchestrator.train.checkpoint import committed
 
 pytestmark = pytest.mark.chaos
 
-STEPS = 400
+STEPS = 240
 EVERY = 16
 START_S = 300
 """Patience with a start: four nodes share this machine's cores."""
