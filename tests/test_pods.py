@@ -24,6 +24,7 @@ STEPS = 240
 EVERY = 16
 START_S = 300
 """Patience with a start: four nodes share this machine's cores."""
+FINISH_S = 600
 WORKER_CPUS = 2
 NODE_CPUS = 3
 """One worker of two CPUs fits, and a task that reads; a second worker does not."""
@@ -73,7 +74,7 @@ def one_node(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> dic
                 run = start(job(models, folder, stage), single)
                 until(lambda: len(run.events("first_step")) == 1, "the first step", START_S)
                 assert len(single.where("RayTrainWorker")) == 1
-                assert run.finish() == 0, run.output()
+                assert run.finish(FINISH_S) == 0, run.output()
             self[stage] = faults.final_state(run.folder)
             return self[stage]
 
@@ -101,7 +102,7 @@ def test_two_nodes_end_bit_for_bit_like_one(
     run = start(job(models, tmp_path, stage), cluster)
     run.wait_until(lambda: len(run.events("first_step")) == 1, START_S)
     assert sorted(cluster.where("RayTrainWorker")) == [2, 3], "a worker on each node"
-    assert run.finish() == 0, run.output()
+    assert run.finish(FINISH_S) == 0, run.output()
     check_whole(run, want)
 
 
@@ -141,7 +142,7 @@ def test_lost_workers_raylets_pods_and_links_change_nothing(
             del cluster.all[pod.number]
             cluster.start_worker(spare, NODE_CPUS)
             spare += 1
-    assert run.finish() == 0, run.output()
+    assert run.finish(FINISH_S) == 0, run.output()
     check_whole(run, want)
 
 
@@ -171,7 +172,7 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_no_step_is_lost(
     resumed_s = time.monotonic() - drained
     assert pod.number not in cluster.where("RayTrainWorker"), "nobody works on the drained node"
     run.folder.stop_request.touch()
-    assert run.finish() == 130, run.output()
+    assert run.finish(FINISH_S) == 130, run.output()
     notice, (_, resumed) = run.events("notice")[0], run.events("stream")
     saves = [e["step"] for e in run.events("save")]
     assert saves[0] == notice["step"], "a checkpoint at once"
@@ -204,7 +205,7 @@ def test_a_head_that_comes_back_with_redis_finds_the_run_going_on(
     meanwhile = run.step()
     cluster.start_head(0)
     cluster.wait_for(3)
-    assert run.finish() == 0, run.output()
+    assert run.finish(FINISH_S) == 0, run.output()
     print(
         f"| head, Redis | killed at {killed_at}, 3 s later {meanwhile} | "
         f"group starts {len(run.events('first_step'))} |",
@@ -236,6 +237,6 @@ def test_without_redis_the_same_command_on_a_new_cluster_goes_on(
     again = start(spec, cluster)
     again.wait_until(lambda: len(again.events("first_step")) == 2, START_S)
     print(f"| all nodes | {killed_at} | {newest} | {time.monotonic() - started:.1f} |", flush=True)
-    assert again.finish() == 0, again.output()
+    assert again.finish(FINISH_S) == 0, again.output()
     assert again.events("stream")[-1]["step"] == newest
     check_whole(again, want)

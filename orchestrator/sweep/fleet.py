@@ -80,7 +80,6 @@ class Fleet:
 
     def _trainer(self, slot: int, workers: int) -> Any:
         from orchestrator.launch.trainer import make_group
-
         from orchestrator.sweep.hand_back import HandBack
 
         return make_group(
