@@ -31,9 +31,10 @@ from orchestrator.data.manifest import read_manifest
 from orchestrator.data.order import Order, rows_per_rank
 from orchestrator.data.shards import ShardReader, open_shards
 from orchestrator.data.stream import (
-    Segment,
+    FIRST_BLOCKS,
     blocks_of_ranks,
-    make_dataset,
+    read_by_ray,
+    read_here,
     read_steps,
     segments,
     steps_per_block,
@@ -81,10 +82,14 @@ class Data:
     order: Order
     n_targets: np.ndarray
 
-    def open(self, segment: Segment, consumers: int) -> list[Any]:
-        """What each consumer is told: where to read, and its blocks of the segment."""
-        blocks = blocks_of_ranks(self.order, self.n_targets, segment, consumers)
-        return [(self.reader, mine) for mine in blocks]
+    def open(self, start: int, stop: int, consumers: int) -> list[list[Any]]:
+        """What each consumer is told: every segment of these steps, where to read, and its blocks."""
+        told: list[list[Any]] = [[] for _ in range(consumers)]
+        for segment in segments(start, stop, GLOBAL_ROWS, consumers, self.reader.row_bytes):
+            ranks = blocks_of_ranks(self.order, self.n_targets, segment, consumers)
+            for mine, blocks in zip(told, ranks, strict=True):
+                mine.append((segment, self.reader, blocks))
+        return told
 
 
 def open_data(folder: Path) -> Data:
@@ -100,27 +105,40 @@ def make_consumers(ray: Any, count: int) -> list[Any]:
 
     class Consumer:
         def consume(
-            self, told: Any, segment: Segment, rank: int, consumers: int, most: int
+            self, told: list[Any], rank: int, consumers: int, most: int
         ) -> list[tuple[float, int]]:
-            marks, dataset = [], make_dataset(*told)
-            for step in read_steps(dataset, segment, rank, rows_per_rank(GLOBAL_ROWS, consumers)):
-                marks.append((time.time(), step.tokens))
-                if len(marks) == most:
-                    break
+            marks: list[tuple[float, int]] = []
+            per_step = rows_per_rank(GLOBAL_ROWS, consumers)
+            ahead = started(told, 0)
+            for i, (segment, *_) in enumerate(told):
+                tables, ahead = ahead, None
+                for step in read_steps(tables, segment, rank, per_step):
+                    marks.append((time.time(), step.tokens))
+                    if len(marks) == most:
+                        return marks
+                    if ahead is None and step.step >= sum(segment) // 2:
+                        ahead = started(told, i + 1)
             return marks
+
+    def started(told: list[Any], i: int) -> Any:
+        """A segment on its way, as train/feed.py starts it."""
+        if i == len(told):
+            return iter(())
+        _, reader, blocks = told[i]
+        return (read_by_ray if i else read_here)(reader, blocks)
 
     made = ray.remote(num_cpus=1)(Consumer)
     return [made.remote() for _ in range(count)]
 
 
-def stream(ray: Any, data: Data, segment: Segment, consumers: int, most: int = 0) -> Any:
-    """Stream a segment (or its first `most` steps) into fresh consumers: (start, their marks)."""
+def stream(ray: Any, data: Data, steps: tuple[int, int], consumers: int, most: int = 0) -> Any:
+    """Stream steps (or the first `most` of them) into fresh consumers: (start, their marks)."""
     actors = make_consumers(ray, consumers)
     ray.get([a.__ray_ready__.remote() for a in actors])
     started = time.time()
-    told = data.open(segment, consumers)
+    told = data.open(*steps, consumers)
     calls = [
-        actor.consume.remote(mine, segment, rank, consumers, most or -1)
+        actor.consume.remote(mine, rank, consumers, most or -1)
         for rank, (actor, mine) in enumerate(zip(actors, told, strict=True))
     ]
     marks = ray.get(calls, timeout=900)
@@ -142,9 +160,9 @@ def settle(ray: Any) -> None:
 
 
 def stream_rate(ray: Any, data: Data, steps: int, consumers: int) -> float:
-    """Tokens per second over all consumers, from the end of the first block on."""
+    """Tokens per second over all consumers, from the first step that came through Ray Data on."""
     _, marks = stream(ray, data, (0, steps), consumers)
-    skip = steps_per_block(GLOBAL_ROWS, consumers)
+    skip = FIRST_BLOCKS * steps_per_block(GLOBAL_ROWS, consumers) + 1
     began = min(mine[skip - 1][0] for mine in marks)
     ended = max(mine[-1][0] for mine in marks)
     return sum(tokens for mine in marks for _, tokens in mine[skip:]) / (ended - began)
@@ -161,9 +179,9 @@ def raw_rate(data: Data, steps: int) -> float:
 
 
 def first_batch_s(ray: Any, data: Data, first_step: int) -> float:
-    """Seconds from opening a stream of the product's usual length to a step in each consumer."""
-    segment = segments(first_step, first_step + 2 * data.order.steps_per_epoch, GLOBAL_ROWS, 2)[0]
-    started, marks = stream(ray, data, segment, consumers=2, most=1)
+    """Seconds from opening a stream to a step in each consumer."""
+    near = first_step + FIRST_BLOCKS * steps_per_block(GLOBAL_ROWS, 2)
+    started, marks = stream(ray, data, (first_step, near), consumers=2, most=1)
     return max(mine[0][0] for mine in marks) - started
 
 
@@ -221,11 +239,10 @@ def measure_memory(folder: Path, sizes_mb: tuple[int, ...]) -> dict[str, Any]:
 
 
 def stream_epoch(folder: Path, out: Path) -> None:
-    """One epoch into two consumers, segment after segment, with the peaks of memory in `out`."""
+    """One epoch into two consumers, with the peaks of memory in `out`."""
     with ray_session(CPUS) as ray, sampled() as peaks:
         data = open_data(folder)
-        for segment in segments(0, data.order.steps_per_epoch, GLOBAL_ROWS, 2):
-            stream(ray, data, segment, consumers=2)
+        stream(ray, data, (0, data.order.steps_per_epoch), consumers=2)
     processes = peaks.pop("processes")
     sizes = {f"{name}_mb": round(value / MEGABYTE, 1) for name, value in peaks.items()}
     out.write_text(json.dumps({**sizes, "processes": processes}))

@@ -12,6 +12,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.run_folder import RunFolder
 from orchestrator.train.checkpoint import (
     COMMIT,
+    SHARED_MEMORY,
     CheckpointWriter,
     committed,
     damage,
@@ -56,6 +57,29 @@ def test_a_checkpoint_of_all_ranks_is_committed_and_valid(
     (found,) = committed(folder.checkpoints)
     assert (found.step, damage(found)) == (10, None)
     assert {p.name for p in found.folder.glob("*.pt")} == {"part-0.pt", "part-1.pt"}
+
+
+def test_what_is_small_is_staged_in_memory_and_what_a_killed_rank_left_there_is_deleted(
+    folder: RunFolder,
+) -> None:
+    def writer(size_bytes: int) -> CheckpointWriter:
+        return CheckpointWriter(folder.checkpoints, 0, 1, 2, "abc123", size_bytes=size_bytes)
+
+    seen: list[Path] = []
+
+    def note(staging: Path) -> None:
+        (staging / "a.pt").write_bytes(b"1")
+        seen.append(staging)
+
+    for size_bytes in (1000, 2**50):
+        one = writer(size_bytes)
+        one.save(10, note, {})
+        one.wait()
+    assert [staging.is_relative_to(SHARED_MEMORY) for staging in seen] == [True, False]
+    assert not any(staging.exists() for staging in seen)
+    note(writer(1000)._staging())  # and is killed
+    writer(1000)
+    assert not seen[-1].exists()
 
 
 def test_without_all_ranks_there_is_no_commit(

@@ -13,12 +13,14 @@ from orchestrator.data.order import PADDING, Order, rows_per_rank
 from orchestrator.data.prepare import prepare
 from orchestrator.data.shards import ShardReader, open_shards
 from orchestrator.data.stream import (
-    FIRST_SEGMENT_BLOCKS,
+    FIRST_BLOCKS,
     SEGMENT_BLOCKS,
+    SEGMENT_BYTES,
     Segment,
     blocks_of_ranks,
-    make_dataset,
     micro_batches,
+    read_by_ray,
+    read_here,
     read_steps,
     segments,
     steps_per_block,
@@ -42,32 +44,35 @@ def source(
     return reader, Order(rows, GLOBAL_ROWS, 7, "full", lengths=reader.column("length"))
 
 
-def consume(ray: Any, source: tuple[ShardReader, Order], segment: Segment, workers: int) -> Any:
+def consume(
+    ray: Any, source: tuple[ShardReader, Order], segment: Segment, workers: int, read: Any
+) -> Any:
     """What each rank reads: (step, row ids, denominator, lengths of its rows) per step."""
     reader, order = source
 
     @ray.remote(num_cpus=0.1)
-    def read(blocks: list[Any], rank: int) -> list[Any]:
+    def take(blocks: list[Any], rank: int) -> list[Any]:
         per_step = rows_per_rank(GLOBAL_ROWS, workers)
-        steps = read_steps(make_dataset(reader, blocks), segment, rank, per_step)
+        steps = read_steps(read(reader, blocks), segment, rank, per_step)
         return [
             (s.step, s.row_ids.tolist(), s.denominator, [len(r["input_ids"]) for r in s.rows])
             for s in steps
         ]
 
     blocks = blocks_of_ranks(order, reader.column("n_targets"), segment, workers)
-    return ray.get([read.remote(mine, rank) for rank, mine in enumerate(blocks)])
+    return ray.get([take.remote(mine, rank) for rank, mine in enumerate(blocks)])
 
 
+@pytest.mark.parametrize("read", [read_by_ray, read_here])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("start", [0, 29])
 def test_every_rank_gets_its_rows_in_order_from_any_step(
-    ray: Any, source: tuple[ShardReader, Order], workers: int, start: int
+    ray: Any, source: tuple[ShardReader, Order], workers: int, start: int, read: Any
 ) -> None:
     reader, order = source
     segment = (start, 3 * order.steps_per_epoch)
     lengths = reader.column("length")
-    for rank, got in enumerate(consume(ray, source, segment, workers)):
+    for rank, got in enumerate(consume(ray, source, segment, workers, read)):
         assert [step for step, *_ in got] == list(range(*segment))
         for step, ids, denominator, sizes in got:
             want = order.rank_rows(step, rank, workers)
@@ -83,17 +88,26 @@ def test_a_block_of_another_rank_is_an_error_not_a_wrong_batch(
     reader, order = source
     (blocks,) = blocks_of_ranks(order, reader.column("n_targets"), (0, 10), 1)
     with pytest.raises(DataError, match="step 0 of rank 0 where step 0 of rank 1 was due"):
-        list(read_steps(make_dataset(reader, blocks), (0, 10), 1, GLOBAL_ROWS))
+        list(read_steps(read_by_ray(reader, blocks), (0, 10), 1, GLOBAL_ROWS))
 
 
 def test_segments_cover_all_steps_once_and_the_first_is_short() -> None:
     per_block = steps_per_block(32, 2)
-    stop = per_block * (FIRST_SEGMENT_BLOCKS + 2 * SEGMENT_BLOCKS)
+    stop = per_block * (FIRST_BLOCKS + 2 * SEGMENT_BLOCKS)
     cut = segments(5, stop, 32, 2)
-    assert cut[0] == (5, 5 + per_block * FIRST_SEGMENT_BLOCKS // 2)
+    assert cut[0] == (5, 5 + per_block * FIRST_BLOCKS)
+    assert {b - a for a, b in cut[1:-1]} == {per_block * SEGMENT_BLOCKS // 2}
     assert [a for a, _ in cut[1:]] == [b for _, b in cut[:-1]]
     assert (cut[0][0], cut[-1][1]) == (5, stop)
     assert segments(stop, stop, 32, 2) == []
+
+
+def test_a_segment_of_large_rows_is_no_larger_than_the_memory_it_may_fill() -> None:
+    row_bytes = 2**18
+    cut = segments(0, 10_000, 32, 2, row_bytes)
+    rows_of_a_rank = [(b - a) * rows_per_rank(32, 2) for a, b in cut]
+    assert max(rows_of_a_rank[1:]) * row_bytes <= SEGMENT_BYTES
+    assert (cut[0][0], cut[-1][1]) == (0, 10_000)
 
 
 def test_random_reads_return_the_rows_that_were_asked_for(
@@ -110,7 +124,7 @@ def test_micro_batches_are_filled_with_rows_of_weight_zero(
 ) -> None:
     reader, order = source
     (blocks,) = blocks_of_ranks(order, reader.column("n_targets"), (0, 1), 1)
-    (step,) = read_steps(make_dataset(reader, blocks), (0, 1), 0, GLOBAL_ROWS)
+    (step,) = read_steps(read_here(reader, blocks), (0, 1), 0, GLOBAL_ROWS)
     batches = micro_batches(step, 8)
     assert [len(rows) for rows, _ in batches] == [8, 8, 8]
     assert [int(weights.sum()) for _, weights in batches] == [8, 8, 4]

@@ -40,6 +40,12 @@ class ShardReader:
         back[by_place] = np.arange(len(rows))
         return gathered.take(pa.array(back))
 
+    @property
+    def row_bytes(self) -> int:
+        """Mean size of a row in the files."""
+        sizes = [(Path(self.folder) / name).stat().st_size for name in self.shard_files]
+        return sum(sizes) // max(int(self.starts[-1]), 1)
+
     def column(self, name: str) -> np.ndarray:
         """A whole integer column, shape (rows,)."""
         parts = []

@@ -2,12 +2,16 @@
 
 One block holds one rank's rows for a run of consecutive steps. Each rank runs a Ray Data set of its
 own blocks, in order: no coordinator stands between the ranks, whose process would have to start, and
-could die, beside them. Every row carries its step and rank, and the worker checks both.
+could die, beside them. The first blocks of a start the rank reads itself, so that no start, restart or
+trial of a sweep waits for Ray Data's processes. Every row carries its step and rank, and the worker
+checks both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,14 +25,16 @@ from orchestrator.errors import DataError
 
 BLOCK_ROWS = 256
 """Rows per block, about: enough to hide a task's cost, few enough that the first comes at once."""
+FIRST_BLOCKS = 2
+"""Blocks that each rank reads itself before Ray Data takes over: it opens while they are used."""
 SEGMENT_BLOCKS = 1024
-"""Most blocks in one Ray Data set; the next is opened while the present one runs."""
-FIRST_SEGMENT_BLOCKS = 64
-"""The first one is short: listing its blocks must not keep a start or a restart waiting."""
+"""Most blocks, of all ranks together, in one segment: rank 0 lists them."""
+SEGMENT_BYTES = 64 * 2**20
+"""Most bytes of one rank's segment. All of it may wait in the object store, and the next one's beside it."""
 READ_CPUS = 0.5
 """CPUs a read task asks Ray for; the plan keeps room for them beside the workers."""
-MEMORY_BYTES = 256 * 2**20
-"""Object-store memory that Ray Data may fill ahead of the workers."""
+READ_TASKS = 1
+"""Read tasks of one rank at a time. A second process would cost a start more than it reads."""
 
 
 POSITION = ("row_id", "step", "rank", "denominator")
@@ -58,13 +64,16 @@ Segment = tuple[int, int]
 """Steps from…to (exclusive) that one Ray Data set serves."""
 
 
-def segments(start: int, stop: int, global_rows: int, world_size: int) -> list[Segment]:
-    """Cut steps start..stop into runs of at most SEGMENT_BLOCKS blocks, the first one shorter."""
+def segments(
+    start: int, stop: int, global_rows: int, world_size: int, row_bytes: int = 0
+) -> list[Segment]:
+    """Cut steps start..stop into segments. The first is short: it is what each rank reads itself."""
     per_block = steps_per_block(global_rows, world_size)
+    block_bytes = per_block * rows_per_rank(global_rows, world_size) * row_bytes
+    most = max(1, min(SEGMENT_BLOCKS // world_size, SEGMENT_BYTES // max(block_bytes, 1)))
     out: list[Segment] = []
     while start < stop:
-        blocks = SEGMENT_BLOCKS if out else FIRST_SEGMENT_BLOCKS
-        end = min(start + per_block * max(1, blocks // world_size), stop)
+        end = min(start + per_block * (most if out else FIRST_BLOCKS), stop)
         out.append((start, end))
         start = end
     return out
@@ -115,7 +124,6 @@ def blocks_of_ranks(
 def make_dataset(reader: ShardReader, blocks: Sequence[Block]) -> Any:
     """A Ray Data set of one rank's blocks, lazily read, in order."""
     import ray
-    from ray.data import ExecutionResources
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
@@ -137,11 +145,47 @@ def make_dataset(reader: ShardReader, blocks: Sequence[Block]) -> Any:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(object_store_memory=MEMORY_BYTES)
     with ray.data.DataContext.current(context):
         return ray.data.read_datasource(
-            PreparedBlocks(), override_num_blocks=len(blocks), num_cpus=READ_CPUS
+            PreparedBlocks(),
+            override_num_blocks=len(blocks),
+            num_cpus=READ_CPUS,
+            concurrency=READ_TASKS,
         )
+
+
+def read_here(reader: ShardReader, blocks: Iterable[Block]) -> Iterator[pa.Table]:
+    """The blocks' rows, read by this process."""
+    for block in blocks:
+        yield from _read_block(reader, *block)
+
+
+def read_by_ray(reader: ShardReader, blocks: Sequence[Block]) -> Iterator[pa.Table]:
+    """The blocks' rows, read by Ray Data from now on and to the end, whatever is taken of them.
+
+    Its executor then ends, and takes no more of this process' time; the blocks wait in the object store.
+    """
+    import ray
+
+    refs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            for bundle in make_dataset(reader, blocks).iter_internal_ref_bundles():
+                for entry in bundle.blocks:
+                    refs.put(entry.ref)
+            refs.put(None)
+        except BaseException as error:  # noqa: BLE001, raised again where the blocks are taken
+            refs.put(error)
+
+    def taken() -> Iterator[pa.Table]:
+        while (ref := refs.get()) is not None:
+            if isinstance(ref, BaseException):
+                raise ref
+            yield ray.get(ref)
+
+    threading.Thread(target=run, name="ray-data", daemon=True).start()
+    return taken()
 
 
 def _read_block(
@@ -150,10 +194,12 @@ def _read_block(
     return [_with_position(reader, ids, steps, rank, totals)]
 
 
-def read_steps(dataset: Any, segment: Segment, rank: int, rows_per_step: int) -> Iterator[StepRows]:
+def read_steps(
+    tables: Iterable[pa.Table], segment: Segment, rank: int, rows_per_step: int
+) -> Iterator[StepRows]:
     """A rank's steps of one segment; raises DataError where a block is not the one due."""
     due = segment[0]
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+    for table in tables:
         for step_rows in unpack(table, rows_per_step):
             _verify(step_rows[1], step_rows[2], due, rank)
             due += 1
@@ -165,7 +211,7 @@ def read_steps(dataset: Any, segment: Segment, rank: int, rows_per_step: int) ->
 def _verify(step: int, rank: int, due: int, mine: int) -> None:
     if (step, rank) != (due, mine):
         raise DataError(
-            f"Ray Data delivered step {step} of rank {rank} where step {due} of rank {mine} was due. "
+            f"the stream delivered step {step} of rank {rank} where step {due} of rank {mine} was due. "
             "Training on would use wrong rows; please report this with the Ray version."
         )
 

@@ -65,11 +65,13 @@ def work(config: dict[str, Any]) -> None:
     log_to(folder.logs / f"worker-{rank:05d}.log")
     import torch
 
+    from orchestrator.train.engine import import_ahead
     from orchestrator.train.group import together
     from orchestrator.train.state import Result
     from orchestrator.train.trial import run_trial
 
     torch.set_num_threads(plan.cpus_per_worker)
+    import_ahead()
     try:
         together(lambda: must_see(folder))
         result = run_trial(plan, folder, ask=node_taken_away_at_s)

@@ -1,4 +1,4 @@
-"""Ray Tune's side: light trials that hold no torch, a searcher and a scheduler that ask the director."""
+"""Ray Tune's side in the driver: a searcher and a scheduler that ask the director."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from orchestrator.sweep.director import NO_MORE, Director
+from orchestrator.sweep.light_trial import LightTrial
 
 NODE_SHARE = 0.0001
 """What a light trial asks of the driver's node: Tune refuses a request of nothing. No CPU, of which the
@@ -27,33 +28,6 @@ QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TUNE_ENABLE_STATE_TRACKING": "0",
 }
-
-
-class LightTrial(tune.Trainable):
-    """One trial as Tune sees it: each `step` is its next report, which a slot works for."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        self.trial: str = config["trial"]
-        self.broker = ray.get_actor(config["broker"])
-        self.heard = 0
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The same process takes the next trial."""
-        self.setup(new_config)
-        return True
-
-    def step(self) -> dict[str, Any]:
-        answer: Any = self.broker.next_report.remote(self.trial, self.heard)
-        self.heard, said = ray.get(answer)
-        # As text: Tune takes nested results apart.
-        return {"said": json.dumps(said), "done": said["kind"] == "end"}
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Nothing: the trial's checkpoints are its own."""
-        return {}
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing."""
 
 
 class LogSearcher(Searcher):

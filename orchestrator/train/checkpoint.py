@@ -12,6 +12,7 @@ commits only when it polls, and several trials can run in one Ray Train run.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from orchestrator.data.manifest import sha256_of
 from orchestrator.errors import CheckpointError
 from orchestrator.run_folder import fsync_dir, read_json, write_json
@@ -30,6 +33,9 @@ COMMIT = "COMMIT.json"
 STAGING = ".staging-"
 """Begins the names of what is being made; whatever a killed attempt left of it is deleted."""
 POLL_S = 0.02
+SHARED_MEMORY = Path("/dev/shm")
+MEMORY_SHARE = 0.1
+"""A checkpoint is staged in memory where it takes at most this part of what is free."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,18 @@ class CheckpointWriter:
         keep: int,
         attempt: str,
         on_commit: Callable[[Committed], None] = lambda _: None,
+        size_bytes: int = 0,
     ) -> None:
+        """`size_bytes`: of a checkpoint of all ranks; 0 where it is not known."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.size_bytes = size_bytes
         self.folder, self.rank, self.world_size = folder, rank, world_size
         self.keep, self.attempt, self.on_commit = keep, attempt, on_commit
         self.best_step: int | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        for left in SHARED_MEMORY.glob(f"{self._prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def save(self, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
         """Let `write(folder)` put this rank's files into a staging folder, then commit in the background.
@@ -162,10 +173,27 @@ class CheckpointWriter:
             raise CheckpointError(_cannot_write(self.folder, error)) from error
 
     def _staging(self) -> Path:
-        """A folder on fast local disk; beside the target where that is the same file system anyway."""
+        """A folder to write into while training stands still: in memory where there is plenty of it,
+        else on local disk; beside the target where that is the same file system anyway."""
+        if self._fits_memory():
+            return Path(tempfile.mkdtemp(prefix=self._prefix, dir=SHARED_MEMORY))
         same = os.stat(tempfile.gettempdir()).st_dev == os.stat(self.folder).st_dev
         parent = str(self.folder) if same else None
-        return Path(tempfile.mkdtemp(prefix=f"{STAGING}{self.rank:05d}-", dir=parent))
+        return Path(tempfile.mkdtemp(prefix=self._prefix, dir=parent))
+
+    def _fits_memory(self) -> bool:
+        """Whether the checkpoint of all ranks is a small part of what this node has free."""
+        os.stat(self.folder)  # where it is gone, that is said now
+        if not self.size_bytes or not SHARED_MEMORY.is_dir():
+            return False
+        free = min(shutil.disk_usage(SHARED_MEMORY).free, psutil.virtual_memory().available)
+        return self.size_bytes <= free * MEMORY_SHARE
+
+    @property
+    def _prefix(self) -> str:
+        """Names this rank's staging folders, so that those of a killed one are found again."""
+        place = hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]
+        return f"{STAGING}{place}-{self.rank:05d}-"
 
     def _finish(self, staging: Path, target: Path, facts: dict[str, Any]) -> None:
         try:

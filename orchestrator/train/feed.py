@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ from orchestrator.data.manifest import read_manifest
 from orchestrator.data.order import Order, rows_per_rank
 from orchestrator.data.shards import ShardReader, open_shards
 from orchestrator.data.stream import (
-    Block,
     Segment,
     StepRows,
     blocks_of_ranks,
-    make_dataset,
+    read_by_ray,
+    read_here,
     read_steps,
     segments,
 )
@@ -28,7 +30,7 @@ from orchestrator.plan.plan import DataFacts, Plan
 
 AHEAD_STEPS = 8
 """Steps held ready in each worker."""
-CLOSE_S = 10.0
+CLOSE_S, CLOSE_POLL_S = 10.0, 0.01
 _END = object()
 
 
@@ -64,15 +66,19 @@ class StepStream:
     """This rank's rows for steps start…stop, read ahead from the moment it is made.
 
     Making and iterating are collective; rank 0 holds `source`, the others None. Rank 0 works out the
-    order and tells each rank its blocks, which it then reads through a Ray Data set of its own. A
-    thread reads ahead. From the first step on, two segments are known, so that the next one is warm
-    before the present one ends.
+    order and tells each rank its blocks. The first segment each rank reads itself; the others are read
+    by a Ray Data set of its own, opened while the segment before is used. From the first step on, two
+    segments are known.
     """
 
     def __init__(self, source: Source | None, global_rows: int, start: int, stop: int) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.source, self.global_rows = source, global_rows
-        self._pending = segments(start, stop, global_rows, self.world_size)
+        self._pending: list[Segment] = []
+        if source is not None:
+            row_bytes = source.reader.row_bytes
+            self._pending = segments(start, stop, global_rows, self.world_size, row_bytes)
+        self._first = start
         self._opened: queue.Queue[Any] = queue.Queue()
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=AHEAD_STEPS)
         self._stopped = threading.Event()
@@ -98,44 +104,54 @@ class StepStream:
         """Stop reading ahead, and wait until nothing is held."""
         self._stopped.set()
         self._opened.put(_END)
-        self._thread.join(CLOSE_S)
+        deadline = time.monotonic() + CLOSE_S
+        while self._thread.is_alive() and time.monotonic() < deadline:  # it may wait for room
+            with contextlib.suppress(queue.Empty):
+                self._ready.get_nowait()
+            self._thread.join(CLOSE_POLL_S)
 
     def _open_next(self) -> None:
-        if not self._pending:
-            self._opened.put(_END)
-            return
-        segment = self._pending.pop(0)
-        self._opened.put((segment, *self._my_blocks(segment)))
-
-    def _my_blocks(self, segment: Segment) -> tuple[ShardReader, list[Block]]:
-        """This rank's blocks of a segment, and where to read them."""
-        told: list[Any] | None = None
-        if self.source is not None:
-            source = self.source
-            told = [
-                (source.reader, blocks)
-                for blocks in blocks_of_ranks(
-                    source.order, source.n_targets, segment, self.world_size
-                )
-            ]
+        """Rank 0 tells every rank its blocks of the next segment, and where to read them."""
+        told: list[Any] = [None] * self.world_size  # no further segment
+        if self.source is not None and self._pending:
+            source, segment = self.source, self._pending.pop(0)
+            ranks = blocks_of_ranks(source.order, source.n_targets, segment, self.world_size)
+            told = [(segment, source.reader, blocks) for blocks in ranks]
         mine: list[Any] = [None]
-        dist.scatter_object_list(mine, told, src=0)
-        reader, blocks = mine[0]
-        return reader, blocks
+        dist.scatter_object_list(mine, told if self.rank == 0 else None, src=0)
+        self._opened.put(mine[0] or _END)
 
     def _read_ahead(self) -> None:
         per_step = rows_per_rank(self.global_rows, self.world_size)
         try:
-            while (item := self._opened.get()) is not _END and not self._stopped.is_set():
-                segment, reader, blocks = item
-                dataset = make_dataset(reader, blocks)
-                for step in read_steps(dataset, segment, self.rank, per_step):
+            opened = self._start(self._opened.get())
+            while opened is not _END and not self._stopped.is_set():
+                segment, tables = opened
+                half, following = sum(segment) // 2, None
+                for step in read_steps(tables, segment, self.rank, per_step):
                     if not self._put(step):
                         return
+                    if following is None and step.step >= half:
+                        following = self._start_if_known()
                 self._put(segment)
+                opened = following or self._start(self._opened.get())
             self._put(_END)
         except BaseException as error:  # noqa: BLE001, raised again in the training thread
             self._put(error)
+
+    def _start_if_known(self) -> Any:
+        try:
+            return self._start(self._opened.get_nowait())
+        except queue.Empty:
+            return None
+
+    def _start(self, told: Any) -> Any:
+        """Start reading a segment: (its steps, its tables to come)."""
+        if told is _END:
+            return _END
+        segment, reader, blocks = told
+        read = read_here if segment[0] == self._first else read_by_ray
+        return segment, read(reader, blocks)
 
     def _put(self, item: Any) -> bool:
         while not self._stopped.is_set():

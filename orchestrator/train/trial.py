@@ -120,10 +120,14 @@ class Trial:
         return broadcast(found)
 
     def _make_writer(self) -> CheckpointWriter:
-        attempt = broadcast(uuid.uuid4().hex[:6])
-        keep = self.plan.spec.checkpoint.keep
         writer = CheckpointWriter(
-            self.folder.checkpoints, self.rank, self.world_size, keep, attempt, self._committed
+            self.folder.checkpoints,
+            self.rank,
+            self.world_size,
+            keep=self.plan.spec.checkpoint.keep,
+            attempt=broadcast(uuid.uuid4().hex[:6]),
+            on_commit=self._committed,
+            size_bytes=self.plan.checkpoint_bytes,
         )
         writer.best_step = (self.progress.best or {}).get("step")
         return writer
