@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def zero_stage(plan: Plan, stage: int) -> Plan:
     return plan_of(spec.model_copy(update={"name": f"{plan.spec.name}-zero{stage}"}))
 
 
-def plain_loop(plan: Plan) -> list[float]:
-    """The same training in one process with nothing but torch; loss per step."""
+def plain_loop(plan: Plan, before: Callable[[Any, int], None] | None = None) -> list[float]:
+    """The same training in one process with nothing but torch; loss per step.
+
+    `before` is called with the model and the step, before its forward pass.
+    """
     spec, data = plan.spec, plan.train_data
     manifest = read_manifest(Path(data.folder))
     assert manifest is not None
@@ -69,10 +73,12 @@ def plain_loop(plan: Plan) -> list[float]:
     )
     model = build_model(spec, plan.labels)
     model.train()
-    groups = parameter_groups(model, spec.optimizer, plan.learning_rate)
+    groups = parameter_groups(model, spec, plan.learning_rate)
     optimizer = torch.optim.AdamW(groups)
     out = []
     for step in range(plan.total_steps):
+        if before:
+            before(model, step)
         ids = order.batch(step)
         rows = unpack_rows(reader.take(ids[ids != PADDING]))
         batch = spec.task.collate(rows, np.ones(len(rows)), 0)

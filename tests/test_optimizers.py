@@ -114,11 +114,7 @@ def test_weight_decay_is_decoupled_in_adamw_and_coupled_in_adam(spec: JobSpec) -
 
 def test_layers_move_slower_the_deeper_they_lie(spec: JobSpec) -> None:
     job = changed(spec, "optimizer.lr=0.001", "optimizer.layer_decay=0.5")
-    scales = {
-        n: g.lr_scale
-        for g in groups(build_model(job, LABELS), job.optimizer, 1e-3)
-        for n in g.names
-    }
+    scales = {n: g.lr_scale for g in groups(build_model(job, LABELS), job, 1e-3) for n in g.names}
     assert scales["bert.embeddings.word_embeddings.weight"] == 0.125
     assert scales["bert.encoder.layer.0.output.dense.weight"] == 0.25
     assert scales["bert.encoder.layer.1.output.LayerNorm.bias"] == 0.5
@@ -132,7 +128,7 @@ def test_layers_move_slower_the_deeper_they_lie(spec: JobSpec) -> None:
 def test_the_head_can_have_a_rate_of_its_own(spec: JobSpec, tuning: list[str]) -> None:
     job = changed(spec, *tuning, "optimizer.head_lr=0.01", "optimizer.lr=0.001")
     model: Any = build_model(job, LABELS)
-    fast = {n for g in groups(model, job.optimizer, 1e-3) if g.lr_scale != 1 for n in g.names}
+    fast = {n for g in groups(model, job, 1e-3) if g.lr_scale != 1 for n in g.names}
     assert len(fast) == 2
     assert all("classifier" in name for name in fast)
 

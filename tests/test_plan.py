@@ -27,7 +27,6 @@ from orchestrator.plan.memory import ModelFacts
 from orchestrator.plan.plan import at_workers
 from orchestrator.plan.show import show_plan
 from orchestrator.spec import JobSpec, apply_overrides, parse_spec
-from orchestrator.spec.optimizer import AdamW
 
 LAPTOP = Cluster(source="described", nodes=(Node(cpus=4, memory_bytes=16 * GIB),))
 LABELS = ("bad", "good")
@@ -584,8 +583,9 @@ def test_a_tuning_that_hits_nothing_is_an_error(spec: JobSpec, override: str, wh
 
 
 def test_norms_and_biases_are_left_out_of_weight_decay(spec: JobSpec) -> None:
-    model: Any = build_model(changed(spec, "tuning.freeze=['*embeddings*']"), LABELS)
-    decayed, spared = parameter_groups(model, AdamW(weight_decay=0.1), 1e-3)
+    job = changed(spec, "tuning.freeze=['*embeddings*']", "optimizer.weight_decay=0.1")
+    model: Any = build_model(job, LABELS)
+    decayed, spared = parameter_groups(model, job, 1e-3)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim == 2 for p in decayed["params"])
     assert all(p.ndim == 1 for p in spared["params"])

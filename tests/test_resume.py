@@ -10,16 +10,26 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from group import named, plan_of, run_trials
+from group import losses, named, plan_of, probe, run_trials
+from peft import PeftModel
+from test_exactness import plain_loop
+from transformers import AutoModelForSequenceClassification
 
 from orchestrator.data.manifest import read_manifest
 from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
+from orchestrator.model.build import build_model
+from orchestrator.model.parts import distances
 from orchestrator.plan import Plan
 from orchestrator.report.records import read_records, read_steps
 from orchestrator.run_folder import RunFolder, read_json
 from orchestrator.train.checkpoint import Committed, committed
-from orchestrator.train.export import load_weights
+from orchestrator.train.export import (
+    checkpoint_state,
+    export_run,
+    load_exported,
+    load_weights,
+)
 
 STEPS = 6
 KNOBS: dict[str, dict[str, Any]] = {
@@ -57,7 +67,29 @@ KNOBS: dict[str, dict[str, Any]] = {
         "schedule": {"type": "plateau", "patience": 1, "metric": "loss"},
         "zero": {"stage": 3},
     },
+    **{
+        name: {"tuning": tuning, "optimizer": {"lr": 0.02}, "evaluation": {"every_steps": "end"}, **rest}
+        for name, tuning, rest in (
+            ("lora-zero3", {"type": "lora", "merge_on_export": False}, {"zero": {"stage": 3}}),
+            ("dora-zero3", {"type": "lora", "use_dora": True}, {"zero": {"stage": 3}}),
+            ("ia3-zero2", {"type": "ia3"}, {"zero": {"stage": 2}}),
+            ("prompt-zero3", {"type": "prompt", "num_virtual_tokens": 3}, {"zero": {"stage": 3}}),
+            ("prefix-zero0", {"type": "prefix", "num_virtual_tokens": 3}, {"zero": {"stage": 0}}),
+        )
+    },
+    **{
+        f"unfreezing-zero{stage}": {
+            "tuning": {"unfreeze_every_steps": 2},
+            "optimizer": {"lr": 0.02, "weight_decay": 0.1},
+            "schedule": {"type": "constant"},
+            "gradient_clipping": 0.05,
+            "evaluation": {"every_steps": "end"},
+            "zero": {"stage": stage},
+        }
+        for stage in (0, 2, 3)
+    },
 }  # fmt: skip
+ADAPTERS = [name for name in KNOBS if "tuning" in KNOBS[name] and "type" in KNOBS[name]["tuning"]]
 
 
 def plans(models: tiny.Tiny, folder: Path) -> dict[str, Plan]:
@@ -133,6 +165,59 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not(
         one, other = (torch.load(c.folder / file, weights_only=False) for c in (straight, resumed))
         assert differences(one, other) == [], file
     assert without_times(straight) == without_times(resumed)
+
+
+@pytest.mark.parametrize("knob", ADAPTERS)
+def test_a_checkpoint_of_an_adapter_holds_all_of_it_and_nothing_of_the_base(
+    knob: str, runs: dict[str, tuple[Plan, Plan]]
+) -> None:
+    plan, _ = runs[knob]
+    begun: Any = build_model(plan.spec, plan.labels)
+    wanted = {name: p for name, p in begun.named_parameters() if p.requires_grad}
+    found = checkpoint_state(at(plan, STEPS), only_trainable=True)
+    assert found.keys() == wanted.keys()
+    moved = {n for n in wanted if not torch.equal(found[n].float(), wanted[n].detach())}
+    assert moved == wanted.keys()
+
+
+@pytest.mark.parametrize("knob", ADAPTERS)
+def test_an_export_of_an_adapter_gives_the_engines_logits(
+    knob: str, runs: dict[str, tuple[Plan, Plan]]
+) -> None:
+    plan, _ = runs[knob]
+    folder = RunFolder(Path(plan.run_dir))
+    export_run(plan, folder, folder.export, {"best": {"step": STEPS}})
+    apart = (folder.export / "adapter_config.json").exists()
+    assert apart == (not getattr(plan.spec.tuning, "merge_on_export", False))
+    base: Any = AutoModelForSequenceClassification.from_pretrained(
+        plan.spec.model.pretrained if apart else folder.export
+    )
+    model = PeftModel.from_pretrained(base, str(folder.export)) if apart else base
+    expected = torch.load(folder.root / "logits.pt")
+    for loaded in (model, load_exported(folder.export)[1]):
+        torch.testing.assert_close(probe(loaded, plan), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_layers_that_wait_under_zero_are_as_if_they_needed_no_gradient(
+    stage: int, runs: dict[str, tuple[Plan, Plan]]
+) -> None:
+    plan, resumed = runs[f"unfreezing-zero{stage}"]
+    np.testing.assert_allclose(losses(plan), unfreezing_loop(plan), rtol=1e-4)
+    assert losses(resumed) == losses(plan)[STEPS // 2 :]
+
+
+def unfreezing_loop(plan: Plan) -> list[float]:
+    """Loss per step of a plain torch loop in which layers get `requires_grad` one by one."""
+    depth: dict[str, int] = {}
+
+    def before(model: Any, step: int) -> None:
+        named = dict(model.named_parameters())
+        depth.update(depth or distances(list(named), ""))
+        for name, parameter in named.items():
+            parameter.requires_grad_(depth[name] <= step // 2)
+
+    return plain_loop(plan, before)
 
 
 @pytest.mark.parametrize("knob", ["ema-zero0", "ema-zero2", "ema-zero3"])

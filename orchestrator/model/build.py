@@ -1,16 +1,15 @@
-"""The model itself: weights or none, frozen parts, adapters."""
+"""The model itself: weights or none, checked for what the task needs."""
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.config import load_config
 from orchestrator.model.head import fate_of_head, redraw_head
+from orchestrator.model.tuning import apply_tuning
 from orchestrator.spec import JobSpec
-from orchestrator.spec.model import FullTuning, LoraTuning
 
 if TYPE_CHECKING:
     import torch
@@ -92,54 +91,3 @@ def _gguf(spec: JobSpec) -> dict[str, Any]:
 
     name = spec.model.gguf_file
     return {"gguf_file": name, "quantization_config": GgufConfig(gguf_file=name, dequantize=True)}
-
-
-def apply_tuning(model: Any, spec: JobSpec) -> torch.nn.Module:
-    """Freeze, or wrap with adapters, as `tuning` says.
-
-    Raises OrchestratorError for a freeze pattern that matches nothing, or that leaves nothing to train.
-    """
-    match spec.tuning:
-        case FullTuning(freeze=patterns):
-            return _freeze(model, patterns)
-        case LoraTuning() as lora:
-            return _add_lora(model, lora, spec)
-
-
-def _freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> torch.nn.Module:
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise OrchestratorError(
-                f"tuning.freeze: {pattern!r} matches no parameter. Some names: {', '.join(names[:4])}, …"
-            )
-    for name, parameter in model.named_parameters():
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
-            parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise OrchestratorError("tuning.freeze leaves nothing to train: narrow its patterns.")
-    return model
-
-
-def _add_lora(model: Any, lora: LoraTuning, spec: JobSpec) -> torch.nn.Module:
-    from peft import LoraConfig, TaskType, get_peft_model
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    targets = lora.target_modules
-    if targets == "auto":
-        known = KNOWN.get(model.config.model_type)
-        targets = tuple(known) if known else "all-linear"
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes floats, its hint says int
-        lora_dropout=lora.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=lora.use_rslora,
-        task_type=TaskType[spec.task.peft_task],
-    )
-    if spec.gradient_checkpointing:
-        model.enable_input_require_grads()
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise OrchestratorError(f"tuning.target_modules: {error}") from error

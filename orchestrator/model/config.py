@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.spec import JobSpec
+from orchestrator.spec.tuning import virtual_tokens
 
 DEFAULT_MAX_LENGTH_TOKENS = 512
 TOKENIZER_FILES = (
@@ -109,7 +110,12 @@ def max_length_tokens(spec: JobSpec) -> int:
 
 def check_max_length(spec: JobSpec) -> None:
     """Raises OrchestratorError where the job's rows may be longer than the model has positions."""
-    limit = _positions(spec)
+    limit, virtual = _positions(spec), virtual_tokens(spec.tuning)
+    less = f" (less tuning.num_virtual_tokens = {virtual})" if virtual else ""
+    if limit is not None and limit < 2:
+        raise OrchestratorError(
+            f"tuning.num_virtual_tokens = {virtual} leaves no room: the model has {limit + virtual} positions."
+        )
     lengths: dict[str, Any] = {
         "data.max_length_tokens": spec.data.max_length_tokens,
         "task.max_target_tokens": getattr(spec.task, "max_target_tokens", "auto"),
@@ -117,7 +123,7 @@ def check_max_length(spec: JobSpec) -> None:
     for field, wanted in lengths.items():
         if wanted != "auto" and limit is not None and wanted > limit:
             raise OrchestratorError(
-                f"{field} = {wanted} exceeds the model's {limit} positions: set {field}={limit} or less."
+                f"{field} = {wanted} exceeds the model's {limit} positions{less}: set {field}={limit} or less."
             )
 
 
@@ -143,10 +149,10 @@ def check_tokenizer(spec: JobSpec, labels: tuple[str, ...], tokenizer: Any) -> N
 
 
 def _positions(spec: JobSpec) -> int | None:
-    """Tokens that the model has positions for; None where its config names no limit."""
+    """Tokens of a text that the model has positions for; None where its config names no limit."""
     config = raw_config(spec)
     limit = config.get("max_position_embeddings") or config.get("n_positions")  # GPT-2's name
-    return int(limit) if limit else None
+    return int(limit) - virtual_tokens(spec.tuning) if limit else None
 
 
 def raw_config(spec: JobSpec) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.spec import JobSpec
 from orchestrator.spec.optimizer import OptimizerSpec
+from orchestrator.spec.tuning import FullTuning, TuningSpec
 
 if TYPE_CHECKING:
     import torch
@@ -23,33 +26,43 @@ class Group:
     lr_scale: float
     """Peak rate as a share of `optimizer.lr`."""
     spared: bool
-    """Norms and biases: neither decay nor penalty."""
+    """Norms, biases and factors: neither decay nor penalty."""
+    distance: int
+    """Layers from the top, where they begin to move one by one; 0 where all do from the start."""
     names: tuple[str, ...]
 
 
 def no_decay(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is left out of weight decay: norms and biases."""
-    return len(shape) <= 1 or name.endswith(".bias") or "norm" in name.lower()
+    """Whether a parameter is left out of weight decay: norms, biases, and IA³'s factors, which begin at 1."""
+    named = name.endswith(".bias") or "norm" in name.lower() or ".ia3_l." in name
+    return named or len(shape) <= 1
 
 
-def groups(model: Any, optimizer: OptimizerSpec, lr: float) -> list[Group]:
-    """The trainable parameters by rate and decay, in the order of the model. `lr`: the peak rate.
+def groups(model: Any, spec: JobSpec, lr: float) -> list[Group]:
+    """The trainable parameters by rate, decay and when they begin to move, in the order of the model.
 
-    Raises OrchestratorError where `head_lr` or `layer_decay` finds no such part.
+    `lr`: the peak rate. Raises OrchestratorError where `head_lr`, `layer_decay` or gradual unfreezing finds
+    no such part.
     """
-    scales = _lr_scales(model, optimizer, lr)
-    found: dict[tuple[float, bool], list[str]] = {}
+    scales = _lr_scales(model, spec.optimizer, lr)
+    starts = starting_distances(model, spec.tuning)
+    found: dict[tuple[float, bool, int], list[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (scales[name], no_decay(name, tuple(parameter.shape)))
-            found.setdefault(key, []).append(name)
-    return [Group(scale, spared, tuple(names)) for (scale, spared), names in found.items()]
+            spared = no_decay(name, tuple(parameter.shape))
+            found.setdefault((scales[name], spared, starts.get(name, 0)), []).append(name)
+    return [Group(*key, tuple(names)) for key, names in found.items()]
 
 
-def parameter_groups(
-    model: torch.nn.Module, optimizer: OptimizerSpec, lr: float
-) -> list[dict[str, Any]]:
-    """`groups` as a torch optimizer takes them; `lr_scale` and `spared` stay with each."""
+def starting_distances(model: Any, tuning: TuningSpec) -> dict[str, int]:
+    """Layers from the top per parameter, under gradual unfreezing; empty where all move from the start."""
+    if not isinstance(tuning, FullTuning) or tuning.unfreeze_every_steps is None:
+        return {}
+    return distances([name for name, _ in model.named_parameters()], "tuning.unfreeze_every_steps")
+
+
+def parameter_groups(model: torch.nn.Module, spec: JobSpec, lr: float) -> list[dict[str, Any]]:
+    """`groups` as a torch optimizer takes them; `lr_scale`, `spared` and `distance` stay with each."""
     parameters = dict(model.named_parameters())
     return [
         {
@@ -57,9 +70,10 @@ def parameter_groups(
             "lr": lr * group.lr_scale,
             "lr_scale": group.lr_scale,
             "spared": group.spared,
-            "weight_decay": 0.0 if group.spared else optimizer.weight_decay,
+            "distance": group.distance,
+            "weight_decay": 0.0 if group.spared else spec.optimizer.weight_decay,
         }
-        for group in groups(model, optimizer, lr)
+        for group in groups(model, spec, lr)
     ]
 
 
@@ -68,30 +82,47 @@ def _lr_scales(model: Any, optimizer: OptimizerSpec, lr: float) -> dict[str, flo
     names = [name for name, _ in model.named_parameters()]
     scales = dict.fromkeys(names, 1.0)
     if optimizer.layer_decay < 1:
-        top, depths = _depths(names)
-        scales = {name: optimizer.layer_decay ** (top - depths[name]) for name in names}
+        found = distances(names, "optimizer.layer_decay")
+        scales = {name: optimizer.layer_decay**distance for name, distance in found.items()}
     if optimizer.head_lr is not None:
         for name in head_names(model):
             scales[name] = optimizer.head_lr / lr
     return scales
 
 
-def _depths(names: list[str]) -> tuple[int, dict[str, int]]:
-    """(depth of the head, depth per name): 0 for what comes before the first layer, then 1, 2, …
+def distances(names: Sequence[str], asked_by: str) -> dict[str, int]:
+    """How many layers lie above each parameter, itself included: 0 for what follows the layers (the head),
+    1 for the last layer, …; what comes before the first layer lies below all of them.
 
-    An encoder's and a decoder's layers count from 1 each.
+    An encoder's and a decoder's layers count each for themselves. `names` in the order of the model.
+    Raises OrchestratorError, for the field `asked_by`, where no layers are found.
     """
-    layers = {name: int(found[1]) + 1 for name in names if (found := LAYER.search(name))}
+    layers = {name: name[: found.end()] for name in names if (found := LAYER.search(name))}
     if not layers:
         raise OrchestratorError(
-            "optimizer.layer_decay: no layers are found in the names of the model's parameters "
+            f"{asked_by}: no layers are found in the names of the model's parameters "
             f"({', '.join(names[:3])}, …). Drop it."
         )
-    top, seen, depths = max(layers.values()) + 1, False, {}
+    stacks: dict[bool, list[str]] = {}
+    for name, layer in layers.items():
+        stack = stacks.setdefault(_in_decoder(name), [])
+        if layer not in stack:
+            stack.append(layer)
+    below = max(map(len, stacks.values())) + 1
+    begun: set[bool] = set()
+    out = {}
     for name in names:
-        seen = seen or name in layers
-        depths[name] = layers.get(name, top if seen else 0)
-    return top, depths
+        side = _in_decoder(name)
+        if name in layers:
+            begun.add(side)
+            out[name] = len(stacks[side]) - stacks[side].index(layers[name])
+        else:
+            out[name] = 0 if (side in begun if side in stacks else begun) else below
+    return out
+
+
+def _in_decoder(name: str) -> bool:
+    return ".decoder." in f".{name}"
 
 
 def head_names(model: Any) -> list[str]:
@@ -103,8 +134,9 @@ def head_names(model: Any) -> list[str]:
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper
     body = getattr(whole, getattr(whole, "base_model_prefix", ""), None)
     inside = {id(p) for p in body.parameters()} if body is not None else set()
+    outside = {id(p) for p in whole.parameters()} - inside  # virtual tokens are in neither
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    found = [n for n, p in named if id(p) not in inside]
+    found = [n for n, p in named if id(p) in outside]
     if body is None or not found:
         raise OrchestratorError(
             "optimizer.head_lr: the model has no trainable weights outside its body "

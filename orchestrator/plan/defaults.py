@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from orchestrator.plan.memory import ModelFacts
 from orchestrator.spec import JobSpec
-from orchestrator.spec.model import LoraTuning
 from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
+from orchestrator.spec.tuning import IA3Tuning, LoraTuning, PrefixTuning, PromptTuning
 from orchestrator.values import Frozen
 
 SCRATCH_LR = (
@@ -47,6 +47,10 @@ def learning_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
                 "a fifth of AdamW's; Chen et al., arXiv 2302.06675, say 3 to 10 times less. "
                 f"AdamW's: {why}"
             )
+        case Adafactor() if isinstance(spec.tuning, IA3Tuning):
+            return 3e-3, "Liu et al., arXiv 2205.05638, tuned IA³ with Adafactor at 3e-3"
+        case Adafactor() if isinstance(spec.tuning, PromptTuning):
+            return 0.3, "Lester et al., arXiv 2104.08691, tuned prompts with Adafactor at 0.3"
         case Adafactor():
             return 1e-3, "Raffel et al., arXiv 1910.10683, fine-tuned T5 with Adafactor at 1e-3"
         case SGD():
@@ -60,8 +64,20 @@ def _adam_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
             f"new weights: GPT-3's rate for {size / 1e6:,.0f} M parameters, the nearest size "
             "(Brown et al., arXiv 2005.14165, table 2.1)"
         )
-    if isinstance(spec.tuning, LoraTuning):
-        return 2e-4, "adapters: Hu et al., arXiv 2106.09685, tuned GPT-3 with LoRA at 2e-4"
+    match spec.tuning:
+        case LoraTuning(use_dora=True):
+            return 2e-4, "as for LoRA, of which DoRA is a variant: Hu et al., arXiv 2106.09685"
+        case LoraTuning():
+            return 2e-4, "adapters: Hu et al., arXiv 2106.09685, tuned GPT-3 with LoRA at 2e-4"
+        case IA3Tuning():
+            return 3e-3, "Liu et al., arXiv 2205.05638, tuned IA³ at 3e-3 (with Adafactor)"
+        case PromptTuning():
+            return (
+                3e-2,
+                "peft's guide to prompt tuning; Lester et al., arXiv 2104.08691, used Adafactor at 0.3",
+            )
+        case PrefixTuning():
+            return 1e-2, "peft's guide to prefix tuning"
     if spec.task.type == "causal_lm":
         return 2e-5, "Touvron et al., arXiv 2307.09288, fine-tuned Llama 2 at 2e-5"
     return 5e-5, "the largest of 2e-5, 3e-5 and 5e-5 that Devlin et al., arXiv 1810.04805, advise"
@@ -110,5 +126,7 @@ SOURCES: dict[str, str] = {
     "tuning.lora/r": "Hu et al., arXiv 2106.09685, 7.2: small ranks are enough",
     "tuning.lora/lora_alpha": "twice r, a common choice; Hu et al., arXiv 2106.09685, keep it fixed",
     "tuning.lora/lora_dropout": "none unless asked for",
+    "tuning.prompt/num_virtual_tokens": "Lester et al., arXiv 2104.08691, 3.2: little is gained beyond 20",
+    "tuning.prefix/num_virtual_tokens": "as for prompts; Li & Liang, arXiv 2101.00190, took 10 to 200",
 }
 """Field (`section.kind/name` where it depends on the kind) → where its default comes from."""

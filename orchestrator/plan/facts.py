@@ -65,7 +65,7 @@ def part_rates(
     model: Any = build_model(spec, labels, on_meta=True)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     counts: dict[float, int] = {}
-    for group in groups(model, optimizer, peak_lr):
+    for group in groups(model, spec, peak_lr):
         lr = peak_lr * group.lr_scale
         counts[lr] = counts.get(lr, 0) + sum(sizes[name] for name in group.names)
     return tuple(sorted(counts.items()))

@@ -15,6 +15,7 @@ from orchestrator.plan.resources import Workers
 from orchestrator.plan.zero import bucket_elements
 from orchestrator.spec import JobSpec
 from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
+from orchestrator.spec.tuning import virtual_tokens
 
 MEMORY_SHARE = 0.85
 """Share of a worker's memory that the plan fills; the rest is for what the estimate does not know."""
@@ -66,7 +67,8 @@ class Load:
     def need(self, model: ModelFacts, setup: MemorySetup, rows: int) -> dict[str, int]:
         """Bytes of a worker, for micro-batches of `rows` of the longest rows."""
         rows *= passes_per_row(self.spec)
-        return memory_bytes(model, setup, rows, self.tokens_per_row, self.target_tokens_per_row)
+        tokens = self.tokens_per_row + virtual_tokens(self.spec.tuning)
+        return memory_bytes(model, setup, rows, tokens, self.target_tokens_per_row)
 
 
 def fit(load: Load, reasons: dict[str, str], stage: Stage | None = None) -> tuple[MemorySetup, int]:

@@ -10,6 +10,7 @@ from orchestrator.plan.chart import text_chart
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.regularisation import averages
 from orchestrator.plan.schedule import lr_factor
+from orchestrator.plan.unfreezing import all_move_at_step, interval_steps, moving_layers
 from orchestrator.spec.schedule import PlateauSchedule
 
 Row = tuple[str, str, str]
@@ -36,6 +37,7 @@ def _rates(plan: Plan) -> Iterator[Row]:
             ", ".join(f"{lr:.2g} for {count:,}" for lr, count in plan.part_rates),
             "peak rate for so many parameters: optimizer.layer_decay, optimizer.head_lr",
         )
+    yield from _unfreezing(plan)
     rates = [lr for _, lr in plan.planned_rates]
     yield (
         "schedule",
@@ -44,6 +46,19 @@ def _rates(plan: Plan) -> Iterator[Row]:
     )
     if isinstance(spec.schedule, PlateauSchedule):
         yield "", "", _plateau_words(spec.schedule, plan)
+
+
+def _unfreezing(plan: Plan) -> Iterator[Row]:
+    every = interval_steps(plan)
+    if every is None:
+        return
+    first, last = moving_layers(plan, 0), all_move_at_step(plan)
+    begin = f"the head and {first} layers" if first else "the head"
+    until = f"all move from step {last:,}"
+    if last > plan.total_steps:
+        until = f"all would move from step {last:,}, after the last one"
+    why = f"{until}; gradients and optimizer state of all are held from the first step"
+    yield "unfreezing", f"{begin}, one layer more every {every:,} steps", why
 
 
 def _plateau_words(schedule: PlateauSchedule, plan: Plan) -> str:

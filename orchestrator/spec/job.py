@@ -8,13 +8,14 @@ from pydantic import Discriminator, Field, Tag
 
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.kubernetes import KubernetesSpec
-from orchestrator.spec.model import FullTuning, ModelSpec, TuningSpec
+from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.optimization import BatchSpec, ZeroSpec
 from orchestrator.spec.optimizer import AdamW, OptimizerSpec
 from orchestrator.spec.regularisation import RegularisationSpec
 from orchestrator.spec.runtime import RuntimeSpec
 from orchestrator.spec.schedule import LinearSchedule, ScheduleSpec
 from orchestrator.spec.sweep import SweepSpec
+from orchestrator.spec.tuning import FullTuning, TuningSpec
 from orchestrator.tasks import TaskSpec
 from orchestrator.values import Frozen
 

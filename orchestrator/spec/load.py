@@ -17,7 +17,7 @@ from orchestrator.spec.rules import Files, broken_rules
 
 STAND_INS: dict[str, Any] = {
     "name": "job",
-    "task": {"type": "causal_lm"},
+    "task": {"type": "causal_lm", "packing": False},
     "model": {"pretrained": "org/model"},
     "data": {"train": "memory://"},
 }

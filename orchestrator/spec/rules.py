@@ -11,9 +11,9 @@ from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec, WorkerRange
 from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rules
 from orchestrator.spec.kubernetes_rules import kubernetes_rules
-from orchestrator.spec.model import LoraTuning
 from orchestrator.spec.runtime_rules import in_job_package, kept_folders, runtime_rules
 from orchestrator.spec.sweep_rules import sweep_rules
+from orchestrator.spec.tuning_rules import tuning_rules
 
 Files = Literal["here", "packed", "there"]
 """Where local paths are looked for: all on this machine; packed, all but absolute ones, which are the
@@ -23,8 +23,8 @@ cluster's; there, none, as all are the cluster's."""
 def broken_rules(spec: JobSpec, files: Files = "here") -> list[Problem]:
     """Every rule across fields that `spec` breaks, in the order of the job file."""
     rules = (
-        _model, _data, knob_rules, _batch, _zero, _resources, _evaluation, runtime_rules, kubernetes_rules,
-        sweep_rules,
+        _model, tuning_rules, _data, knob_rules, _batch, _zero, _resources, _evaluation, runtime_rules,
+        kubernetes_rules, sweep_rules,
     )  # fmt: skip
     problems = [problem for rule in rules for problem in rule(spec)]
     problems += _files(spec, files)
@@ -48,20 +48,6 @@ def _model(spec: JobSpec) -> Iterator[Problem]:
             yield Problem(
                 "model.tokenizer", "is required with model.config", "a hub id or a folder"
             )
-        if isinstance(spec.tuning, LoraTuning):
-            yield Problem(
-                "tuning.type",
-                "adapters on random weights learn nothing useful",
-                "use model.pretrained, or tuning.type: full",
-                "lora",
-            )
-    if isinstance(spec.tuning, LoraTuning) and not spec.task.peft_task:
-        yield Problem(
-            "tuning.type",
-            f"peft has no adapters for {spec.task.type} that leave its head trainable",
-            "use tuning.type: full, with tuning.freeze for the body",
-            "lora",
-        )
     if model.gguf_file is not None and model.pretrained is None:
         yield Problem("model.gguf_file", "needs model.pretrained", "the folder that holds the file")
 

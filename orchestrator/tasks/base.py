@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -280,6 +280,11 @@ def ragged(values: Sequence[Any]) -> np.ndarray:
     for i, value in enumerate(values):
         out[i] = value
     return out
+
+
+def of_tokens(outputs: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Outputs (rows, tokens, …) at the batch's own tokens; learnt ones in front have outputs too."""
+    return outputs[:, -batch["input_ids"].shape[1] :]
 
 
 def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> Scores:

@@ -15,6 +15,7 @@ from orchestrator.tasks.base import (
     RawRow,
     Scores,
     Task,
+    of_tokens,
     pad,
 )
 from orchestrator.tasks.generation import complete
@@ -215,5 +216,6 @@ def _shifted(
     logits = model(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
     ).logits
+    logits = of_tokens(logits, batch)
     predicting = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
     return predicting, batch["labels"][:, 1:].reshape(-1)

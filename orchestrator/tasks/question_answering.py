@@ -14,6 +14,7 @@ from orchestrator.tasks.base import (
     FeatureKind,
     RawRow,
     Task,
+    of_tokens,
     pad,
     ragged,
     text_problem,
@@ -270,8 +271,11 @@ def _logits(
     names = ("input_ids", "attention_mask", "token_type_ids")
     outputs = model(**{name: batch[name] for name in names if name in batch})
     padding = batch["attention_mask"] == 0
-    starts = outputs.start_logits.float().masked_fill(padding, -torch.inf)
-    return starts, outputs.end_logits.float().masked_fill(padding, -torch.inf)
+    starts, ends = (
+        of_tokens(logits, batch).float().masked_fill(padding, -torch.inf)
+        for logits in (outputs.start_logits, outputs.end_logits)
+    )
+    return starts, ends
 
 
 def _losses(

@@ -16,6 +16,7 @@ from orchestrator.tasks.base import (
     Scores,
     Task,
     label_problems,
+    of_tokens,
     pad,
     ragged,
     token_scores,
@@ -240,7 +241,7 @@ def _logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Ten
     logits: torch.Tensor = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
     ).logits
-    return logits.float()
+    return of_tokens(logits, batch).float()
 
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

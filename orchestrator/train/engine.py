@@ -23,6 +23,7 @@ from orchestrator.spec.regularisation import NoAveraging
 from orchestrator.train.averaging import AVERAGED_FILE, Averager, add_l1
 from orchestrator.train.objective import Objective
 from orchestrator.train.optimizer import make_optimizer
+from orchestrator.train.unfreezing import Unfreezing, unfreezing_of
 
 TAG = "engine"
 """Name of DeepSpeed's folder inside a checkpoint."""
@@ -58,6 +59,7 @@ def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
         config=dict(plan.deepspeed),
         dist_init_required=False,
     )
+    engine.unfreezing = unfreezing_of(plan, engine.module, engine.basic_optimizer)
     return engine
 
 
@@ -74,11 +76,16 @@ def after_each_step(engine: Any, plan: Plan) -> Averager | None:
 def set_learning_rate(engine: Any, plan: Plan, step: int, factor: float = 1.0) -> float:
     """Set the rate of optimizer step `step` (0-based) in every group; returns the plan's own, without parts.
 
-    `factor`: what evaluations so far have left of it, under a plateau schedule.
+    Layers that wait for their time get none. `factor`: what evaluations so far have left of the rate, under
+    a plateau schedule.
     """
     lr = plan.learning_rate * lr_factor(plan.spec.schedule, step, plan.total_steps) * factor
+    unfreezing: Unfreezing | None = engine.unfreezing
+    if unfreezing:
+        unfreezing.at_step(step)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        waits = unfreezing is not None and unfreezing.waits(group)
+        group["lr"] = 0.0 if waits else lr * group["lr_scale"]
     return lr
 
 

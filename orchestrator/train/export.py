@@ -17,7 +17,7 @@ from orchestrator.model.build import build_model
 from orchestrator.model.config import load_tokenizer
 from orchestrator.plan.plan import Plan
 from orchestrator.run_folder import RunFolder, read_json, write_json
-from orchestrator.spec.model import LoraTuning
+from orchestrator.spec.tuning import FullTuning
 from orchestrator.train.averaging import AVERAGED_FILE
 from orchestrator.train.checkpoint import Committed, committed, damage, newest_valid
 from orchestrator.train.engine import TAG
@@ -103,7 +103,7 @@ def export_run(plan: Plan, folder: RunFolder, target: Path, figures: dict[str, A
     """
     checkpoint = best_checkpoint(folder, (figures.get("best") or {}).get("step"))
     model = load_weights(plan, checkpoint)
-    if isinstance(plan.spec.tuning, LoraTuning) and plan.spec.tuning.merge_on_export:
+    if getattr(plan.spec.tuning, "merge_on_export", False):
         model = model.merge_and_unload()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -153,8 +153,6 @@ def load_exported(folder: Path) -> tuple[Plan, Any, Any]:
 
 def build_base(plan: Plan) -> Any:
     """The untouched model that an adapter belongs to."""
-    from orchestrator.spec.model import FullTuning
-
     return build_model(plan.spec.model_copy(update={"tuning": FullTuning()}), plan.labels)
 
 

@@ -16,7 +16,7 @@ def make_optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The plan's optimizer over the model's trainable parameters, in groups by rate and decay."""
     module, _, name = plan.optimizer_class.rpartition(".")
     optimizer_class = getattr(importlib.import_module(module), name)
-    groups = parameter_groups(model, plan.spec.optimizer, plan.learning_rate)
+    groups = parameter_groups(model, plan.spec, plan.learning_rate)
     made: torch.optim.Optimizer = optimizer_class(groups, **_settings(plan, name))
     return made
 
