@@ -14,13 +14,13 @@ import tiny
 import torch
 from peft import PeftModel
 from rich.console import Console
-from test_plan import LABELS, LAPTOP, changed, prepared
+from test_plan import LABELS, LAPTOP, changed, prepared, sized
 
-from orchestrator.errors import OrchestratorError, SpecError
+from orchestrator.errors import OrchestratorError, PlanError, SpecError
 from orchestrator.model.build import build_model
 from orchestrator.model.config import load_tokenizer, max_length_tokens
 from orchestrator.model.parts import distances, no_decay
-from orchestrator.plan import Plan, make_plan
+from orchestrator.plan import Plan, describe_cluster, make_plan
 from orchestrator.plan.facts import model_facts
 from orchestrator.plan.show import show_plan
 from orchestrator.spec import JobSpec
@@ -28,6 +28,7 @@ from orchestrator.train.engine import set_learning_rate
 from orchestrator.train.optimizer import make_optimizer
 from orchestrator.train.unfreezing import unfreezing_of
 
+__all__ = ["sized"]  # a fixture
 ADAPTERS = {
     "lora": ["tuning.type=lora"],
     "dora": ["tuning.type=lora", "tuning.use_dora=true"],
@@ -383,3 +384,60 @@ def test_the_plan_says_when_layers_begin_to_move_and_what_that_costs(spec: JobSp
     assert "all move from step 7" in text
     assert "held from the first step" in text
     assert "after the last one" in shown(gradual(spec, "stop.max_steps=5"))
+
+
+# --- a base in 4 bits
+
+QLORA = ["tuning={type: lora, quantization: nf4}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["resources.gpus_per_worker=0"], "tuning.quantization"),
+        (["zero.stage=3"], "zero.stage"),
+        (["zero.offload_param=cpu"], "zero.offload_param"),
+        (["model.gguf_file=model.gguf"], "model.gguf_file"),
+    ],
+)
+def test_what_4_bits_cannot_be_is_refused(spec: JobSpec, overrides: list[str], field: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        changed(spec, *QLORA, *overrides)
+    assert field in {p.field for p in caught.value.problems}
+
+
+def test_4_bits_without_a_gpu_are_refused_with_the_name_of_the_extra(
+    spec: JobSpec, models: tiny.Tiny
+) -> None:
+    with pytest.raises(PlanError, match="qlora"):
+        make_plan(changed(spec, *QLORA), LAPTOP, prepared())
+    if not torch.cuda.is_available():
+        with pytest.raises(OrchestratorError, match="GPUs only"):
+            build_model(changed(spec, *QLORA), LABELS)
+
+
+def test_the_plan_counts_what_is_held_in_4_bits(spec: JobSpec, models: tiny.Tiny) -> None:
+    task = "task={type: causal_lm}"
+    lora = changed(spec, "tuning.type=lora", f"model.pretrained={models.llama}", task)
+    qlora = changed(lora, *QLORA)
+    cluster = describe_cluster("2xH100x1")
+    plain, quantized = (make_plan(job, cluster, prepared()) for job in (lora, qlora))
+    attention, feed_forward = (
+        3 * H * H,
+        3 * H * 2 * H,
+    )  # queries and outputs; keys and values of half the heads
+    assert quantized.model.quantized == N * (attention + feed_forward)
+    assert quantized.model.trainable == plain.model.trainable
+    assert quantized.model.parameters == plain.model.parameters
+    saved = plain.memory_bytes["parameters"] - quantized.memory_bytes["parameters"]
+    assert saved == pytest.approx(quantized.model.quantized * (2 - 0.516), rel=1e-3)
+    assert quantized.stage < 3
+    assert (quantized.learning_rate, plain.learning_rate) == (2e-4, 2e-4)
+    assert "2305.14314" in {d.field: d.why for d in quantized.defaults}["optimizer.lr"]
+
+
+def test_no_stage_that_cuts_weights_up_is_chosen_for_4_bits(spec: JobSpec, sized: Any) -> None:
+    sized(400_000_000_000)
+    job = changed(spec, *QLORA, "batch.micro_rows=1")
+    with pytest.raises(PlanError, match="ZeRO stage 2"):
+        make_plan(job, describe_cluster("8xH100x1"), prepared())

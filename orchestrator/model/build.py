@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.config import load_config
 from orchestrator.model.head import fate_of_head, redraw_head
+from orchestrator.model.quantization import quantized_load
 from orchestrator.model.tuning import apply_tuning
 from orchestrator.spec import JobSpec
 
@@ -27,9 +28,13 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
     config, head = load_config(spec, labels), fate_of_head(spec, labels)
     auto = getattr(transformers, spec.task.auto_class)
     extra = {} if spec.model.attention == "auto" else {"attn_implementation": spec.model.attention}
-    if on_meta:
+
+    def skeleton() -> Any:
         with torch.device("meta"):
-            model = auto.from_config(config, **extra)
+            return auto.from_config(config, **extra)
+
+    if on_meta:
+        model = skeleton()
         if hasattr(model, "tie_weights"):
             model.tie_weights()
     elif spec.model.pretrained is None:
@@ -45,6 +50,7 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
             # A classifier for other labels keeps its body; its head is drawn anew.
             ignore_mismatched_sizes=spec.task.labelled_head,
             **_gguf(spec),
+            **quantized_load(spec, skeleton),
             **extra,
         )
         if head == "new":

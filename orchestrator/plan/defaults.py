@@ -65,6 +65,9 @@ def _adam_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
             "(Brown et al., arXiv 2005.14165, table 2.1)"
         )
     match spec.tuning:
+        case LoraTuning(quantization="nf4"):
+            rate, sizes = (2e-4, "7B and 13B") if model.parameters < 20e9 else (1e-4, "33B and 65B")
+            return rate, f"Dettmers et al., arXiv 2305.14314, tuned {sizes} with QLoRA at {rate:g}"
         case LoraTuning(use_dora=True):
             return 2e-4, "as for LoRA, of which DoRA is a variant: Hu et al., arXiv 2106.09685"
         case LoraTuning():

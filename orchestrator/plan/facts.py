@@ -7,13 +7,19 @@ from typing import Any
 
 from orchestrator.model.build import build_model
 from orchestrator.model.parts import groups
+from orchestrator.model.quantization import quantized_elements
 from orchestrator.plan.memory import ModelFacts
 from orchestrator.spec import JobSpec
+from orchestrator.spec.tuning import quantized
 
 
 def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
     """Sizes of the model that will be trained, adapters included."""
-    return facts_of(build_model(spec, labels, on_meta=True))
+    model = build_model(spec, labels, on_meta=True)
+    facts = facts_of(model)
+    if not quantized(spec.tuning):
+        return facts
+    return facts.model_copy(update={"quantized": quantized_elements(model)})
 
 
 def facts_of(model: Any) -> ModelFacts:

@@ -15,7 +15,7 @@ from orchestrator.plan.resources import Workers
 from orchestrator.plan.zero import bucket_elements
 from orchestrator.spec import JobSpec
 from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
-from orchestrator.spec.tuning import virtual_tokens
+from orchestrator.spec.tuning import quantized, virtual_tokens
 
 MEMORY_SHARE = 0.85
 """Share of a worker's memory that the plan fills; the rest is for what the estimate does not know."""
@@ -90,7 +90,8 @@ def _stage(load: Load, rows: int, reasons: dict[str, str]) -> Stage:
     if zero.stage != "auto":
         return zero.stage
     lowest = _lowest_stage(load.spec)
-    stages = [s for s in STAGES if s >= lowest] if load.workers.count > 1 else [lowest]
+    highest = 2 if quantized(load.spec.tuning) else 3
+    stages = [s for s in STAGES if lowest <= s <= highest] if load.workers.count > 1 else [lowest]
     if needs_whole_matrices(load.spec):
         reasons["stage"] = f"{load.spec.optimizer.type} needs whole matrices"
         return 0
@@ -175,6 +176,8 @@ class _Change:
 def _changes(spec: JobSpec, setup: MemorySetup, rows: int) -> list[_Change]:
     """What the job can still save, the least intrusive first."""
     highest = 3 if setup.world_size > 1 else max(1, setup.stage)
+    if quantized(spec.tuning):
+        highest = 2
     offload = {"offload_optimizer": True, "stage": setup.stage or highest}
     staged = " zero.stage=auto" if spec.zero.stage == 0 else ""
     pinned = spec.zero.stage != "auto" and setup.stage < highest and setup.world_size > 1

@@ -18,6 +18,11 @@ GPU_RUNTIME_BYTES = 1536 * 2**20
 """CUDA context, NCCL buffers and allocator slack on a GPU: an allowance, not a measurement."""
 
 
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in 4 bits, with double quantisation: an 8-bit scale for each 64, an fp32 one for each 256 of
+those (Dettmers et al., arXiv 2305.14314, section 3)."""
+
+
 class ModelFacts(Frozen):
     """What memory arithmetic needs to know of a model. Counts are elements, not bytes."""
 
@@ -36,6 +41,8 @@ class ModelFacts(Frozen):
     """Patches of an image, which rows of images are as long as."""
     decoder_layers: int = 0
     """Of a model that also has an encoder, whose layers `layers` then counts."""
+    quantized: int = 0
+    """Of `parameters`, those held in 4 bits."""
 
     @property
     def frozen(self) -> int:
@@ -79,7 +86,8 @@ def memory_bytes(
     shards_params, shards_grads = setup.stage == 3, setup.stage >= 2
     shards_optimizer = setup.stage >= 1
     states = {
-        "parameters": word * model.parameters // (share if shards_params else 1),
+        "parameters": word * (model.parameters - model.quantized) // (share if shards_params else 1)
+        + int(NF4_BYTES * model.quantized),
         "gradients": word * model.trainable // (share if shards_grads else 1),
         "master weights": 4 * model.trainable // (share if shards_optimizer else 1)
         if shards_optimizer or setup.bf16
@@ -153,4 +161,5 @@ def checkpoint_bytes(model: ModelFacts, setup: MemorySetup) -> int:
     word = 2 if setup.bf16 else 4
     master = 4 if setup.stage >= 1 or setup.bf16 else 0
     whole = word if setup.averages else 0
-    return model.trainable * (word + master + whole + 4 * setup.optimizer_states)
+    scales = int((NF4_BYTES - 0.5) * model.quantized)  # DeepSpeed does not know them for frozen
+    return model.trainable * (word + master + whole + 4 * setup.optimizer_states) + scales

@@ -12,6 +12,8 @@ from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.spec import JobSpec
 from orchestrator.spec.job import WorkerRange
 from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
+from orchestrator.spec.tuning import quantized
+from orchestrator.spec.tuning_rules import NO_GPU
 
 DATA_CPUS = 2 * READ_CPUS
 """CPUs kept free for Ray Data; without them reads starve and the run hangs without a word."""
@@ -33,6 +35,8 @@ class Workers:
 def share_out(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -> Workers:
     """The workers; raises PlanError, with a setting that does fit, where they do not."""
     gpus = _gpus_per_worker(spec, cluster, reasons)
+    if quantized(spec.tuning) and not gpus:
+        raise PlanError(f"tuning.quantization: {NO_GPU}. Drop it, or plan for a cluster with GPUs.")
     count = _num_workers(spec, cluster, gpus, reasons)
     return Workers(count, gpus, _cpus_per_worker(spec, cluster, count, reasons))
 

@@ -44,6 +44,10 @@ class LoraTuning(Frozen):
     use_dora: bool = False
     """Tune the length of each weight vector apart from its direction, which the adapter turns (DoRA: Liu
     et al., arXiv 2402.09353). Slower; one more number per output of each adapted layer."""
+    quantization: Literal["nf4"] | None = None
+    """Hold the frozen linear layers in 4 bits (QLoRA: Dettmers et al., arXiv 2305.14314; NF4 with double
+    quantisation). Needs GPUs and the extra `qlora` (bitsandbytes). The export is merged into, or
+    belongs to, the base as it was before: its figures may differ a little from training's."""
     merge_on_export: bool = True
     """Export one plain model with the update folded in; false exports the adapter alone."""
 
@@ -96,6 +100,11 @@ TuningSpec = Annotated[
     | Annotated[PrefixTuning, Tag("prefix")],
     by_type("full"),
 ]
+
+
+def quantized(tuning: TuningSpec) -> bool:
+    """Whether the frozen base is held in 4 bits."""
+    return isinstance(tuning, LoraTuning) and tuning.quantization is not None
 
 
 def virtual_tokens(tuning: TuningSpec) -> int:

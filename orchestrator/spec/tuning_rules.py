@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.tuning import FullTuning, IA3Tuning, PrefixTuning, PromptTuning
+from orchestrator.spec.tuning import (
+    FullTuning,
+    IA3Tuning,
+    LoraTuning,
+    PrefixTuning,
+    PromptTuning,
+)
+
+NO_GPU = "4-bit layers (the extra `qlora`: bitsandbytes) run on GPUs only, and workers have none"
 
 
 def tuning_rules(spec: JobSpec) -> Iterator[Problem]:
@@ -22,10 +30,27 @@ def tuning_rules(spec: JobSpec) -> Iterator[Problem]:
         fix = "use tuning.type: full, with tuning.last_layers: 0 for the head alone"
         yield Problem("tuning.type", why, fix, tuning.type)
     match tuning:
+        case LoraTuning(quantization=kind) if kind is not None:
+            yield from _quantized(spec, kind)
         case IA3Tuning(target_modules=targets, feedforward_modules=within):
             yield from _ia3(targets, within)
         case PromptTuning() | PrefixTuning():
             yield from _virtual_tokens(spec, tuning)
+
+
+def _quantized(spec: JobSpec, kind: str) -> Iterator[Problem]:
+    field, zero = "tuning.quantization", spec.zero
+    if spec.resources.gpus_per_worker == 0:
+        yield Problem(field, NO_GPU, "drop it, or give workers a GPU", kind)
+    if zero.stage == 3 or zero.offload_param == "cpu":
+        why = "cuts up every weight, and blocks of 4 bits are held whole"
+        name = "zero.stage" if zero.stage == 3 else "zero.offload_param"
+        yield Problem(name, why, "zero.stage: 0, 1 or 2, or drop tuning.quantization")
+    if spec.model.gguf_file is not None:
+        why = "is already made of blocks of another kind"
+        yield Problem(
+            "model.gguf_file", why, "the model's own weights, or drop tuning.quantization"
+        )
 
 
 def _ia3(targets: tuple[str, ...] | str, within: tuple[str, ...] | str) -> Iterator[Problem]:

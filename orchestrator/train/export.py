@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
 from orchestrator.model.config import load_tokenizer
+from orchestrator.model.quantization import unquantized
 from orchestrator.plan.plan import Plan
 from orchestrator.run_folder import RunFolder, read_json, write_json
-from orchestrator.spec.tuning import FullTuning
+from orchestrator.spec.tuning import FullTuning, quantized
 from orchestrator.train.averaging import AVERAGED_FILE
 from orchestrator.train.checkpoint import Committed, committed, damage, newest_valid
 from orchestrator.train.engine import TAG
@@ -81,9 +82,11 @@ def checkpoint_state(checkpoint: Committed, only_trainable: bool) -> dict[str, t
 
 def load_weights(plan: Plan, checkpoint: Committed) -> Any:
     """The trained model on CPU, in the precision it was trained in, adapters still apart."""
-    model = build_model(plan.spec, plan.labels)
+    model = build_model(unquantized(plan.spec), plan.labels)
     only_trainable = any(not p.requires_grad for p in model.parameters())
     state = checkpoint_state(checkpoint, only_trainable)
+    if quantized(plan.spec.tuning):  # scales of 4-bit layers, which this model does not have
+        state = {name: state[name] for name in model.state_dict() if name in state}
     missing, unexpected = model.load_state_dict(state, strict=False)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     lost = trainable.intersection(missing)

@@ -10,6 +10,7 @@ import torch
 from orchestrator.data.stream import StepRows
 from orchestrator.model.build import build_model
 from orchestrator.plan.plan import Plan
+from orchestrator.spec.tuning import quantized
 
 KEPT_MODEL_BYTES = 2 * 2**30
 """A larger model is read anew for every trial; the operating system's file cache holds it anyway."""
@@ -38,7 +39,7 @@ class Warm:
             self._model = None
             model = build_model(plan.spec, plan.labels)
             size = sum(p.numel() * p.element_size() for p in model.parameters())
-            if size > KEPT_MODEL_BYTES:
+            if size > KEPT_MODEL_BYTES or quantized(plan.spec.tuning):  # those lie on the GPU
                 return model
             self._key, self._model = key, model
         return copy.deepcopy(self._model)
