@@ -53,7 +53,7 @@ def _unfreezing(plan: Plan) -> Iterator[Row]:
     if every is None:
         return
     first, last = moving_layers(plan, 0), all_move_at_step(plan)
-    begin = f"the head and {first} layers" if first else "the head"
+    begin = f"the head and the last {first}" if first else "the head"
     until = f"all move from step {last:,}"
     if last > plan.total_steps:
         until = f"all would move from step {last:,}, after the last one"

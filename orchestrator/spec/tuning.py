@@ -20,7 +20,8 @@ class FullTuning(Frozen):
     """Glob patterns over parameter names (`*embeddings*`, `encoder.layer.[0-2].*`) kept as they are."""
     last_layers: Annotated[int, Field(ge=0)] | None = None
     """Only so many layers from the top move, and what follows them: the head. 0 is the head alone. Of
-    an encoder and a decoder, the last ones of each. Default: all layers and the embeddings."""
+    an encoder and a decoder, the last ones of each. Output weights that are tied to the embeddings do not
+    count as a head. Default: all layers and the embeddings."""
     unfreeze_every_steps: Count | Literal["epoch"] | None = None
     """Gradual unfreezing (ULMFiT: Howard & Ruder, arXiv 1801.06146, one layer an epoch): begin with the head
     and `last_layers` layers (here 0 by default) and let one more move after each so many steps, from the
