@@ -79,7 +79,7 @@ def _adapted(model: Any, spec: JobSpec, config: Any) -> torch.nn.Module:
         model.enable_input_require_grads()
     try:
         tuned: Any = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the latter for a tokenizer that is not there
         named = "tuning" if virtual_tokens(spec.tuning) else "tuning.target_modules"
         raise OrchestratorError(f"{named}: {error}") from error
     if words := tuned._modules.pop("word_embeddings", None):
@@ -135,10 +135,12 @@ def _prompt_config(model: Any, prompt: PromptTuning, spec: JobSpec) -> Any:
 
     begin: dict[str, Any] = {"prompt_tuning_init": "SAMPLE_VOCAB"}
     if prompt.init_text is not None:
+        own = {"revision": spec.model.revision, "gguf_file": spec.model.gguf_file}
         begin = {
             "prompt_tuning_init": "TEXT",
             "prompt_tuning_init_text": prompt.init_text,
             "tokenizer_name_or_path": spec.model.tokenizer or spec.model.pretrained,
+            "tokenizer_kwargs": {k: v for k, v in own.items() if v and not spec.model.tokenizer},
         }
     text = model.config.get_text_config()
     return PromptTuningConfig(
