@@ -157,6 +157,15 @@ def prepare(job: Job, overrides: Overrides = None) -> None:
             f"{m.bad_rows:,} bad → {done.folder}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+        if done.teacher is not None:
+            how, size = (
+                "ready" if done.teacher.was_ready else "asked",
+                done.teacher.manifest.size_bytes,
+            )
+            out.print(
+                f"  teacher {how}: {size / 2**20:,.1f} MiB → {done.teacher.folder}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         for record in m.bad_row_examples:
             out.print(
                 f"  [yellow]{record.file}, row {record.row}: {_escaped(record.why)}[/]",

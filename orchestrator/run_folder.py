@@ -106,6 +106,11 @@ class RunFolder(_Folder):
         return self.root / "metrics" / "baseline.json"
 
     @property
+    def teacher(self) -> Path:
+        """Teacher and student compared, where the job has a teacher."""
+        return self.root / "metrics" / "teacher.json"
+
+    @property
     def stop_request(self) -> Path:
         """Exists when somebody asked the workers to commit and leave."""
         return self.root / "STOP"

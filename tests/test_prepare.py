@@ -16,8 +16,9 @@ import pytest
 import tiny
 
 from orchestrator.data import sources
+from orchestrator.data.commit import STALE_S
 from orchestrator.data.manifest import read_manifest, verify_shards
-from orchestrator.data.prepare import STALE_S, Prepared, find_prepared, prepare
+from orchestrator.data.prepare import Prepared, find_prepared, prepare
 from orchestrator.data.shards import open_shards
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.spec import JobSpec

@@ -202,7 +202,8 @@ def test_images_are_mixed_pixel_by_pixel(monkeypatch: pytest.MonkeyPatch) -> Non
     task = ImageClassification(type="image_classification")
     settings = RegularisationSpec(mixup_alpha=0.4)
     plan: Any = SimpleNamespace(
-        spec=SimpleNamespace(task=task, regularisation=settings), class_weights=()
+        spec=SimpleNamespace(task=task, regularisation=settings, distillation=None),
+        class_weights=(),
     )
     batch = {"pixel_values": torch.tensor([[0.0], [1.0]]), "labels": torch.tensor([0, 1])}
     mixed, partner, share = Objective(plan, None)._mixed(batch)

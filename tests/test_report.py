@@ -408,5 +408,5 @@ def test_the_loss_chart_shows_the_tasks_own_loss_where_it_differs() -> None:
     steps = [step(n, task_loss=0.5 / n) for n in (1, 2, 3)]
     chart = loss_chart(steps, [])
     assert chart is not None
-    assert [t["name"] for t in chart.figure["data"]][-1].startswith("train without regularisation")
+    assert [t["name"] for t in chart.figure["data"]][-1].startswith("train, the task alone")
     assert len(loss_chart([step(n) for n in (1, 2, 3)], []).figure["data"]) == 2  # type: ignore[union-attr]

@@ -19,11 +19,13 @@ from orchestrator.data.manifest import read_manifest
 from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
 from orchestrator.model.build import build_model
-from orchestrator.model.parts import distances
+from orchestrator.model.parts import PROJECTION, distances
 from orchestrator.plan import Plan
+from orchestrator.report.html import write_report
 from orchestrator.report.records import read_records, read_steps
-from orchestrator.run_folder import RunFolder, read_json
+from orchestrator.run_folder import RunFolder, read_json, write_json
 from orchestrator.train.checkpoint import Committed, committed
+from orchestrator.train.compare import compare_with_teacher
 from orchestrator.train.export import (
     checkpoint_state,
     export_run,
@@ -60,6 +62,15 @@ KNOBS: dict[str, dict[str, Any]] = {
             "r_drop_alpha": 1, "token_masking": 0.2,
         },
         "zero": {"stage": 1},
+    },
+    **{
+        f"distil-zero{stage}": {
+            "distillation": {"alpha": 0.7, "hidden": {"layers": {1: 2}}},
+            "model": {"keep_layers": [1], "dropout": 0.1},
+            "optimizer": {"lr": 1e-3},
+            "zero": {"stage": stage},
+        }
+        for stage in (2, 3)
     },
     "lion-mixup-plateau-zero3": {
         "optimizer": {"type": "lion", "lr": 0.01},
@@ -105,6 +116,11 @@ def plans(models: tiny.Tiny, folder: Path) -> dict[str, Plan]:
     made = {}
     for name, fields in KNOBS.items():
         data = {"eval": str(held_out), **fields.get("data", {})}
+        if "distillation" in fields:
+            fields = {
+                **fields,
+                "distillation": {"teacher": str(models.bert), **fields["distillation"]},
+            }
         spec = tiny.job(models.bert, train, folder, name=name, **{**common, **fields, "data": data})
         made[name] = named(plan_of(spec), name)
     return made
@@ -232,6 +248,36 @@ def test_evaluation_and_export_use_the_averaged_weights(
     evaluated = checkpoint.facts["progress"]["last_eval"]["loss"]
     assert evaluation_loss(plan, exported) == pytest.approx(evaluated, rel=1e-5)
     assert evaluation_loss(plan, raw) != pytest.approx(evaluated, rel=1e-5)
+
+
+@pytest.mark.parametrize("knob", ["distil-zero2", "distil-zero3"])
+def test_a_student_is_exported_alone_and_compared_with_its_teacher(
+    knob: str, runs: dict[str, tuple[Plan, Plan]]
+) -> None:
+    plan = runs[knob][0]
+    checkpoint, folder = at(plan, STEPS), RunFolder(Path(plan.run_dir))
+    own, beside = plan.model.parameters, plan.model.projection
+    kept = checkpoint_state(checkpoint, only_trainable=False)
+    projected = {n: t for n, t in kept.items() if n.startswith(PROJECTION)}
+    assert sum(t.numel() for t in projected.values()) == beside == 33 * 32
+    assert projected[f"{PROJECTION}.0.bias"].abs().max() > 0, "it began at 0"
+    exported = export_run(plan, folder, folder.export, {"best": {"step": STEPS}})
+    loaded, report = AutoModelForSequenceClassification.from_pretrained(
+        exported, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
+    assert loaded.config.num_hidden_layers == 1
+    assert sum(p.numel() for p in loaded.parameters()) == own
+    evaluated = checkpoint.facts["progress"]["last_eval"]
+    assert evaluation_loss(plan, loaded) == pytest.approx(evaluated["loss"], rel=1e-5)
+    found = compare_with_teacher(plan, exported)
+    assert found["student"]["metrics"]["loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
+    assert found["teacher"]["parameters"] > found["student"]["parameters"] == own
+    assert found["rows"] == 9
+    write_json(folder.teacher, found)
+    page = write_report(folder).read_text()
+    assert "Teacher and student" in page
+    assert f"{own:,}" in page
 
 
 def without_averages(checkpoint: Committed) -> Committed:

@@ -12,7 +12,7 @@ from orchestrator.values import Frozen
 FORMAT_VERSION = 1
 """Raised when prepared shards of an older version must not be read."""
 BATCH_ROWS = 1024
-"""Rows per Arrow record batch: what one random read touches."""
+"""Rows per Arrow record batch of prepared rows: what one random read touches."""
 
 
 class Shard(Frozen):
@@ -52,6 +52,13 @@ class Manifest(Frozen):
     bad_rows: int
     bad_row_examples: tuple[BadRowRecord, ...] = ()
     shards: tuple[Shard, ...]
+    batch_rows: int = BATCH_ROWS
+    """Rows of each shard's record batches but its last."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size_bytes for shard in self.shards)
 
     @property
     def mean_tokens(self) -> float:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from orchestrator.data.commit import make_folder, run_all, work_of
 from orchestrator.data.manifest import (
     FORMAT_VERSION,
     BadRowRecord,
@@ -23,6 +21,7 @@ from orchestrator.data.manifest import (
 )
 from orchestrator.data.patience import patiently
 from orchestrator.data.sources import Piece, SourceFile, find_files, split_into_pieces
+from orchestrator.data.teacher import ask_teacher, teacher_folder
 from orchestrator.data.write import (
     COUNTS,
     EXAMPLES,
@@ -31,19 +30,15 @@ from orchestrator.data.write import (
     prepare_piece,
     scan_piece,
 )
-from orchestrator.errors import DataError, OrchestratorError
+from orchestrator.errors import DataError
 from orchestrator.model.config import (
     check_max_length,
     max_length_tokens,
     tokenizer_fingerprint,
 )
-from orchestrator.run_folder import fsync_dir, write_json
 from orchestrator.spec import JobSpec
 
 __all__ = ["Prepared", "Split", "find_prepared", "prepare", "prepare_split"]
-
-STALE_S = 3600.0
-"""A temporary folder in which nothing was written for this long belongs to a process that died."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,8 @@ class Prepared:
     folder: Path
     manifest: Manifest
     was_ready: bool = True
+    teacher: Prepared | None = None
+    """What the job's teacher says of these rows, row by row."""
 
 
 def prepare(spec: JobSpec) -> dict[Split, Prepared]:
@@ -61,7 +58,7 @@ def prepare(spec: JobSpec) -> dict[Split, Prepared]:
     Needs a running Ray where there is work to do. Raises DataError for input that cannot be used.
     """
     check_max_length(spec)
-    out: dict[Split, Prepared] = {"train": prepare_split(spec, "train")}
+    out: dict[Split, Prepared] = {"train": _taught(spec, prepare_split(spec, "train"))}
     if spec.data.eval is not None or spec.data.eval_fraction is not None:
         out["eval"] = prepare_split(spec, "eval", out["train"].manifest.labels)
     return out
@@ -74,6 +71,10 @@ def find_prepared(spec: JobSpec) -> dict[Split, Prepared] | None:
     train = _find(spec, "train", files, getattr(spec.task, "labels", None))
     if train is None:
         return None
+    if spec.distillation is not None:
+        train = replace(train, teacher=_ready(teacher_folder(spec, train.manifest)))
+        if train.teacher is None:
+            return None
     if spec.data.eval is None and spec.data.eval_fraction is None:
         return {"train": train}
     files = files if spec.data.eval is None else find_files(spec.data.eval, spec.data.format)
@@ -110,8 +111,26 @@ def _find(
 ) -> Prepared | None:
     held_out = spec.data.eval_fraction is not None if held_out is None else held_out
     folder = prepared_folder(spec, split, files, labels, held_out)
+    return _ready(folder)
+
+
+def _ready(folder: Path) -> Prepared | None:
     manifest = read_manifest(folder)
     return Prepared(folder, manifest) if manifest else None
+
+
+def _taught(spec: JobSpec, train: Prepared) -> Prepared:
+    """The training rows with what the job's teacher says of them, which is worked out where it is not ready."""
+    if spec.distillation is None:
+        return train
+    folder = teacher_folder(spec, train.manifest)
+    teacher = _ready(folder)
+    if teacher is None:
+        ask = partial(ask_teacher, spec, train.folder, train.manifest, folder.name)
+        teacher = Prepared(*make_folder(folder, ask), was_ready=False)
+    else:
+        verify_shards(folder, teacher.manifest)
+    return replace(train, teacher=teacher)
 
 
 def prepared_folder(
@@ -148,80 +167,17 @@ def _make(
     pieces = split_into_pieces(files)
     if labels is None and spec.task.label_source is not None:
         labels = _scan_labels(spec, pieces, keep)
-    _remove_stale(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+
+    def write(temporary: Path) -> Manifest:
         work = [PieceWork(spec, p, keep, labels or (), str(temporary)) for p in pieces]
-        done = _run(work, prepare_piece)
-        manifest = _manifest(spec, folder.name, files, labels or (), done)
-        write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
-        return Prepared(*_commit(temporary, folder, manifest), was_ready=False)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        return _manifest(spec, folder.name, files, labels or (), _run(work, prepare_piece))
 
-
-def _commit(temporary: Path, folder: Path, manifest: Manifest) -> tuple[Path, Manifest]:
-    fsync_dir(temporary)
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        # Somebody else prepared the same fingerprint in the meantime …
-        if theirs := read_manifest(folder):
-            return folder, theirs
-        # … or somebody deleted the manifest, and what is left is of no use to anyone.
-        remains = temporary.with_name(f"{temporary.name.removesuffix('.tmp')}.remains.tmp")
-        os.rename(folder, remains)
-        shutil.rmtree(remains, ignore_errors=True)
-        return _commit(temporary, folder, manifest)
-    fsync_dir(folder.parent)
-    return folder, manifest
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what killed preparations of the same fingerprint left beside `folder`."""
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        try:
-            written = max(path.stat().st_mtime for path in (left, *left.iterdir()))
-        except OSError:  # its owner is at work on it, or has just removed it
-            continue
-        if time.time() - written > STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
+    return Prepared(*make_folder(folder, write), was_ready=False)
 
 
 def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
-    """Apply `function` to each piece through Ray Data, results in the order of the pieces.
-
-    Raises the first error that a piece ends with.
-    """
-    import ray
-    from ray.exceptions import RayTaskError
-
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.raise_original_map_exception = True
-    items, here = [{"work": w} for w in work], os.getcwd()
-    with ray.data.DataContext.current(context):
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            lambda item: {"out": json.dumps(_piece(function, item["work"], here))}
-        )
-    try:
-        return [json.loads(r["out"]) for r in dataset.take_all()]
-    except RayTaskError as error:
-        if isinstance(error.cause, OrchestratorError):
-            raise error.cause from None  # its words are for the user, Ray's traceback is not
-        raise
-
-
-def _piece(function: Any, work: PieceWork, here: str) -> dict[str, Any]:
-    """What a task does, in the driver's folder where its node has it: the job's paths are relative to it."""
-    if os.path.isdir(here):
-        os.chdir(here)
-    return _patiently(function, work)
+    """Apply `function` to each piece, results in the order of the pieces."""
+    return run_all(work, lambda item: {"out": json.dumps(_patiently(function, work_of(item)))})
 
 
 def _patiently(function: Any, work: PieceWork) -> dict[str, Any]:

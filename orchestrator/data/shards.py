@@ -10,35 +10,50 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.manifest import BATCH_ROWS, Manifest
+from orchestrator.data.manifest import Manifest
 
 
 class ShardReader:
-    """Rows of one prepared data set by global row id (shards in manifest order)."""
+    """Rows of one prepared data set by global row id (shards in manifest order).
+
+    `beside`: a set with further columns of the same rows, which may be cut into other shards.
+    """
 
     def __init__(
-        self, folder: str, shard_files: tuple[str, ...], shard_rows: tuple[int, ...]
+        self,
+        folder: str,
+        shard_files: tuple[str, ...],
+        shard_rows: tuple[int, ...],
+        batch_rows: int,
+        beside: ShardReader | None = None,
     ) -> None:
         self.folder = folder
         self.shard_files = shard_files
         self.starts = np.cumsum([0, *shard_rows])
+        self.batch_rows = batch_rows
+        self.beside = beside
 
     def take(self, rows: np.ndarray) -> pa.Table:
         """The given rows, shape (n,), in the given order; touches only the record batches they are in."""
         shard_of = np.searchsorted(self.starts, rows, side="right") - 1
         local = rows - self.starts[shard_of]
-        place = shard_of * (1 << 40) + local // BATCH_ROWS
+        place = shard_of * (1 << 40) + local // self.batch_rows
         by_place = np.argsort(place, kind="stable")
         edges = np.flatnonzero(np.diff(place[by_place], prepend=-1, append=-1))
         parts = []
         for start, stop in pairwise(edges):
             chosen = by_place[start:stop]
-            batch = self._batch(int(shard_of[chosen[0]]), int(local[chosen[0]] // BATCH_ROWS))
-            parts.append(batch.take(pa.array(local[chosen] % BATCH_ROWS)))
+            batch = self._batch(int(shard_of[chosen[0]]), int(local[chosen[0]] // self.batch_rows))
+            parts.append(batch.take(pa.array(local[chosen] % self.batch_rows)))
         gathered = pa.Table.from_batches(parts).combine_chunks()
         back = np.empty(len(rows), dtype=np.int64)
         back[by_place] = np.arange(len(rows))
-        return gathered.take(pa.array(back))
+        table = gathered.take(pa.array(back))
+        if self.beside is not None:
+            further = self.beside.take(rows)
+            for name in further.column_names:
+                table = table.append_column(name, further.column(name))
+        return table
 
     @property
     def row_bytes(self) -> int:
@@ -59,11 +74,13 @@ class ShardReader:
         return _open(self.folder, self.shard_files[shard]).get_batch(index)
 
 
-def open_shards(folder: Path | str, manifest: Manifest) -> ShardReader:
+def open_shards(
+    folder: Path | str, manifest: Manifest, beside: ShardReader | None = None
+) -> ShardReader:
     """A reader over all shards of `manifest`."""
-    return ShardReader(
-        str(folder), tuple(s.file for s in manifest.shards), tuple(s.rows for s in manifest.shards)
-    )
+    files = tuple(s.file for s in manifest.shards)
+    rows = tuple(s.rows for s in manifest.shards)
+    return ShardReader(str(folder), files, rows, manifest.batch_rows, beside)
 
 
 @lru_cache(maxsize=256)

@@ -17,7 +17,8 @@ from orchestrator.spec import dump_spec
 
 MAY_CHANGE = (
     "name", "storage", "runtime", "tracking", "checkpoint", "faults", "evaluation", "stop.max_time_s",
-    "data.prepared_dir", "resources.cpus_per_worker", "resources.num_workers",
+    "data.prepared_dir", "distillation.teacher_rows", "distillation.compare_rows", "resources.cpus_per_worker",
+    "resources.num_workers",
 )  # fmt: skip
 """Fields that do not touch the mathematics: a run may be continued with other values."""
 MUST_MATCH = ("stage", "bf16", "global_rows", "total_steps", "labels")
@@ -116,8 +117,10 @@ def _must_fit(folder: RunFolder, plan: Plan) -> None:
     same_size = old.get("num_workers") == new["num_workers"]
     must_match = (*MUST_MATCH, "micro_rows") if same_size else MUST_MATCH
     changed += [f"{k}: {old[k]!r} → {new[k]!r}" for k in must_match if old.get(k) != new[k]]
-    if Path(old["train_data"]["folder"]).name != Path(new["train_data"]["folder"]).name:
-        changed.append("the content of the training data")
+    for name, what in (("folder", "the training data"), ("teacher_folder", "the teacher")):
+        before, now = (Path(one["train_data"].get(name) or "").name for one in (old, new))
+        if before != now:
+            changed.append(f"the content of {what}")
     if changed:
         raise another_job(folder.root, changed)
 

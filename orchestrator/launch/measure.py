@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.data.prepare import prepare_split
 from orchestrator.launch.session import ray_session
 from orchestrator.plan import Plan, this_machine
-from orchestrator.plan.plan import data_facts
+from orchestrator.plan.data import data_facts
 from orchestrator.run_folder import read_json, write_json
 
 

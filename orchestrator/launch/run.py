@@ -102,6 +102,10 @@ def prepared_data(spec: JobSpec, console: Console) -> dict[Split, Prepared]:
         console.print(
             f"[dim]{split}: {m.rows:,} rows, {m.tokens:,} tokens, {how}[/]", highlight=False
         )
+        if one.teacher is not None:
+            how = "found ready" if one.teacher.was_ready else "asked"
+            size = one.teacher.manifest.size_bytes / 2**20
+            console.print(f"[dim]teacher: {size:,.1f} MiB of outputs, {how}[/]", highlight=False)
         if m.bad_rows:
             console.print(
                 f"[yellow]{m.bad_rows} bad rows skipped; see {one.folder}/manifest.json[/]"
@@ -224,6 +228,8 @@ def finish(plan: Plan, folder: RunFolder, outcome: dict[str, Any], console: Cons
 
         figures = {k: outcome[k] for k in ("best", "last_eval")} | {"baseline": baseline}
         exported = export_run(plan, folder, folder.export, figures)
+    if exported is not None:
+        _compare(plan, folder, exported, console)
     report = write_report(folder)
     return Outcome(
         folder,
@@ -235,6 +241,17 @@ def finish(plan: Plan, folder: RunFolder, outcome: dict[str, Any], console: Cons
         exported,
         report,
     )
+
+
+def _compare(plan: Plan, folder: RunFolder, exported: Path, console: Console) -> None:
+    """What the report says of teacher and student, measured once."""
+    asked = plan.spec.distillation is not None and plan.spec.distillation.compare_rows
+    if not asked or plan.eval_data is None or folder.teacher.exists():
+        return
+    console.print("[dim]comparing teacher and student …[/]")
+    from orchestrator.train.compare import compare_with_teacher
+
+    write_json(folder.teacher, compare_with_teacher(plan, exported))
 
 
 def _baseline(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.config import load_config
 from orchestrator.model.head import fate_of_head, redraw_head
+from orchestrator.model.layers import keep_layers
 from orchestrator.model.quantization import quantized_load
 from orchestrator.model.tuning import apply_tuning
 from orchestrator.spec import JobSpec
@@ -55,6 +56,8 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
         )
         if head == "new":
             redraw_head(model, spec.seed)
+    if spec.model.keep_layers is not None:
+        keep_layers(model, spec.model.keep_layers)
     _check_inputs(model, spec)
     if spec.gradient_checkpointing and not on_meta:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

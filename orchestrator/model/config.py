@@ -105,12 +105,12 @@ def max_length_tokens(spec: JobSpec) -> int:
     """Longest row: the job's, or the model's limit, at most 512."""
     if spec.data.max_length_tokens != "auto":
         return spec.data.max_length_tokens  # needs no model: an export may outlive what it began as
-    return min(_positions(spec) or DEFAULT_MAX_LENGTH_TOKENS, DEFAULT_MAX_LENGTH_TOKENS)
+    return min(text_positions(spec) or DEFAULT_MAX_LENGTH_TOKENS, DEFAULT_MAX_LENGTH_TOKENS)
 
 
 def check_max_length(spec: JobSpec) -> None:
     """Raises OrchestratorError where the job's rows may be longer than the model has positions."""
-    limit, virtual = _positions(spec), virtual_tokens(spec.tuning)
+    limit, virtual = text_positions(spec), virtual_tokens(spec.tuning)
     less = f" (less tuning.num_virtual_tokens = {virtual})" if virtual else ""
     if limit is not None and limit < 2:
         raise OrchestratorError(
@@ -148,7 +148,7 @@ def check_tokenizer(spec: JobSpec, labels: tuple[str, ...], tokenizer: Any) -> N
         )
 
 
-def _positions(spec: JobSpec) -> int | None:
+def text_positions(spec: JobSpec) -> int | None:
     """Tokens of a text that the model has positions for; None where its config names no limit."""
     config = raw_config(spec)
     limit = config.get("max_position_embeddings") or config.get("n_positions")  # GPT-2's name

@@ -15,8 +15,14 @@ from orchestrator.spec.tuning import FullTuning, TuningSpec
 if TYPE_CHECKING:
     import torch
 
-LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.(\d+)\.")
-"""A layer's number inside a parameter's name, as transformers' models have it."""
+_STACK = r"(?:^|\.)(?:layer|layers|h|block|blocks)"
+STACK = re.compile(f"{_STACK}$")
+"""The end of the name of a list of layers, as transformers' models have it."""
+LAYER = re.compile(rf"{_STACK}\.(\d+)\.")
+"""A layer's number inside a parameter's name."""
+
+PROJECTION = "distillation_projection"
+"""The module that is trained beside a model to compare its hidden states with a teacher's; not exported."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def head_names(model: Any) -> list[str]:
     inside = {id(p) for p in body.parameters()} if body is not None else set()
     outside = {id(p) for p in whole.parameters()} - inside  # virtual tokens are in neither
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    found = [n for n, p in named if id(p) in outside]
+    found = [n for n, p in named if id(p) in outside and not n.startswith(PROJECTION)]
     if body is None or not found:
         raise OrchestratorError(
             "optimizer.head_lr: the model has no trainable weights outside its body "

@@ -97,7 +97,7 @@ def _listed(spec: JobSpec) -> Iterator[Default]:
         section, _, name = field.rpartition(".")
         owner: Any = getattr(spec, section) if section else spec
         kind, _, name = name.rpartition("/")
-        if kind and owner.type != kind:
+        if owner is None or (kind and owner.type != kind):
             continue
         if name in type(owner).model_fields and name not in owner.model_fields_set:
             field = f"{section}.{name}".lstrip(".")
@@ -125,6 +125,8 @@ SOURCES: dict[str, str] = {
     "schedule.wsd/decay_ratio": "Hu et al., arXiv 2404.06395, found 10 % to be enough",
     "schedule.step/milestones": "half and three quarters: He et al., arXiv 1512.03385, 4.2, on CIFAR-10",
     "schedule.step/gamma": "He et al., arXiv 1512.03385",
+    "distillation.temperature": "as in the code of DistilBERT (Sanh et al., arXiv 1910.01108)",
+    "distillation.alpha": "even shares and no more: no source settles it; search it",
     "gradient_clipping": "Brown et al., arXiv 2005.14165, B, clip GPT-3's at 1.0",
     "tuning.lora/r": "Hu et al., arXiv 2106.09685, 7.2: small ranks are enough",
     "tuning.lora/lora_alpha": "twice r, a common choice; Hu et al., arXiv 2106.09685, keep it fixed",

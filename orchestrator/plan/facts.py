@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.model.build import build_model
 from orchestrator.model.parts import groups
 from orchestrator.model.quantization import quantized_elements
+from orchestrator.model.teacher import paired_layers, teacher_hidden_size
 from orchestrator.plan.memory import ModelFacts
 from orchestrator.spec import JobSpec
 from orchestrator.spec.tuning import quantized
@@ -16,10 +17,13 @@ from orchestrator.spec.tuning import quantized
 def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
     """Sizes of the model that will be trained, adapters included."""
     model = build_model(spec, labels, on_meta=True)
-    facts = facts_of(model)
-    if not quantized(spec.tuning):
-        return facts
-    return facts.model_copy(update={"quantized": quantized_elements(model)})
+    further: dict[str, Any] = {}
+    if quantized(spec.tuning):
+        further["quantized"] = quantized_elements(model)
+    if spec.distillation is not None and spec.distillation.hidden is not None:
+        further["hidden_pairs"] = paired_layers(spec)
+        further["teacher_hidden_size"] = teacher_hidden_size(spec)
+    return facts_of(model).model_copy(update=further)
 
 
 def facts_of(model: Any) -> ModelFacts:

@@ -54,10 +54,11 @@ class Load:
             averages=averages(spec),
             offload_optimizer=spec.zero.offload_optimizer == "cpu",
             offload_param=spec.zero.offload_param == "cpu",
-            bucket_elements=bucket_elements(spec, self.model.trainable),
+            bucket_elements=bucket_elements(spec, self.model.moving),
             gradient_checkpointing=spec.gradient_checkpointing,
             on_gpu=self.workers.on_gpu,
             all_logits=spec.task.all_logits,
+            distils=spec.distillation is not None,
         )
 
     def fits(self, stage: Stage, rows: int) -> bool:

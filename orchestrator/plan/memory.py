@@ -43,10 +43,23 @@ class ModelFacts(Frozen):
     """Of a model that also has an encoder, whose layers `layers` then counts."""
     quantized: int = 0
     """Of `parameters`, those held in 4 bits."""
+    hidden_pairs: tuple[tuple[int, int], ...] = ()
+    """(layer, teacher's layer), from 1, whose outputs are compared, through a projection each."""
+    teacher_hidden_size: int = 0
 
     @property
     def frozen(self) -> int:
         return self.parameters - self.trainable
+
+    @property
+    def projection(self) -> int:
+        """Trained along to compare hidden states with a teacher's; no part of the model, and not exported."""
+        return len(self.hidden_pairs) * (self.hidden_size + 1) * self.teacher_hidden_size
+
+    @property
+    def moving(self) -> int:
+        """What the optimizer steps."""
+        return self.trainable + self.projection
 
 
 class MemorySetup(Frozen):
@@ -67,6 +80,8 @@ class MemorySetup(Frozen):
     on_gpu: bool
     all_logits: bool
     """The head predicts at every position (language models), not once per row."""
+    distils: bool = False
+    """Predictions are softened and compared with a teacher's, beside the task's own loss."""
 
 
 def memory_bytes(
@@ -86,22 +101,24 @@ def memory_bytes(
     shards_params, shards_grads = setup.stage == 3, setup.stage >= 2
     shards_optimizer = setup.stage >= 1
     states = {
-        "parameters": word * (model.parameters - model.quantized) // (share if shards_params else 1)
+        "parameters": word
+        * (model.parameters + model.projection - model.quantized)
+        // (share if shards_params else 1)
         + int(NF4_BYTES * model.quantized),
-        "gradients": word * model.trainable // (share if shards_grads else 1),
-        "master weights": 4 * model.trainable // (share if shards_optimizer else 1)
+        "gradients": word * model.moving // (share if shards_grads else 1),
+        "master weights": 4 * model.moving // (share if shards_optimizer else 1)
         if shards_optimizer or setup.bf16
         else 0,
         "optimizer": 4
         * setup.optimizer_states
-        * model.trainable
+        * model.moving
         // (share if shards_optimizer else 1),
     }
     if setup.on_gpu and setup.offload_optimizer:
         states["master weights"] = states["optimizer"] = 0
     if setup.on_gpu and setup.offload_param:
         states["parameters"] = 0
-    buckets = 2 * word * min(setup.bucket_elements, model.trainable) if shards_optimizer else 0
+    buckets = 2 * word * min(setup.bucket_elements, model.moving) if shards_optimizer else 0
     return {
         **states,
         "buckets": buckets,
@@ -149,11 +166,13 @@ def _logit_bytes(
     tokens_per_row: int,
     target_tokens_per_row: int,
 ) -> int:
-    """Logits, their fp32 copy and their gradient, where every position predicts."""
+    """Logits, their fp32 copy and their gradient, where every position predicts; as much again, softened, for
+    a teacher's loss."""
     if not setup.all_logits:
         return 0
     predicting = target_tokens_per_row if model.decoder_layers else tokens_per_row
-    return 3 * 4 * micro_rows * predicting * model.vocab_size
+    copies = 6 if setup.distils else 3
+    return copies * 4 * micro_rows * predicting * model.vocab_size
 
 
 def checkpoint_bytes(model: ModelFacts, setup: MemorySetup) -> int:
@@ -162,4 +181,4 @@ def checkpoint_bytes(model: ModelFacts, setup: MemorySetup) -> int:
     master = 4 if setup.stage >= 1 or setup.bf16 else 0
     whole = word if setup.averages else 0
     scales = int((NF4_BYTES - 0.5) * model.quantized)  # DeepSpeed does not know them for frozen
-    return model.trainable * (word + master + whole + 4 * setup.optimizer_states) + scales
+    return model.moving * (word + master + whole + 4 * setup.optimizer_states) + scales

@@ -14,6 +14,7 @@ from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import PlanError
 from orchestrator.model.config import check_tokenizer, load_tokenizer
 from orchestrator.plan.cluster import GIB, Cluster
+from orchestrator.plan.data import DataFacts, data_facts
 from orchestrator.plan.defaults import Default, defaults, learning_rate
 from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load
@@ -37,19 +38,6 @@ from orchestrator.plan.schedule import planned_rates, warmup_steps
 from orchestrator.plan.shares import shares_of, stage_of_fewest
 from orchestrator.spec import JobSpec
 from orchestrator.values import Frozen
-
-
-class DataFacts(Frozen):
-    """One prepared split, as the plan needs it."""
-
-    folder: str
-    rows: int
-    tokens: int
-    target_tokens: int
-    longest_tokens: int
-    longest_target_tokens: int = 0
-    truncated_rows: int
-    bad_rows: int
 
 
 class Plan(Frozen):
@@ -215,13 +203,6 @@ def at_workers(plan: Plan, num_workers: int, stage: Stage | None = None) -> Plan
     )
     _, shares = shares_of(load, reasons, stage)
     return plan.model_copy(update={**shares, "reasons": reasons})
-
-
-def data_facts(prepared: Prepared) -> DataFacts:
-    """A prepared split in the words of the plan."""
-    manifest = prepared.manifest
-    names = [name for name in DataFacts.model_fields if name != "folder"]
-    return DataFacts(folder=str(prepared.folder), **{n: getattr(manifest, n) for n in names})
 
 
 def _global_rows(spec: JobSpec, rows: int, reasons: dict[str, str]) -> int:

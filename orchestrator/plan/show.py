@@ -10,7 +10,8 @@ from rich.text import Text
 
 from orchestrator.data.order import rows_per_rank
 from orchestrator.plan.cluster import GIB
-from orchestrator.plan.plan import DataFacts, Plan, at_workers
+from orchestrator.plan.data import DataFacts
+from orchestrator.plan.plan import Plan, at_workers
 from orchestrator.plan.show_learning import default_rows, learning, schedule_chart
 
 Row = tuple[str, str, str]

@@ -20,6 +20,7 @@ def learning(plan: Plan) -> Iterator[Row]:
     """Rows of (what, value, reason)."""
     yield from _rates(plan)
     yield from _regularisation(plan)
+    yield from _distillation(plan)
     yield from _endings(plan)
 
 
@@ -97,6 +98,20 @@ def _regularisation(plan: Plan) -> Iterator[Row]:
             "evaluated and exported in place of the weights; one more fp32 value per trained weight"
         )
         yield "average of the weights", settings.averaging.type, why
+
+
+def _distillation(plan: Plan) -> Iterator[Row]:
+    settings, data = plan.spec.distillation, plan.train_data
+    if settings is None:
+        return
+    size = f"{data.teacher_bytes / 2**20:,.1f} MiB of outputs"
+    yield "teacher", settings.teacher, f"{size}, asked once: {data.teacher_folder}"
+    loss = f"{1 - settings.alpha:g} × own + {settings.alpha:g} × {settings.temperature:g}² × divergence"
+    yield "loss", loss, "distillation.alpha, distillation.temperature"
+    if settings.hidden is not None:
+        pairs = ", ".join(f"{mine} from {theirs}" for mine, theirs in plan.model.hidden_pairs)
+        why = f"weight {settings.hidden.weight:g}; {plan.model.projection:,} parameters of projections beside the model"
+        yield "hidden states", f"layers {pairs}", why
 
 
 def _endings(plan: Plan) -> Iterator[Row]:

@@ -37,9 +37,10 @@ def files_to_pack(root: Path, spec: JobSpec, job: Path) -> list[Path]:
 
 
 def named_by(spec: JobSpec) -> list[str]:
-    """Relative paths and globs in the job: input files, model and tokenizer folders."""
+    """Relative paths and globs in the job: input files, model, tokenizer and teacher folders."""
     data, model = spec.data, spec.model
     named: list[str | None] = [model.pretrained, model.tokenizer]
+    named += [spec.distillation.teacher] if spec.distillation else []
     for value in (data.train, data.eval):
         named += [value] if isinstance(value, str) else (value or ())
     return [n for n in named if n and "://" not in n and not Path(n).is_absolute()]

@@ -63,7 +63,7 @@ def loss_chart(steps: Sequence[Record], evals: Sequence[Record]) -> Chart | None
     x, y = steps_of(steps), column(steps, "loss")
     traces = raw_and_smooth(x, y, "train")
     own = smoothed(column(steps, "task_loss"))
-    traces += line(x, own, "train without regularisation, mean", "#7c3aed", 2)
+    traces += line(x, own, "train, the task alone, mean", "#7c3aed", 2)
     traces += points(steps_of(evals), column(evals, "loss"), "evaluation", EVALUATED)
     note = "Mean loss per target of each global batch, light; its moving mean, dark."
     return chart_of("loss", "Loss", note, traces, "loss", wide=True, height_px=360)

@@ -74,7 +74,13 @@ def render(run: Run) -> str:
         timeline=timeline(run),
         job_text=run.job_text,
     )
-    facts = {"done": steps_done(run), "predicted": _memory(run.plan), "shown": shown_eval(run)}
+    students = teacher_and_student(run)
+    facts: Facts = {
+        "students": students,
+        "done": steps_done(run),
+        "predicted": _memory(run.plan),
+        "shown": shown_eval(run),
+    }
     return render_page("run.html.jinja", page, run=run, **facts)
 
 
@@ -178,6 +184,29 @@ def comparisons(run: Run) -> list[Comparison]:
         compared("one checkpoint on disk", size, on_disk, bytes_text),
         compared("optimizer steps", planned, done, number),
     ]
+
+
+def teacher_and_student(run: Run) -> list[Comparison]:
+    """What the teacher is beside its student: size, speed, and the metrics of both."""
+    teacher, student = run.teacher.get("teacher") or {}, run.teacher.get("student") or {}
+    if not teacher or not student:
+        return []
+    sizes = (("parameters", number), ("bytes", bytes_text))
+    rows = [compared(name, *_both(teacher, student, name), text) for name, text in sizes]
+    rows.append(compared("ms per row", *_both(teacher, student, "ms_per_row"), number))
+    theirs, ours = teacher.get("metrics") or {}, student.get("metrics") or {}
+    chosen = best_eval(run)[0]
+    for name in sorted(theirs.keys() & ours.keys(), key=lambda n: (n != chosen, n)):
+        rows.append(compared(name, *_both(theirs, ours, name), _metric_or_dash))
+    return rows
+
+
+def _both(teacher: Facts, student: Facts, name: str) -> tuple[float | None, float | None]:
+    return finite(teacher.get(name)), finite(student.get(name))
+
+
+def _metric_or_dash(value: float | None) -> str:
+    return "–" if value is None else metric_text(value)
 
 
 def _memory(plan: Facts) -> dict[str, int]:

@@ -21,6 +21,8 @@ class Run:
     plan: Facts
     outcome: Facts
     baseline: Facts
+    teacher: Facts
+    """Teacher and student compared."""
     steps: list[Facts]
     """One record per step: a step that was replayed after a restart is here once."""
     all_steps: list[Facts]
@@ -41,6 +43,7 @@ def read_run(folder: RunFolder) -> Run:
         plan=facts_in(folder.plan, notes),
         outcome=facts_in(folder.outcome, notes),
         baseline=facts_in(folder.baseline, notes),
+        teacher=facts_in(folder.teacher, notes),
         steps=read_steps(folder.steps),
         all_steps=read_records(folder.steps),
         evals=read_steps(folder.evals),

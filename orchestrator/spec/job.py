@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from orchestrator.spec.data import DataSpec
+from orchestrator.spec.distillation import DistillationSpec
 from orchestrator.spec.kubernetes import KubernetesSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.optimization import BatchSpec, ZeroSpec
@@ -139,6 +140,8 @@ class JobSpec(Frozen):
     """How the learning rate changes."""
     regularisation: RegularisationSpec = RegularisationSpec()
     """What keeps the model from learning its rows by heart."""
+    distillation: DistillationSpec | None = None
+    """A larger model to learn from, beside the labels."""
     batch: BatchSpec = BatchSpec()
     """Rows per step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -29,3 +29,8 @@ class ModelSpec(Frozen):
     dropout: Probability | dict[str, Probability] | None = None
     """Sets every dropout probability of the model's config, or those named
     (`{hidden_dropout_prob: 0.2}`). Default: the config's own."""
+    keep_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = (
+        None
+    )
+    """Numbers, from 0, of the pretrained layers that stay; all others are dropped before training
+    (`[0, 2, 4]` of six: Sanh et al., arXiv 1910.01108, begin DistilBERT so)."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.errors import Problem
+from orchestrator.spec.distillation_rules import distillation_rules
 from orchestrator.spec.job import JobSpec, WorkerRange
 from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rules
 from orchestrator.spec.kubernetes_rules import kubernetes_rules
@@ -23,8 +24,8 @@ cluster's; there, none, as all are the cluster's."""
 def broken_rules(spec: JobSpec, files: Files = "here") -> list[Problem]:
     """Every rule across fields that `spec` breaks, in the order of the job file."""
     rules = (
-        _model, tuning_rules, _data, knob_rules, _batch, _zero, _resources, _evaluation, runtime_rules,
-        kubernetes_rules, sweep_rules,
+        _model, tuning_rules, _data, knob_rules, distillation_rules, _batch, _zero, _resources, _evaluation,
+        runtime_rules, kubernetes_rules, sweep_rules,
     )  # fmt: skip
     problems = [problem for rule in rules for problem in rule(spec)]
     problems += _files(spec, files)
@@ -50,6 +51,23 @@ def _model(spec: JobSpec) -> Iterator[Problem]:
             )
     if model.gguf_file is not None and model.pretrained is None:
         yield Problem("model.gguf_file", "needs model.pretrained", "the folder that holds the file")
+    if model.keep_layers is not None:
+        yield from _kept_layers(spec, model.keep_layers)
+
+
+def _kept_layers(spec: JobSpec, keep: tuple[int, ...]) -> Iterator[Problem]:
+    field = "model.keep_layers"
+    if spec.model.pretrained is None:
+        fix = "set model.config.num_hidden_layers, or whatever the config calls it"
+        yield Problem(field, "needs model.pretrained: new layers are all alike", fix, keep)
+    if list(keep) != sorted(set(keep)):
+        fix = f"[{', '.join(map(str, sorted(set(keep))))}]"
+        yield Problem(field, "must name each layer once, in ascending order", fix, keep)
+    if not getattr(spec.tuning, "merge_on_export", True):
+        why = "excludes model.keep_layers: an adapter apart would fit no published model"
+        yield Problem(
+            "tuning.merge_on_export", why, "true, or a tuning.type that can be merged", False
+        )
 
 
 def _data(spec: JobSpec) -> Iterator[Problem]:
@@ -161,12 +179,14 @@ def _files(spec: JobSpec, files: Files) -> Iterator[Problem]:
                 continue
             if not glob.glob(path, recursive=True):
                 yield Problem(f"data.{field}", "no such file", _near_file(path), path)
-    for field in ("pretrained", "tokenizer"):
-        name = getattr(spec.model, field)
+    folders = {"model.pretrained": spec.model.pretrained, "model.tokenizer": spec.model.tokenizer}
+    if spec.distillation:
+        folders["distillation.teacher"] = spec.distillation.teacher
+    for field, name in folders.items():
         if packed and name and Path(name).is_absolute():
             continue
         if name and _looks_local(name) and not Path(name).is_dir():
-            yield Problem(f"model.{field}", "no such folder", _near_file(name), name)
+            yield Problem(field, "no such folder", _near_file(name), name)
 
 
 def _looks_local(name: str) -> bool:

@@ -74,6 +74,12 @@ def _dimension(
             field, "belongs to the run, not to the model: it cannot be searched", "drop it"
         )
         return
+    if _asks_teacher_again(spec, path):
+        yield Problem(
+            field, "the teacher would have to be asked again for each value, while the trials hold the machines",
+            "one sweep per value; distillation.alpha and hidden.weight can be searched",
+        )  # fmt: skip
+        return
     if not isinstance(dimension, Choice) and dimension.low >= dimension.high:  # type: ignore[attr-defined]
         yield Problem(f"{field}.low", "must be below `high`", "swap them", dimension.low)  # type: ignore[attr-defined]
         return
@@ -89,6 +95,19 @@ def _dimension(
         if why:
             yield Problem(field, f"the job refuses {value!r}: {why}", "", None)
             return
+
+
+def _asks_teacher_again(spec: JobSpec, path: str) -> bool:
+    """Whether another value of the field changes what a teacher is asked, or what is kept of its answer."""
+    free = {"distillation.alpha", "distillation.hidden.weight"}
+    if spec.task.soft_targets != "tokens":
+        free.add("distillation.temperature")
+    section = path.split(".")[0]
+    return (
+        spec.distillation is not None
+        and section in ("data", "task", "distillation")
+        and path not in free
+    )
 
 
 def ends(dimension: Dimension) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ EncodedRow = dict[str, Any]
 """Feature name → value, and `n_targets`, which counts what is predicted."""
 FeatureKind = Literal["int", "ints", "float", "floats", "bytes", "text"]
 """What a feature holds per row: a number, a list of them (`bytes`: of 0 to 255), or a text."""
+SoftTargets = Literal["classes", "labels", "tokens"]
 
 IGNORED = -100
 """`transformers`' label value for positions without loss."""
@@ -78,6 +79,9 @@ class Task(Frozen):
     """Arguments that the model's forward must take, beyond what every model takes."""
     has_scores: ClassVar[bool] = False
     """The loss is the cross entropy of `scores`, so that it can be smoothed, weighted and mixed."""
+    soft_targets: ClassVar[SoftTargets | None] = None
+    """What a teacher says of a target through `scores`: one of some classes, yes or no per label, or the
+    next token. None: a teacher's outputs cannot be learnt from."""
     fixed_length: ClassVar[bool] = False
     """Rows are packed to (nearly) one length, so grouping them by length gains nothing."""
 
@@ -165,7 +169,8 @@ class Task(Frozen):
         raise NotImplementedError
 
     def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
-        """Where `has_scores`: the predictions that `loss_sum` is the cross entropy of."""
+        """Where `has_scores` or `soft_targets`: the predictions that `loss_sum` is made of, its cross entropy
+        where `has_scores`."""
         raise NotImplementedError
 
     def measure(

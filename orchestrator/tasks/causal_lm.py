@@ -14,6 +14,7 @@ from orchestrator.tasks.base import (
     FeatureKind,
     RawRow,
     Scores,
+    SoftTargets,
     Task,
     of_tokens,
     pad,
@@ -81,6 +82,7 @@ class CausalLM(Task):
     usual_global_rows: ClassVar[int] = 16
     required_inputs: ClassVar[tuple[str, ...]] = ("position_ids",)
     has_scores: ClassVar[bool] = True
+    soft_targets: ClassVar[SoftTargets | None] = "tokens"
     fixed_length: ClassVar[bool] = True
 
     @property

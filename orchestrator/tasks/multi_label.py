@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.errors import Problem
-from orchestrator.tasks.base import BadRow, FeatureKind, label_problems, per_label
+from orchestrator.tasks.base import (
+    BadRow,
+    FeatureKind,
+    SoftTargets,
+    label_problems,
+    per_label,
+)
 from orchestrator.tasks.sequence import SequenceTask
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ class MultiLabelClassification(SequenceTask):
     )
     default_metric: ClassVar[str] = "f1_micro"
     target_kind: ClassVar[FeatureKind] = "ints"
+    soft_targets: ClassVar[SoftTargets | None] = "labels"
     after_prepare: ClassVar[frozenset[str]] = frozenset({"threshold"})
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
+from orchestrator.tasks.base import SoftTargets
 from orchestrator.tasks.sequence import SequenceTask
 from orchestrator.tasks.single_label import SingleLabel
 
@@ -12,3 +13,5 @@ class TextClassification(SingleLabel, SequenceTask):
     """One label per text, through a sequence-classification head."""
 
     type: Literal["text_classification"]
+
+    soft_targets: ClassVar[SoftTargets | None] = "classes"

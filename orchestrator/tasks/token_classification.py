@@ -14,6 +14,7 @@ from orchestrator.tasks.base import (
     FeatureKind,
     RawRow,
     Scores,
+    SoftTargets,
     Task,
     label_problems,
     of_tokens,
@@ -60,6 +61,7 @@ class TokenClassification(Task):
     default_metric: ClassVar[str] = "f1"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     has_scores: ClassVar[bool] = True
+    soft_targets: ClassVar[SoftTargets | None] = "classes"
     pipeline_tag: ClassVar[str] = "token-classification"
     peft_task: ClassVar[str] = "TOKEN_CLS"
     labelled_head: ClassVar[bool] = True

@@ -14,7 +14,8 @@ from orchestrator.data.order import Order
 from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
 from orchestrator.model.config import load_config
-from orchestrator.plan.plan import DataFacts, Plan
+from orchestrator.plan.data import DataFacts
+from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import pad
 
 BATCH_ROWS = 64

@@ -15,9 +15,11 @@ from pydantic import ValidationError
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
 from orchestrator.model.config import load_tokenizer
+from orchestrator.model.parts import PROJECTION
 from orchestrator.model.quantization import unquantized
 from orchestrator.plan.plan import Plan
 from orchestrator.run_folder import RunFolder, read_json, write_json
+from orchestrator.spec import JobSpec
 from orchestrator.spec.tuning import FullTuning, quantized
 from orchestrator.train.averaging import AVERAGED_FILE
 from orchestrator.train.checkpoint import Committed, committed, damage, newest_valid
@@ -84,7 +86,8 @@ def load_weights(plan: Plan, checkpoint: Committed) -> Any:
     """The trained model on CPU, in the precision it was trained in, adapters still apart."""
     model = build_model(unquantized(plan.spec), plan.labels)
     only_trainable = any(not p.requires_grad for p in model.parameters())
-    state = checkpoint_state(checkpoint, only_trainable)
+    whole = checkpoint_state(checkpoint, only_trainable)
+    state = {name: t for name, t in whole.items() if not name.startswith(PROJECTION)}
     if quantized(plan.spec.tuning):  # scales of 4-bit layers, which this model does not have
         state = {name: state[name] for name in model.state_dict() if name in state}
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -200,6 +203,7 @@ def model_card(plan: Plan, step: int, figures: dict[str, Any]) -> str:
         f"- training rows {plan.train_data.rows:,} ({plan.train_data.tokens:,} tokens), "
         f"{plan.total_steps} steps of {plan.global_rows} rows, seed {spec.seed}",
         f"- {spec.tuning.type} tuning, {plan.model.trainable:,} of {plan.model.parameters:,} parameters trained",
+        *_teacher_lines(spec),
         f"- {spec.optimizer.type}, peak learning rate {plan.learning_rate:g}, {spec.schedule.type} schedule, "
         f"{plan.warmup_steps} warm-up steps, {'bf16' if plan.bf16 else 'fp32'}",
         f"- {plan.num_workers} workers, DeepSpeed ZeRO stage {plan.stage}",
@@ -207,3 +211,14 @@ def model_card(plan: Plan, step: int, figures: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _teacher_lines(spec: JobSpec) -> list[str]:
+    taught = spec.distillation
+    if taught is None:
+        return []
+    hints = ", and its hidden states" if taught.hidden else ""
+    return [
+        f"- learnt from the outputs of `{taught.teacher}`{hints}: alpha {taught.alpha:g}, "
+        f"temperature {taught.temperature:g}"
+    ]

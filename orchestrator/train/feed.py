@@ -26,7 +26,8 @@ from orchestrator.data.stream import (
     segments,
 )
 from orchestrator.errors import DataError
-from orchestrator.plan.plan import DataFacts, Plan
+from orchestrator.plan.data import DataFacts
+from orchestrator.plan.plan import Plan
 
 AHEAD_STEPS = 8
 """Steps held ready in each worker."""
@@ -49,7 +50,7 @@ def open_source(plan: Plan, data: DataFacts, global_rows: int, for_training: boo
     manifest = read_manifest(Path(data.folder))
     if manifest is None:
         raise DataError(f"{data.folder}: prepared data is gone. Run `orchestrator prepare` again.")
-    reader = open_shards(data.folder, manifest)
+    reader = open_shards(data.folder, manifest, _teacher(data))
     grouped = plan.group_by_length or not for_training
     order = Order(
         shard_rows=tuple(s.rows for s in manifest.shards),
@@ -60,6 +61,16 @@ def open_source(plan: Plan, data: DataFacts, global_rows: int, for_training: boo
         lengths=reader.column("length") if grouped else None,
     )
     return Source(reader, order, reader.column("n_targets"))
+
+
+def _teacher(data: DataFacts) -> ShardReader | None:
+    """What a teacher said of the rows, to be read along with them."""
+    if data.teacher_folder is None:
+        return None
+    manifest = read_manifest(Path(data.teacher_folder))
+    if manifest is None:
+        raise DataError(f"{data.teacher_folder}: what the teacher said is gone. Run prepare again.")
+    return open_shards(data.teacher_folder, manifest)
 
 
 class StepStream:

@@ -10,6 +10,8 @@ import torch.nn.functional as functional
 
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import Scores
+from orchestrator.tasks.sequence import SequenceTask
+from orchestrator.train.distil import Distiller
 from orchestrator.train.noise import EmbeddingHook
 
 Batch = dict[str, torch.Tensor]
@@ -34,7 +36,9 @@ class Objective:
             or settings.r_drop_alpha
             or settings.mixup_alpha
             or plan.class_weights
+            or plan.spec.distillation
         )
+        self.distiller = Distiller(plan, model) if plan.spec.distillation else None
 
     def __call__(
         self, engine: Any, rows: list[dict[str, np.ndarray]], weights: np.ndarray
@@ -51,9 +55,13 @@ class Objective:
         if not self.looks_at_scores:
             loss = task.loss_sum(engine, batch)
             return loss, loss.detach()
-        return self._from_scores(engine, batch)
+        scores, total, own = self._from_scores(engine, batch)
+        if self.distiller is not None:
+            total = self.distiller(total, scores, rows, weights)
+        return total, own
 
-    def _from_scores(self, engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _from_scores(self, engine: Any, batch: Batch) -> tuple[Scores, torch.Tensor, torch.Tensor]:
+        """(scores, what is minimised but for a teacher's part, the task's own loss)."""
         alpha = self.settings.r_drop_alpha
         if alpha is not None:
             batch = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
@@ -65,7 +73,7 @@ class Objective:
         total = losses.sum()
         if alpha is not None:
             total = total / 2 + alpha * _divergence(scores)
-        return total, _plain(scores) / (1 if alpha is None else 2)
+        return scores, total, self._plain(scores) / (1 if alpha is None else 2)
 
     def _mixed(self, batch: Batch) -> tuple[Batch, torch.Tensor | None, float]:
         """(batch, partner of each row, share of the row itself), for mixup; else as it was."""
@@ -82,7 +90,9 @@ class Objective:
         return {**batch, "attention_mask": seen}, partner, share
 
     def _cross_entropy(self, scores: Scores, labels: torch.Tensor) -> torch.Tensor:
-        """Per target, smoothed and weighted by row and class."""
+        """Per target, smoothed and weighted by row and class. Tasks of another loss have neither."""
+        if not self.plan.spec.task.has_scores:
+            return self._own(scores, labels)
         smoothing = self.settings.label_smoothing
         losses = functional.cross_entropy(
             scores.logits, labels, reduction="none", label_smoothing=smoothing
@@ -92,12 +102,19 @@ class Objective:
             losses = losses * by_class[labels]
         return losses * scores.weights
 
+    def _own(self, scores: Scores, labels: torch.Tensor) -> torch.Tensor:
+        """The task's loss per target, weighted by row."""
+        task = self.plan.spec.task
+        if isinstance(task, SequenceTask):
+            losses = task.losses(scores.logits, labels)
+        else:
+            losses = functional.cross_entropy(scores.logits, labels, reduction="none")
+        return losses * scores.weights
 
-def _plain(scores: Scores) -> torch.Tensor:
-    """The task's loss of these scores, without smoothing and class weights."""
-    with torch.no_grad():
-        losses = functional.cross_entropy(scores.logits, scores.labels, reduction="none")
-        return (losses * scores.weights).sum()
+    def _plain(self, scores: Scores) -> torch.Tensor:
+        """The task's loss of these scores, without smoothing and class weights."""
+        with torch.no_grad():
+            return self._own(scores, scores.labels).sum()
 
 
 def _divergence(scores: Scores) -> torch.Tensor:

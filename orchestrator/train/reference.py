@@ -20,7 +20,8 @@ from orchestrator.data.order import PADDING
 from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import StepRows, unpack_rows
 from orchestrator.errors import DataError
-from orchestrator.plan.plan import DataFacts, Plan
+from orchestrator.plan.data import DataFacts
+from orchestrator.plan.plan import Plan
 from orchestrator.run_folder import write_atomically
 from orchestrator.train.group import broadcast
 

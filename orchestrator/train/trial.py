@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.plan.plan import DataFacts, Plan, at_workers
+from orchestrator.plan.data import DataFacts
+from orchestrator.plan.plan import Plan, at_workers
 from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.run_folder import RunFolder
 from orchestrator.train import engine as zero

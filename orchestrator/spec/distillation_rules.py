@@ -1,0 +1,34 @@
+"""Rules about learning from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.errors import Problem
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.tuning import PromptTuning
+
+
+def distillation_rules(spec: JobSpec) -> Iterator[Problem]:
+    """Every rule of the distillation section that `spec` breaks; none where there is no such section."""
+    settings, task = spec.distillation, spec.task
+    if settings is None:
+        return
+    if task.soft_targets is None:
+        why = f"a teacher's outputs for {task.type} cannot be learnt from"
+        fix = "drop it; text_classification, multi_label_classification, token_classification and causal_lm can"
+        yield Problem("distillation", why, fix)
+        return
+    if settings.alpha == 0 and settings.hidden is None:
+        why = "takes nothing from the teacher, and there is no distillation.hidden either"
+        yield Problem("distillation.alpha", why, "alpha: 0.5, or drop the section", 0)
+    if "top_k" in settings.model_fields_set and task.soft_targets != "tokens":
+        why = "has no effect: all outputs are stored but those of language models"
+        yield Problem("distillation.top_k", why, "drop it", settings.top_k)
+    if settings.hidden is not None and isinstance(spec.tuning, PromptTuning):
+        why = "excludes tuning.type: prompt: the student's rows would be longer than the teacher's"
+        yield Problem("distillation.hidden", why, "drop it, or another tuning.type")
+    for field in ("mixup_alpha", "r_drop_alpha"):
+        if (value := getattr(spec.regularisation, field)) is not None:
+            why = "excludes distillation: the teacher was asked about every row as it is, once"
+            yield Problem(f"regularisation.{field}", why, "keep one of the two", value)
