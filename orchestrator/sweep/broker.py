@@ -36,6 +36,7 @@ class Broker:
         self._given_up: set[str] = set()
         self._waiting: dict[tuple[str, int], asyncio.Future[tuple[bool, bool]]] = {}
         self._changed = asyncio.Event()
+        self._slot_came = asyncio.Event()
         self._closing = False
         self._cancelled = False
 
@@ -68,6 +69,10 @@ class Broker:
         if waiting is not None and not waiting.done():
             waiting.set_result((go_on, save))
 
+    async def slot_came(self) -> None:
+        """Return when the first slot asks for work, or when none is needed any more."""
+        await self._slot_came.wait()
+
     async def wanted(self) -> int | None:
         """Workers that a free slot should have for what comes next; None where nothing will."""
         while not self._queue and not self._closing:
@@ -77,6 +82,7 @@ class Broker:
     async def cancel(self) -> None:
         """The sweep is stopping: what no slot has begun is not begun."""
         self._cancelled = True
+        self._slot_came.set()
         while self._queue:
             trial = self._queue.popleft().trial
             self._say(_end(trial, "stopped", 0, ""))
@@ -125,6 +131,7 @@ class Broker:
 
         A slot that asks while it holds a trial was lost while running it.
         """
+        self._slot_came.set()
         self._take_back(slot)
         deadline = time.monotonic() + IDLE_S
         while (left := deadline - time.monotonic()) > 0:

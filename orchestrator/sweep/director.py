@@ -55,6 +55,11 @@ class Director:
         self._unfinished = [t for t in log.trials.values() if t.status is None]
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
 
+    def begin(self, count: int) -> None:
+        """Queue the first trials before Tune is there: it follows them when it asks for its own first ones."""
+        drawn = (self.next_trial() for _ in range(count))
+        self._adrift = [t.id for t in drawn if t is not None and t is not NO_MORE]
+
     def next_trial(self) -> TrialState | None:
         """The next trial to run or to follow on; None where one may come later, NO_MORE where none will."""
         if self._adrift:

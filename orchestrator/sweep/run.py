@@ -145,7 +145,15 @@ def _run(
     ray.get(broker.remember.remote(_spoken(log)))
     director = Director(plan, log, broker, folder, _planner(plan, prepared))
     tuner = make_tuner(director, fleet.broker_name, folder.root / "ray", plan.slots + 1)
-    tuning = _Background(tuner.fit)
+    director.begin(plan.slots + 1)
+
+    def tune() -> None:
+        ray.get(
+            broker.slot_came.remote()
+        )  # Tune's processes would take their time from the slots' start
+        tuner.fit()
+
+    tuning = _Background(tune)
     with (
         SweepView(folder, plan.num_trials, plan.slots, log, console) as view,
         stop_on_signals(lambda: _ask_to_stop(director), view.say),
