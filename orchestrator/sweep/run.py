@@ -78,6 +78,8 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
         cluster = cluster_here()
         folder = SweepFolder(Path.cwd() / spec.storage / spec.name)
         slots, workers = slots_of(spec, cluster)
+        if spec.distillation is not None:
+            prepare(spec)  # its teacher takes what the slots would hold
         with claimed_folder(folder.root, fresh), _fleet(spec, slots, workers, folder) as fleet:
             prepared = prepared_data(spec, console)
             plan = plan_sweep(spec, cluster, prepared)
