@@ -26,6 +26,7 @@ from orchestrator.model.config import load_tokenizer
 from orchestrator.model.parts import PROJECTION
 from orchestrator.model.teacher import check_teacher, paired_layers
 from orchestrator.plan import Plan, make_plan
+from orchestrator.remote.package import named_by
 from orchestrator.spec import JobSpec
 from orchestrator.train.objective import Objective
 
@@ -302,6 +303,15 @@ def test_a_run_folder_stands_for_its_export(
     shutil.copytree(teachers["classes"], tmp_path / "run" / "export")
     spec = job(models.bert, tmp_path / "run", tmp_path, tiny.labelled(4), **CLASSIFY)
     check_teacher(spec, LABELS)
+
+
+def test_a_teachers_folder_goes_along_when_a_job_is_submitted(
+    models: tiny.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models.bert, tmp_path / "big" / "model")
+    spec = job(models.bert, Path("big/model"), tmp_path, tiny.labelled(4))
+    assert "big/model" in named_by(spec)
 
 
 TEACHER = {"teacher": "org/teacher"}
