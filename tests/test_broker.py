@@ -103,3 +103,15 @@ def test_a_sweep_that_is_stopping_does_not_begin_what_was_lost() -> None:
         assert (await broker.next_report("t0", 0))[1]["status"] == "stopped"
 
     play(story())
+
+
+def test_a_slot_that_was_lost_at_work_has_not_failed_to_start() -> None:
+    async def story() -> None:
+        broker = a_broker(max_failures=1)
+        assert not await broker.came(0)
+        await begin(broker, 0)
+        await broker.lost(0)
+        assert await broker.came(0)
+        assert not await broker.came(0), "since it was asked last"
+
+    play(story())

@@ -91,7 +91,7 @@ def test_every_trial_of_a_sweep_under_chaos_ends_as_it_does_without(
         if strike(cluster, kind, rng):
             struck[kind] += 1
             print(f"{time.monotonic() - began:5.0f} s {kind}, {ended(folder)} ended", flush=True)
-        pause = time.monotonic() + rng.uniform(6, 14)
+        pause = time.monotonic() + rng.uniform(8, 16)
         while time.monotonic() < pause and run.process.poll() is None:
             time.sleep(0.2)
         assert time.monotonic() - began < 1100, run.output()

@@ -33,6 +33,7 @@ class Broker:
         self._last_words: dict[str, str] = {}
         self._said: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._drained: set[int] = set()
+        self._came: set[int] = set()
         self._given_up: set[str] = set()
         self._waiting: dict[tuple[str, int], asyncio.Future[tuple[bool, bool]]] = {}
         self._changed = asyncio.Event()
@@ -97,6 +98,12 @@ class Broker:
         """A slot's worker group is gone. What it held is for whichever slot is free first."""
         self._take_back(slot)
 
+    async def came(self, slot: int) -> bool:
+        """Whether workers of this slot have asked for work since this was asked last."""
+        found = slot in self._came
+        self._came.discard(slot)
+        return found
+
     async def release(self) -> None:
         """Nobody will judge any more: those who wait for a verdict are let go."""
         for waiting in self._waiting.values():
@@ -132,6 +139,7 @@ class Broker:
         A slot that asks while it holds a trial was lost while running it.
         """
         self._slot_came.set()
+        self._came.add(slot)
         self._take_back(slot)
         deadline = time.monotonic() + IDLE_S
         while (left := deadline - time.monotonic()) > 0:

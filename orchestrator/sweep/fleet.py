@@ -61,22 +61,29 @@ class Fleet:
 
         failures, workers = 0, self.workers.count
         while failures < RESTARTS_WITHOUT_WORK:
-            try:
-                self._trainer(slot, workers).fit()
-                failures = 0
-            except Exception as error:  # noqa: BLE001, a slot's end is not the sweep's
-                logger.warning("slot %d: %s", slot, error)
-                failures += 1
-                if failures == RESTARTS_WITHOUT_WORK:
-                    self.errors.append(error)
+            error = self._fit(slot, workers)
+            failures += 1
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(self.broker.lost.remote(slot))  # nothing, where the slot left by itself
-                if failures == RESTARTS_WITHOUT_WORK:
-                    return
+                if error is None or ray.get(self.broker.came.remote(slot)):
+                    failures = 0
+            if error is not None and failures == RESTARTS_WITHOUT_WORK:
+                self.errors.append(error)
+                return
+            with contextlib.suppress(ray.exceptions.RayError):
                 wanted = ray.get(self.broker.wanted.remote())
                 if wanted is None:
                     return
                 workers = wanted
+
+    def _fit(self, slot: int, workers: int) -> Exception | None:
+        """One worker group until it leaves; what ended it, where it did not leave by itself."""
+        try:
+            self._trainer(slot, workers).fit()
+        except Exception as error:  # noqa: BLE001, a slot's end is not the sweep's
+            logger.warning("slot %d: %s", slot, error)
+            return error
+        return None
 
     def _trainer(self, slot: int, workers: int) -> Any:
         from orchestrator.launch.trainer import make_group
