@@ -47,6 +47,8 @@ class Director:
         self.plans: dict[str, Plan] = {}
         self.stopping: str | None = None
         """Why the sweep ends early, once it does."""
+        self.broken = False
+        """Whether that is no end that anybody asked for."""
         self.started_at = time.monotonic()
         self.live: set[str] = set()
         self._adrift: list[str] = []
@@ -104,13 +106,14 @@ class Director:
         if self._lost[trial] <= MOST_LOST:
             self._adrift.append(trial)
             return
-        self.stop(f"the process that follows {trial} could not be kept; the same command goes on")
+        self.stop(f"the process that follows {trial} could not be kept", broken=True)
         self.broker.give_up.remote(trial)
         self.live.discard(trial)
 
-    def stop(self, why: str) -> None:
+    def stop(self, why: str, broken: bool = False) -> None:
         """Ask every running trial to commit a checkpoint and leave; propose no more."""
-        self.stopping = self.stopping or why
+        if self.stopping is None:
+            self.stopping, self.broken = why, broken
         self.broker.cancel.remote()
         for trial in list(self.live):  # a signal may come while Tune adds one
             folder = self.folder.trial(trial)

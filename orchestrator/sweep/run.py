@@ -165,7 +165,7 @@ def _run(
             view.update()
             director.check_budget()
             if not fleet.alive() and director.live:
-                director.stop("no slot is left")
+                director.stop("no slot could be kept running", broken=True)
             time.sleep(POLL_S)
         view.update()
     if tuning.error is not None:
@@ -176,8 +176,8 @@ def _run(
     append_event(folder.events, "end", trials=len(log.trials))
     if tuning.error is not None:
         raise tuning.error
-    if fleet.errors and not log.best():
-        raise TrainingError(_no_slots(fleet, folder))
+    if director.broken or (fleet.errors and not log.best()):
+        raise TrainingError(_broken(director, fleet, folder))
     if director.stopping is None:
         return "finished", ""
     return ("stopped" if director.stopping == STOPPED else "budget"), director.stopping
@@ -228,9 +228,11 @@ class _Background(threading.Thread):
             self.error = error
 
 
-def _no_slots(fleet: Fleet, folder: SweepFolder) -> str:
+def _broken(director: Director, fleet: Fleet, folder: SweepFolder) -> str:
+    """What ended a sweep that nobody stopped. What has been done stays."""
     last = str(fleet.errors[-1]).strip().splitlines()[-12:] if fleet.errors else []
-    return "no slot could be kept running:\n  " + "\n  ".join(last) + f"\nLogs: {folder.logs}"
+    why = "\n  ".join([f"{director.stopping or 'slots failed'}:", *last])
+    return f"{why}\nLogs: {folder.logs}\nThe same command goes on."
 
 
 def finish(plan: SweepPlan, folder: SweepFolder, status: str, message: str) -> SweepOutcome:
