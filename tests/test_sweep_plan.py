@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from orchestrator.errors import PlanError, SpecError
 from orchestrator.plan import Cluster
 from orchestrator.plan.cluster import GIB, Node
 from orchestrator.report.trial_log import SweepLog, Verdict
+from orchestrator.run_folder import SweepFolder
 from orchestrator.spec import JobSpec
+from orchestrator.sweep.director import MOST_LOST, NO_MORE, Director
 from orchestrator.sweep.plan import SweepPlan, expected_at, plan_sweep, plan_trial
 from orchestrator.sweep.referee import Referee
 
@@ -254,3 +257,54 @@ def test_a_generation_ends_with_a_checkpoint_of_every_member(job: Any, tmp_path:
     assert referee.judge(member, 30, 30.0, 0.1, False) == Verdict(False, True)
     assert referee.judge(member, 40, 40.0, 0.1, False) == Verdict(True, True)
     assert referee.judge(member, 90, 90.0, 0.1, True) == Verdict(True, True)
+
+
+# --- the director
+
+
+class Asked:
+    """A broker that only notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *words: self.calls.append((name, *words)))
+
+
+def test_a_trial_whose_follower_is_lost_is_offered_again_but_not_for_ever(
+    job: Any, tmp_path: Path
+) -> None:
+    plan, broker = planned(job(num_trials=1)), Asked()
+    log = SweepLog(tmp_path / "log.jsonl", "accuracy", maximize=True)
+    log.trial("t00000", 0, {"optimizer.lr": 1e-4}, None)
+    director = Director(plan, log, broker, SweepFolder(tmp_path / "sweep"), lambda *_: plan.base)
+    director.live.add("t00000")
+    director._unfinished.clear()
+    assert director.next_trial() is None, "nothing to run, but its follower may be lost yet"
+    for _ in range(MOST_LOST):
+        director.orphaned("t00000")
+        assert director.next_trial() is log.trials["t00000"]
+        assert not director.broken
+    director.orphaned("t00000")
+    assert director.broken
+    assert ("give_up", "t00000") in broker.calls
+    assert director.next_trial() is NO_MORE
+    director.close()
+
+
+def test_a_report_that_comes_twice_is_judged_once_and_answered_twice(
+    job: Any, tmp_path: Path
+) -> None:
+    plan, broker = planned(job(num_trials=1)), Asked()
+    log = SweepLog(tmp_path / "log.jsonl", "accuracy", maximize=True)
+    log.trial("t00000", 0, {"optimizer.lr": 1e-4}, None)
+    director = Director(plan, log, broker, SweepFolder(tmp_path / "sweep"), lambda *_: plan.base)
+    director.plans["t00000"] = plan.base
+    said = {"trial": "t00000", "step": 10, "metrics": {"accuracy": 0.5}, "last": False}
+    director.reported(said)
+    director.reported(said)
+    assert [kind for kind, _, _ in log.order] == ["trial", "report"]
+    first, second = (call for call in broker.calls if call[0] == "verdict")
+    assert first == second
+    director.close()
