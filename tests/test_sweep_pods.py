@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 
 START_S = 300
 TRIALS = 20
+MOST_PAUSE_S = 60
 NODE_CPUS = 3
 """One worker of two CPUs fits, and a task that reads."""
 SEED = 7
@@ -65,6 +66,12 @@ def start(spec: JobSpec, cluster: Pods) -> faults.LiveRun:
     return faults.LiveRun(spec, "sweep", address=cluster.gcs, inside=inside, **cluster.environment)
 
 
+def starts(folder: SweepFolder) -> int:
+    """How often a trial has been begun or gone on with, up to its first step."""
+    events = (folder.root / "trials").glob("*/metrics/events.jsonl")
+    return sum(e["kind"] == "first_step" for path in events for e in read_records(path))
+
+
 def strike(cluster: Pods, kind: str, rng: random.Random) -> bool:
     """Kill one thing of a kind; False where there is none at the moment."""
     if kind == "node":
@@ -91,9 +98,11 @@ def test_every_trial_of_a_sweep_under_chaos_ends_as_it_does_without(
         if strike(cluster, kind, rng):
             struck[kind] += 1
             print(f"{time.monotonic() - began:5.0f} s {kind}, {ended(folder)} ended", flush=True)
-        pause = time.monotonic() + rng.uniform(8, 16)
-        while time.monotonic() < pause and run.process.poll() is None:
+        # Kills that come faster than workers start would only measure the machine.
+        steps, until_s = starts(folder), time.monotonic() + MOST_PAUSE_S
+        while time.monotonic() < until_s and run.process.poll() is None and starts(folder) == steps:
             time.sleep(0.2)
+        time.sleep(rng.uniform(1, 5))
         assert time.monotonic() - began < 1100, run.output()
     print(f"| {dict(struck)} | {time.monotonic() - began:.0f} s |", flush=True)
     assert run.finish() == 0, run.output()
