@@ -206,7 +206,9 @@ def test_every_source_belongs_to_a_field() -> None:
         found = json.dumps(schema["properties"][section] if section else schema["properties"])
         models = [d for d in schema["$defs"].values() if name in d.get("properties", {})]
         assert name in found or models, field
-        assert not kind or any(m["properties"]["type"].get("const") == kind for m in models), field
+        assert not kind or any(
+            m["properties"].get("type", {}).get("const") == kind for m in models
+        ), field
 
 
 @pytest.mark.parametrize(
