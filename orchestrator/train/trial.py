@@ -15,8 +15,8 @@ from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
 from orchestrator.plan.data import DataFacts
 from orchestrator.plan.plan import Plan, at_workers
-from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.run_folder import RunFolder
+from orchestrator.train import endings as words
 from orchestrator.train import engine as zero
 from orchestrator.train.averaging import average_share
 from orchestrator.train.checkpoint import (
@@ -29,6 +29,7 @@ from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
 from orchestrator.train.history import ended_early, rate_factor, remember
+from orchestrator.train.journal import Journal
 from orchestrator.train.notice import Ask, Notice
 from orchestrator.train.objective import Objective
 from orchestrator.train.reference import Reference, find_reference
@@ -92,9 +93,7 @@ class Trial:
         self.plan = plan = at_workers(plan, self.world_size)
         self.started_at = time.monotonic()
         self.notice = Notice(ask, self.rank)
-        self.stepped = False
-        self.steps = RecordWriter(folder.steps) if self.rank == 0 else None
-        self.evals = RecordWriter(folder.evals) if self.rank == 0 else None
+        self.journal = Journal(folder, self.rank)
         found = self._find_checkpoint()
         self.evaluate: Evaluator | None = None
         self.progress = Progress(**found.facts["progress"]) if found else Progress()
@@ -107,16 +106,16 @@ class Trial:
             self.evaluate = Evaluator(plan, kept, self._refer(plan.eval_data, "eval"))
         if found is not None:
             self._load(found)
-        self._event("ready")
+        self.journal.event("ready")
 
     def _find_checkpoint(self) -> Committed | None:
         """The newest valid checkpoint, verified by rank 0, the same on all ranks."""
-        self._event("find", workers=self.world_size)
+        self.journal.event("find", workers=self.world_size)
         found: Committed | None = None
         if self.rank == 0:
             remove_uncommitted(self.folder.checkpoints)
             found = newest_valid(
-                self.folder.checkpoints, lambda text: self._event("warning", text=text)
+                self.folder.checkpoints, lambda text: self.journal.event("warning", text=text)
             )
         return broadcast(found)
 
@@ -135,7 +134,7 @@ class Trial:
 
     def _open_stream(self) -> StepStream:
         plan = self.plan
-        self._event("stream", step=self.progress.step)
+        self.journal.event("stream", step=self.progress.step)
 
         def source() -> Source | None:
             if self.rank:
@@ -147,13 +146,13 @@ class Trial:
     def _build(self) -> Any:
         """The DeepSpeed engine over the job's model."""
         plan = self.plan
-        self._event("model")
+        self.journal.event("model")
         zero.seed_everything(plan.spec.seed, self.rank)
         model: Any = together(self._new_model)
         zero.seed_everything(plan.spec.seed, self.rank)
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = plan.pad_token_id
-        self._event("engine")
+        self.journal.event("engine")
         self.objective = together(lambda: Objective(plan, model))
         engine = zero.open_engine(plan, model)
         self.averager = zero.after_each_step(engine, plan)
@@ -167,14 +166,14 @@ class Trial:
         """What the model says of a split before it is trained, where the task compares with it."""
         if not self.plan.spec.task.has_reference:
             return None
-        self._event("reference", split=split)
+        self.journal.event("reference", split=split)
         kept = self.folder.root / "reference" / f"{split}.npz"
         return find_reference(self.plan, data, self.engine, self.engine.device, kept)
 
     def _load(self, found: Committed) -> None:
         """Restore what the checkpoint holds, whatever the number of workers that wrote it."""
         writers = found.facts["world_size"]
-        self._event("load", workers=writers)
+        self.journal.event("load", workers=writers)
         if self.plan.stage and writers != self.world_size:
             load_resharded(self.engine, found.folder, self.plan.stage, writers)
         else:  # at stage 0 every rank has everything
@@ -202,13 +201,12 @@ class Trial:
             loss = pulse.loss_sum / max(batch.denominator, 1)
             task_loss = pulse.task_loss_sum / max(batch.denominator, 1)
             if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
-                return self._result("diverged", self._divergence(loss, norm, lr))
+                return self._result("diverged", words.divergence(progress.step + 1, loss, norm, lr))
             progress.step += 1
             progress.loss_sum += pulse.task_loss_sum
             progress.targets += batch.denominator
             self._record(
-                loss,
-                task_loss,
+                (loss, task_loss),
                 lr,
                 norm,
                 pulse.tokens,
@@ -227,7 +225,8 @@ class Trial:
                 return self._result("storage_failed", str(error))
             if stopping:
                 return self._result(
-                    "stopped" if pulse.stop else "out_of_time", self._how_to_go_on()
+                    "stopped" if pulse.stop else "out_of_time",
+                    words.how_to_go_on(progress.step, plan.total_steps),
                 )
             if reason:
                 return self._result("finished", reason)
@@ -245,7 +244,7 @@ class Trial:
 
         Where none comes, this one goes on, after the time that the asking side may have waited.
         """
-        self._event("handover", step=self.progress.step)
+        self.journal.event("handover", step=self.progress.step)
         if self.rank == 0:
             self.folder.handover_request.unlink(missing_ok=True)
         time.sleep(self.plan.spec.faults.health_timeout_s)
@@ -253,9 +252,7 @@ class Trial:
     def close(self) -> None:
         """Give back everything the trial held."""
         self.stream.close()
-        for writer in (self.steps, self.evals):
-            if writer:
-                writer.flush()
+        self.journal.flush()
         zero.close_engine(self.engine)
 
     def _pulse(self, losses: tuple[float, float], tokens: int) -> Pulse:
@@ -286,14 +283,14 @@ class Trial:
         """Whether a checkpoint must be committed now: a node has been announced to go, or goes."""
         heard = pulse.ask and self.notice.heard()
         if heard:
-            self._event("notice", step=self.progress.step, deadline_s=self.notice.deadline_s)
+            self.journal.event("notice", step=self.progress.step, deadline_s=self.notice.deadline_s)
         return heard or pulse.leave
 
     def _diverged(self, loss: float, norm: float | None, skipped: bool) -> bool:
         """A non-finite loss or gradient, or too many updates that DeepSpeed skipped without a word."""
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
         if skipped:
-            self._event(
+            self.journal.event(
                 "warning", text=f"step {self.progress.step}: update skipped, gradient not finite"
             )
         broken = not math.isfinite(loss) or (
@@ -313,9 +310,7 @@ class Trial:
             metrics = self.evaluate(self.engine, self.engine.device)
         record = {"step": step, "eval_s": round(time.perf_counter() - started, 3), **metrics}
         remember(plan, self.progress, record)
-        if self.evals:
-            self.evals.write(time=time.time(), **record)
-            self.evals.flush()
+        self.journal.evaluation(record)
         better = is_better(metrics[plan.metric], self.progress.best, plan)
         if better:
             self.progress.best = record
@@ -333,8 +328,7 @@ class Trial:
         due = step % plan.checkpoint_every_steps == 0 and not last
         if not (worth_saving or ending or due):
             return
-        if self.steps:
-            self.steps.flush()
+        self.journal.flush()
         started = time.perf_counter()
         self._check_storage()
         self.writer.save(
@@ -347,7 +341,7 @@ class Trial:
         stall_s = time.perf_counter() - started
         if ending:
             self.notice.commit_s = stall_s
-        self._event("save", step=step, stall_s=round(stall_s, 4))
+        self.journal.event("save", step=step, stall_s=round(stall_s, 4))
 
     def _check_storage(self) -> None:
         """Wait for the checkpoint in flight; a failure on any rank is raised on all."""
@@ -366,34 +360,18 @@ class Trial:
         }
         return Result(status, progress.step, progress.best, progress.last_eval, message, facts)
 
-    def _divergence(self, loss: float, norm: float | None, lr: float) -> str:
-        shown = f", gradient norm {norm:.3g}" if norm is not None else ""
-        return (
-            f"training diverged at step {self.progress.step + 1}: loss {loss:.4g}{shown}, learning rate {lr:.3g}. "
-            "Lower optimizer.lr, lengthen the warm-up or lower gradient_clipping."
-        )
-
-    def _how_to_go_on(self) -> str:
-        return (
-            f"stopped at step {self.progress.step} of {self.plan.total_steps} with a committed checkpoint; "
-            "run the same command again to go on"
-        )
-
     def _record(
         self,
-        loss: float,
-        task_loss: float,
+        losses: tuple[float, float],
         lr: float,
         norm: float | None,
         tokens: int,
         wait_s: float,
         step_s: float,
     ) -> None:
-        if self.steps is None:
-            return
-        self.steps.write(
-            step=self.progress.step,
-            time=time.time(),
+        loss, task_loss = losses
+        self.journal.step(
+            self.progress.step,
             loss=loss,
             **({"task_loss": task_loss} if task_loss != loss else {}),
             lr=lr,
@@ -404,14 +382,6 @@ class Trial:
             wait_s=round(wait_s, 5),
             memory_bytes=memory_in_use_bytes(self.engine.device),
         )
-        if not self.stepped:
-            self.stepped = True
-            self.steps.flush()
-            self._event("first_step", step=self.progress.step)
 
     def _committed(self, checkpoint: Committed) -> None:
-        self._event("commit", step=checkpoint.step, folder=checkpoint.folder.name)
-
-    def _event(self, kind: str, **facts: Any) -> None:
-        if self.rank == 0:
-            append_event(self.folder.events, kind, **facts)
+        self.journal.event("commit", step=checkpoint.step, folder=checkpoint.folder.name)
