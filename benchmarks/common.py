@@ -113,7 +113,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(started, timeout=20)
 
 
-def tail(log: Path, lines: int = 25) -> str:
+def tail(log: Path, lines: int = 60) -> str:
     """The last lines of a log."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 

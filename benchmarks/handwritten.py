@@ -62,7 +62,7 @@ def build_engine(plan: Plan, steps: int) -> Any:
     deepspeed.init_distributed(dist_backend="gloo")
     model, spec = build_model(plan), plan.spec.optimizer
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True
+        model.parameters(), lr=plan.learning_rate, weight_decay=spec.weight_decay, fused=True
     )
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -93,6 +93,8 @@ def main() -> None:
     times, tokens, losses = zip(*train(engine, loader), strict=True)
     facts = {"times": times, "tokens": tokens, "losses": losses}
     Path(f"{given['out']}.{rank}").write_text(json.dumps(facts))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # threads that live on at the end abort the process
 
 
 if __name__ == "__main__":

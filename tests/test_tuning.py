@@ -368,7 +368,10 @@ def test_a_layer_that_waits_is_as_if_it_needed_no_gradient(spec: JobSpec, kind: 
             optimizer.zero_grad(set_to_none=True)
         torch.testing.assert_close(norms[0], norms[1], rtol=1e-6, atol=0)  # what is clipped
         for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=f"{step} {name}")
+            if not name.endswith(
+                "key.bias"
+            ):  # softmax does not see it: its gradient is rounding alone
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=f"{step} {name}")
             waits = depth[name] > 1 + step // 2
             assert torch.equal(one, begun[name]) >= waits, "it does not even decay"
 
