@@ -114,7 +114,7 @@ def test_dashboards_and_alerts_name_metrics_that_exist() -> None:
 def test_what_a_step_records_is_what_the_gauges_read() -> None:
     """The records' fields are written in one place, by the trial."""
     written = (ROOT / "orchestrator" / "train" / "trial.py").read_text(encoding="utf-8")
-    call = written.split("self.steps.write(")[1].split("\n        )")[0]
+    call = written.split("self.journal.step(")[1].split("\n        )")[0]
     assert set(gauges.STEP_GAUGES) | {"tokens"} <= set(re.findall(r"^\s+(\w+)=", call, re.M))
 
 

@@ -371,7 +371,7 @@ class Trial:
     ) -> None:
         loss, task_loss = losses
         self.journal.step(
-            self.progress.step,
+            step=self.progress.step,
             loss=loss,
             **({"task_loss": task_loss} if task_loss != loss else {}),
             lr=lr,
