@@ -12,15 +12,16 @@ import pytest
 import tiny
 from test_plan import prepared
 
-from orchestrator.errors import PlanError, SpecError
+from orchestrator.errors import PlanError, RunExistsError, SpecError
 from orchestrator.plan import Cluster
 from orchestrator.plan.cluster import GIB, Node
 from orchestrator.report.trial_log import SweepLog, Verdict
-from orchestrator.run_folder import SweepFolder
+from orchestrator.run_folder import SweepFolder, write_json
 from orchestrator.spec import JobSpec
 from orchestrator.sweep.director import MOST_LOST, NO_MORE, Director
 from orchestrator.sweep.plan import SweepPlan, expected_at, plan_sweep, plan_trial
 from orchestrator.sweep.referee import Referee
+from orchestrator.sweep.run import _claimed
 
 SPACE = {"optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3}}
 FOUR_CPUS = Cluster(source="described", nodes=(Node(cpus=4, memory_bytes=32 * GIB),))
@@ -272,39 +273,57 @@ class Asked:
         return SimpleNamespace(remote=lambda *words: self.calls.append((name, *words)))
 
 
-def test_a_trial_whose_follower_is_lost_is_offered_again_but_not_for_ever(
-    job: Any, tmp_path: Path
-) -> None:
+@pytest.fixture
+def directed(job: Any, tmp_path: Path) -> Iterator[tuple[Director, Asked]]:
+    """A director of one trial, and the broker that it speaks to."""
     plan, broker = planned(job(num_trials=1)), Asked()
     log = SweepLog(tmp_path / "log.jsonl", "accuracy", maximize=True)
     log.trial("t00000", 0, {"optimizer.lr": 1e-4}, None)
     director = Director(plan, log, broker, SweepFolder(tmp_path / "sweep"), lambda *_: plan.base)
+    yield director, broker
+    director.close()
+
+
+def test_a_trial_whose_follower_is_lost_is_offered_again_but_not_for_ever(
+    directed: tuple[Director, Asked],
+) -> None:
+    director, broker = directed
     director.live.add("t00000")
     director._unfinished.clear()
     assert director.next_trial() is None, "nothing to run, but its follower may be lost yet"
     for _ in range(MOST_LOST):
         director.orphaned("t00000")
-        assert director.next_trial() is log.trials["t00000"]
+        assert director.next_trial() is director.log.trials["t00000"]
         assert not director.broken
     director.orphaned("t00000")
     assert director.broken
     assert ("give_up", "t00000") in broker.calls
     assert director.next_trial() is NO_MORE
-    director.close()
 
 
 def test_a_report_that_comes_twice_is_judged_once_and_answered_twice(
-    job: Any, tmp_path: Path
+    directed: tuple[Director, Asked],
 ) -> None:
-    plan, broker = planned(job(num_trials=1)), Asked()
-    log = SweepLog(tmp_path / "log.jsonl", "accuracy", maximize=True)
-    log.trial("t00000", 0, {"optimizer.lr": 1e-4}, None)
-    director = Director(plan, log, broker, SweepFolder(tmp_path / "sweep"), lambda *_: plan.base)
-    director.plans["t00000"] = plan.base
+    director, broker = directed
+    director.plans["t00000"] = director.plan.base
     said = {"trial": "t00000", "step": 10, "metrics": {"accuracy": 0.5}, "last": False}
     director.reported(said)
     director.reported(said)
-    assert [kind for kind, _, _ in log.order] == ["trial", "report"]
+    assert [kind for kind, _, _ in director.log.order] == ["trial", "report"]
     first, second = (call for call in broker.calls if call[0] == "verdict")
     assert first == second
-    director.close()
+
+
+def test_a_folder_of_another_sweep_is_refused_before_anything_is_written_into_it(
+    job: Any, tmp_path: Path
+) -> None:
+    folder = SweepFolder(tmp_path / "sweep")
+    write_json(folder.plan, planned(job(num_trials=3)).model_dump(mode="json"))
+    with _claimed(job(num_trials=5), folder, fresh=False):
+        pass
+    with (
+        pytest.raises(RunExistsError, match=r"sweep\.space"),
+        _claimed(job(space={"optimizer.lr": [1e-5, 1e-4]}), folder, fresh=False),
+    ):
+        pytest.fail("it was let in")
+    assert not folder.events.exists()

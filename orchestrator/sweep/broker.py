@@ -162,9 +162,9 @@ class Broker:
         known = self._spoken.get((trial, step))
         if known is not None:
             return known
-        answer = asyncio.get_running_loop().create_future()
         if trial in self._given_up:
             return False, False
+        answer = asyncio.get_running_loop().create_future()
         self._waiting[trial, step] = answer
         self._say(
             {"kind": "report", "trial": trial, "step": step, "metrics": metrics, "last": last}

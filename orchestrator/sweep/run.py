@@ -80,10 +80,9 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
         slots, workers = slots_of(spec, cluster)
         if spec.distillation is not None:
             prepare(spec)  # its teacher takes what the slots would hold
-        with claimed_folder(folder.root, fresh), _fleet(spec, slots, workers, folder) as fleet:
+        with _claimed(spec, folder, fresh), _fleet(spec, slots, workers, folder) as fleet:
             prepared = prepared_data(spec, console)
             plan = plan_sweep(spec, cluster, prepared)
-            _check_same_job(folder, plan)
             write_atomically(folder.spec, dump_spec(spec))
             write_json(folder.plan, plan.model_dump(mode="json"))
             send_chatter_to(folder.logs / "driver.log")
@@ -91,14 +90,19 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
             return finish(plan, folder, status, message)
 
 
-def _check_same_job(folder: SweepFolder, plan: SweepPlan) -> None:
-    old = read_json(folder.plan)
-    if old is None:
-        return
-    new = plan.model_dump(mode="json")
-    changed = differences(old["spec"], new["spec"], MAY_CHANGE_IN_SWEEP)
-    if changed:
-        raise another_job(folder.root, changed)
+@contextmanager
+def _claimed(spec: JobSpec, folder: SweepFolder, fresh: bool) -> Iterator[None]:
+    """The sweep's folder, for this process alone.
+
+    Raises RunExistsError, before anything is started or written, for a folder of another job.
+    """
+    with claimed_folder(folder.root, fresh):
+        old = read_json(folder.plan)
+        if old is not None:
+            changed = differences(old["spec"], spec.model_dump(mode="json"), MAY_CHANGE_IN_SWEEP)
+            if changed:
+                raise another_job(folder.root, changed)
+        yield
 
 
 @contextmanager
@@ -150,9 +154,8 @@ def _run(
     director.begin(plan.slots + 1)
 
     def tune() -> None:
-        ray.get(
-            broker.slot_came.remote()
-        )  # Tune's processes would take their time from the slots' start
+        # Tune's processes would take their time from the slots' start.
+        ray.get(broker.slot_came.remote())
         tuner.fit()
 
     tuning = _Background(tune)

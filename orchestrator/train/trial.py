@@ -16,7 +16,7 @@ from orchestrator.model.build import build_model
 from orchestrator.plan.data import DataFacts
 from orchestrator.plan.plan import Plan, at_workers
 from orchestrator.run_folder import RunFolder
-from orchestrator.train import endings as words
+from orchestrator.train import endings
 from orchestrator.train import engine as zero
 from orchestrator.train.averaging import average_share
 from orchestrator.train.checkpoint import (
@@ -201,7 +201,9 @@ class Trial:
             loss = pulse.loss_sum / max(batch.denominator, 1)
             task_loss = pulse.task_loss_sum / max(batch.denominator, 1)
             if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
-                return self._result("diverged", words.divergence(progress.step + 1, loss, norm, lr))
+                return self._result(
+                    "diverged", endings.divergence(progress.step + 1, loss, norm, lr)
+                )
             progress.step += 1
             progress.loss_sum += pulse.task_loss_sum
             progress.targets += batch.denominator
@@ -226,7 +228,7 @@ class Trial:
             if stopping:
                 return self._result(
                     "stopped" if pulse.stop else "out_of_time",
-                    words.how_to_go_on(progress.step, plan.total_steps),
+                    endings.how_to_go_on(progress.step, plan.total_steps),
                 )
             if reason:
                 return self._result("finished", reason)
