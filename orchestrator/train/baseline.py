@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.data.manifest import read_manifest
-from orchestrator.data.order import Order
-from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
 from orchestrator.model.config import load_config
 from orchestrator.plan.data import DataFacts
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import pad
+from orchestrator.train.sample import rows_by_length
 
 BATCH_ROWS = 64
 
@@ -71,13 +69,7 @@ def _features(
     plan: Plan, data: DataFacts, model: Any, limit: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean-pooled features (rows, hidden) and labels (rows,), of `limit` rows drawn by the job's seed."""
-    manifest = read_manifest(Path(data.folder))
-    assert manifest is not None
-    reader = open_shards(data.folder, manifest)
-    ids = np.arange(data.rows)
-    if limit is not None and limit < data.rows:
-        ids = Order((data.rows,), limit, plan.spec.seed, "full").batch(0)
-    ids = ids[np.argsort(reader.column("length")[ids], kind="stable")]
+    reader, ids = rows_by_length(data, limit, plan.spec.seed)
     features, labels = [], []
     with torch.no_grad():
         for start in range(0, len(ids), BATCH_ROWS):

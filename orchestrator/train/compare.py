@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.data.manifest import read_manifest
-from orchestrator.data.order import Order
-from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
 from orchestrator.model.teacher import load_teacher, teacher_source
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import ragged
 from orchestrator.train.export import load_exported
+from orchestrator.train.sample import rows_by_length
 
 BATCH_ROWS = 32
 
@@ -28,7 +26,10 @@ def compare_with_teacher(plan: Plan, exported: Path) -> dict[str, Any]:
     ms_per_row (forward pass and loss) and metrics (the task's).
     """
     assert plan.spec.distillation is not None
-    rows = _rows(plan, plan.spec.distillation.compare_rows)
+    assert plan.eval_data is not None
+    limit = plan.spec.distillation.compare_rows
+    reader, ids = rows_by_length(plan.eval_data, limit, plan.spec.seed)
+    rows = unpack_rows(reader.take(ids))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_teacher(plan.spec, plan.labels, plan.pad_token_id)
     found = {
@@ -38,20 +39,6 @@ def compare_with_teacher(plan: Plan, exported: Path) -> dict[str, Any]:
     student = load_exported(exported)[1]
     found["student"] = {"name": plan.spec.name, **_measured(plan, student, rows, device)}
     return {"rows": len(rows), "batch_rows": BATCH_ROWS, "device": str(device), **found}
-
-
-def _rows(plan: Plan, limit: int | None) -> list[dict[str, Any]]:
-    """Evaluation rows by length: all, or `limit` of them drawn by the job's seed."""
-    data = plan.eval_data
-    assert data is not None
-    manifest = read_manifest(Path(data.folder))
-    assert manifest is not None
-    reader = open_shards(data.folder, manifest)
-    ids = np.arange(data.rows)
-    if limit is not None and limit < data.rows:
-        ids = Order((data.rows,), limit, plan.spec.seed, "full").batch(0)
-    ids = ids[np.argsort(reader.column("length")[ids], kind="stable")]
-    return unpack_rows(reader.take(ids))
 
 
 def _measured(
