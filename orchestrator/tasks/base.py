@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -94,14 +95,14 @@ class Task(Frozen):
         return metric not in LOWER_IS_BETTER
 
     @property
+    @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """Input columns that must exist."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def predict_columns(self) -> tuple[str, ...]:
         """The columns a prediction needs."""
-        raise NotImplementedError
 
     @property
     def label_source(self) -> str | None:
@@ -112,10 +113,11 @@ class Task(Frozen):
         """The labels that a value of `label_source` names."""
         return () if value is None or value == "" else (str(value),)
 
+    @abstractmethod
     def features(self) -> dict[str, FeatureKind]:
         """Feature columns of prepared rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(
         self, rows: Sequence[RawRow], tokenizer: Any, max_length: int, labels: tuple[str, ...]
     ) -> list[EncodedRow | BadRow]:
@@ -123,7 +125,6 @@ class Task(Frozen):
 
         `truncated` is 1 in rows that lost tokens to `max_length`.
         """
-        raise NotImplementedError
 
     def length(self, row: EncodedRow) -> int:
         """Tokens of an encoded row: what batches are grouped by, and what throughput counts."""
@@ -148,6 +149,7 @@ class Task(Frozen):
         """Fields of the model's config that the task decides."""
         return {}
 
+    @abstractmethod
     def collate(
         self, rows: Sequence[dict[str, np.ndarray]], weights: np.ndarray, pad_id: int
     ) -> dict[str, torch.Tensor]:
@@ -155,37 +157,36 @@ class Task(Frozen):
 
         `weights` (rows,) is 0 for rows that only fill the batch; they must not count anywhere.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Scalar: the loss summed over the batch's targets (the caller divides by their number)."""
-        raise NotImplementedError
 
     def reference(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
     ) -> dict[str, np.ndarray]:
         """Where `has_reference`: what the untouched model says of a batch, named numbers (rows,). Rows
         that are collated later have them under these names."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.type} has no reference")
 
     def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
         """Where `has_scores` or `soft_targets`: the predictions that `loss_sum` is made of, its cross entropy
         where `has_scores`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.type} has no scores")
 
+    @abstractmethod
     def measure(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
     ) -> dict[str, np.ndarray]:
         """What evaluation keeps of a batch: named arrays, one row (of any length) per row of the batch."""
-        raise NotImplementedError
 
     def decode(self, gathered: dict[str, np.ndarray], tokenizer: Any) -> dict[str, np.ndarray]:
         """Where `needs_tokenizer`: token ids that `measure` kept → what `metrics` compares."""
         return gathered
 
+    @abstractmethod
     def metrics(self, gathered: dict[str, np.ndarray], labels: tuple[str, ...]) -> dict[str, Any]:
         """Metrics over the whole evaluation set, every row once."""
-        raise NotImplementedError
 
     def input_problem(self, config: Any) -> str | None:
         """Why a model of this config cannot take the task's rows, or None."""
@@ -213,11 +214,11 @@ class Task(Frozen):
             raise DataError(f"{given!r}: {self.type} predicts from an object with {needs}")
         return row
 
+    @abstractmethod
     def predict(
         self, model: Any, tokenizer: Any, rows: Sequence[RawRow], max_length: int
     ) -> list[dict[str, Any]]:
         """One JSON-ready prediction per row; a row holds `predict_columns`."""
-        raise NotImplementedError
 
 
 def text_problem(value: Any, column: str) -> str | None:

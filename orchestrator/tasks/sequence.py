@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,29 +36,29 @@ class SequenceTask(Task):
     """What the feature `label` holds."""
 
     @property
+    @abstractmethod
     def target_column(self) -> str:
         """The column with what is to be predicted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def target(self, value: Any, index: Mapping[str, int]) -> Any:
         """The feature `label` of a raw value, or a BadRow; `index`: label → output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def target_tensor(self, targets: Sequence[Any]) -> torch.Tensor:
         """What `losses` compares with, one row per row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss of each row (rows,), of fp32 logits (rows, outputs)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outcome(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
         """What metrics need of each row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prediction(self, outputs: torch.Tensor, names: Mapping[int, str]) -> dict[str, Any]:
         """One row's outputs (outputs,) in words."""
-        raise NotImplementedError
 
     @property
     def columns(self) -> tuple[str, ...]:
