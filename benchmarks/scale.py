@@ -95,7 +95,7 @@ def simulate(folder: Path, trials: int, slots: int) -> dict[str, Any]:
     log = SweepLog(sweep.log, "accuracy", maximize=True)
     name = f"simulated-{trials}"
     actor: Any = ray.remote(SimulatedSlots)
-    broker = actor.options(name=name, num_cpus=0, max_concurrency=10_000).remote(0, {})
+    broker = actor.options(name=name, num_cpus=0, max_concurrency=10_000).remote(0)
     ray.get(broker.start.remote(slots, list(plan.rungs)))
 
     class Simulated(Director):
