@@ -17,6 +17,7 @@ from test_render import containers
 
 from orchestrator.kube.overlays import OVERLAYS, overlay
 from orchestrator.kube.validate import validate
+from orchestrator.launch.session import TRAIN_SETTINGS
 from orchestrator.report import gauges
 
 ROOT = Path(__file__).parent.parent
@@ -131,6 +132,16 @@ def test_the_image_holds_the_versions_that_were_tested() -> None:
     users = re.findall(r"^USER (\S+)$", text, re.M)
     assert users == ["1000:100"]
     assert "ADD " not in text
+
+
+def test_an_installed_package_holds_every_file_that_the_code_reads() -> None:
+    package = ROOT / "orchestrator"
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (patterns,) = re.findall(r"package-data\]\norchestrator = (\[.*\])$", project, re.M)
+    shipped = {file for pattern in json.loads(patterns) for file in package.glob(pattern)}
+    here = {f for f in package.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}
+    assert here == shipped
+    assert Path(TRAIN_SETTINGS["RAY_DATA_LOGGING_CONFIG"]) in shipped
 
 
 def test_the_cluster_launcher_reads_the_machines() -> None:
