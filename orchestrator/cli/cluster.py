@@ -1,0 +1,152 @@
+"""Verbs on a cluster: submit a job, watch it, stop it; manifests for Kubernetes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.options import (
+    Address,
+    AsJson,
+    Job,
+    JobId,
+    Overrides,
+    out,
+    quiet_libraries,
+    say,
+)
+from orchestrator.spec import load_spec
+
+if TYPE_CHECKING:
+    from orchestrator.remote.head import Head
+
+LOCAL_HEAD = "http://127.0.0.1:8265"
+
+
+def submit(
+    job: Job,
+    overrides: Overrides = None,
+    address: Address = LOCAL_HEAD,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The submission's id. Default: the run's name and six digits."),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the output and exit as the job does.")] = True,
+) -> None:
+    """Train on a cluster: pack the working directory, submit `train`, follow it to its end."""
+    spec = load_spec(job, overrides or [], files="packed")
+    quiet_libraries()
+    from orchestrator.remote import jobs
+    from orchestrator.remote.head import Head
+
+    head = Head(address)
+    request = jobs.submit(spec, job, overrides or [], head, name, say)
+    say(f"submitted {request.submission_id}: {request.entrypoint}")
+    if wait:
+        _follow(head, request.submission_id)
+
+
+def _follow(head: Head, submission_id: str) -> None:
+    from orchestrator.remote import jobs
+
+    try:
+        info = jobs.follow(head, submission_id, _write)
+    except KeyboardInterrupt:
+        say(f"no longer following; the job goes on. orchestrator stop {submission_id} ends it")
+        raise
+    say(f"{submission_id}: {info.status.value}")
+    raise typer.Exit(jobs.exit_code(info))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def jobs(address: Address = LOCAL_HEAD) -> None:
+    """A table of the cluster's jobs."""
+    from orchestrator.remote.head import Head
+    from orchestrator.remote.show import jobs_table
+
+    out.print(jobs_table(Head(address).list()))
+
+
+def status(submission_id: JobId, address: Address = LOCAL_HEAD, as_json: AsJson = False) -> None:
+    """How a job on a cluster stands."""
+    from orchestrator.remote.head import Head
+    from orchestrator.remote.show import job_facts, job_table
+
+    info = Head(address).job(submission_id)
+    if as_json:
+        print(json.dumps(job_facts(info), indent=2))
+    else:
+        out.print(job_table(info))
+
+
+def logs(
+    submission_id: JobId,
+    address: Address = LOCAL_HEAD,
+    wait: Annotated[
+        bool,
+        typer.Option("--follow/--no-follow", "-f", help="Go on to the job's end; exit as it does."),
+    ] = False,
+) -> None:
+    """What a job on a cluster printed."""
+    from orchestrator.remote.head import Head
+
+    head = Head(address)
+    head.job(submission_id)
+    if wait:
+        _follow(head, submission_id)
+    _write(head.logs(submission_id))
+
+
+def stop(submission_id: JobId, address: Address = LOCAL_HEAD) -> None:
+    """Ask a job on a cluster to commit a checkpoint and leave."""
+    from orchestrator.remote import jobs
+    from orchestrator.remote.head import Head
+
+    say(f"{submission_id}: {jobs.stop(Head(address), submission_id, say)}")
+
+
+def render(
+    job: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", show_default=False)] = None,
+    overrides: Overrides = None,
+    kuberay: Annotated[bool, typer.Option("--kuberay", help="For KubeRay: the only kind.")] = True,
+    cluster_only: Annotated[
+        bool, typer.Option("--cluster-only", help="A RayCluster that takes jobs.")
+    ] = False,
+    cluster: Annotated[str | None, typer.Option(help="Machines: 8xH100x4, 16cpux2.")] = None,
+    kueue: Annotated[str | None, typer.Option(metavar="QUEUE", help="Queue in Kueue.")] = None,
+    spot: Annotated[bool, typer.Option("--spot", help="Workers on spot machines.")] = False,
+    gcs_ft: Annotated[
+        str | None, typer.Option(metavar="redis://HOST:PORT", help="Survive a lost head.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As [key=value].")
+    ] = None,
+    validate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Check manifests instead of writing them.")
+    ] = None,
+    crds: Annotated[
+        Path | None, typer.Option(help="With --validate: a cluster's own CRDs, file or folder.")
+    ] = None,
+) -> None:
+    """Manifests for Kubernetes, sized as the plan sizes the job; or a check of manifests."""
+    from orchestrator.kube.command import check_file, manifests
+
+    if validate is not None:
+        for line in check_file(validate, crds):
+            out.print(line, highlight=False, soft_wrap=True)
+        return
+    flags = {
+        "kubernetes.cluster": cluster, "kubernetes.kueue.queue": kueue,
+        "kubernetes.worker.spot": "true" if spot else None,
+        "kubernetes.gcs_fault_tolerance.redis": gcs_ft,
+    }  # fmt: skip
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    print(manifests(job, [*(overrides or []), *(set_ or []), *given], cluster_only), end="")

@@ -1,0 +1,52 @@
+"""What the verbs share: where they print, and the arguments that several of them take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+out = Console()
+err = Console(stderr=True)
+Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value]…", help="Fields set on the command line: optimizer.lr=3e-5"
+    ),
+]
+Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's name, or its folder.", show_default=False)
+]
+Storage = Annotated[Path, typer.Option(help="Folder of all runs.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--fresh",
+        help="Go on where a run of this name stopped, or start over (the old folder is kept aside).",
+    ),
+]
+Address = Annotated[
+    str,
+    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The head's Jobs API, http://HEAD:8265."),
+]
+JobId = Annotated[
+    str, typer.Argument(metavar="ID", help="As `submit` printed it.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def quiet_libraries() -> None:
+    """Third-party chatter that tells a user nothing; set before the libraries are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def say(text: str) -> None:
+    """Print a line as it is: no markup, no wrapping."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)

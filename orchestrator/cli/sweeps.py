@@ -1,0 +1,79 @@
+"""Verbs on sweeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from orchestrator.cli.options import Job, Overrides, Resume, Run, Storage, out, quiet_libraries
+from orchestrator.errors import OrchestratorError
+from orchestrator.spec import JobSpec, load_spec
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Cluster
+
+
+def sweep(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
+    """Run the job's sweep: many trials on warm worker groups; the same command, or its name, goes on."""
+    spec = load_spec(job if job.is_file() else _sweep_job(job), overrides or [])
+    quiet_libraries()
+    from orchestrator.api import sweep as run
+    from orchestrator.report.sweep_view import results_table
+    from orchestrator.report.trial_log import open_log
+
+    outcome = run(spec, fresh=not resume, console=out)
+    out.print(results_table(open_log(outcome.folder), outcome.folder))
+    if outcome.message:
+        out.print(outcome.message, highlight=False)
+    for name, path in (
+        ("best job", outcome.folder.best),
+        ("model", outcome.export),
+        ("report", outcome.report),
+    ):
+        if path is not None and path.exists():
+            out.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+    if outcome.status == "stopped":
+        raise typer.Exit(130)
+
+
+def _sweep_job(run: Path) -> Path:
+    """The job file that a sweep of this name left in its folder."""
+    from orchestrator.run_folder import find_sweep
+
+    return find_sweep(run).spec
+
+
+def results(run: Run, storage: Storage = Path("runs")) -> None:
+    """All trials of a sweep, best first."""
+    from orchestrator.report.sweep_view import results_table
+    from orchestrator.report.trial_log import open_log
+    from orchestrator.run_folder import find_sweep
+
+    folder = find_sweep(run, storage)
+    out.print(results_table(open_log(folder), folder))
+
+
+def show_sweep_plan(spec: JobSpec, target: Cluster | None, as_json: bool) -> None:
+    """`plan` of a job with a sweep."""
+    from orchestrator.api import make_sweep_plan
+    from orchestrator.run_folder import SweepFolder
+    from orchestrator.sweep.show import show_sweep
+
+    made = make_sweep_plan(spec, target)
+    if as_json:
+        print(made.model_dump_json(indent=2))
+    else:
+        out.print(show_sweep(made, SweepFolder(Path(made.run_dir))))
+
+
+def best_job(sweep: Path, storage: Path, overrides: list[str] | None) -> JobSpec:
+    """The job of a sweep's best trial, on all workers. Raises OrchestratorError where there is none yet."""
+    from orchestrator.run_folder import find_sweep
+
+    folder = find_sweep(sweep, storage)
+    if not folder.best.exists():
+        raise OrchestratorError(f"{folder.root}: no trial has reported anything yet.")
+    all_workers = ["resources.num_workers=auto", "resources.cpus_per_worker=auto"]
+    return load_spec(folder.best, [*all_workers, *(overrides or [])])
