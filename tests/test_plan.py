@@ -20,7 +20,7 @@ from orchestrator.model.build import build_model
 from orchestrator.model.parts import parameter_groups
 from orchestrator.plan import Cluster, Plan, describe_cluster, make_plan
 from orchestrator.plan import plan as plan_module
-from orchestrator.plan.cluster import GIB, GPU_MEMORY_GIB, Node, this_machine
+from orchestrator.plan.cluster import GIB, GPU_MEMORY_GIB, Node, ray_cluster, this_machine
 from orchestrator.plan.facts import model_facts
 from orchestrator.plan.fit import MEMORY_SHARE
 from orchestrator.plan.memory import ModelFacts
@@ -273,6 +273,8 @@ def test_this_machine_is_a_cluster_of_one(spec: JobSpec) -> None:
         ("1xT4x3", ["resources.gpus_per_worker=0.7"], (3, 0.7, 16)),
         ("1xT4x1", ["resources.gpus_per_worker=0.5"], (2, 0.5, 8)),
         ("8xH100x1", ["resources.gpus_per_worker=0"], (2, 0, 64)),
+        ("4cpux2", ["resources.num_workers=3"], (3, 0, 2)),
+        ("8xH100x2:cpus=6", ["resources.cpus_per_worker=2"], (6, 1, 2)),
     ],
 )
 def test_workers_share_the_cluster(
@@ -293,11 +295,59 @@ def test_workers_share_the_cluster(
 def test_workers_that_do_not_fit_are_refused_with_a_setting_that_does(
     spec: JobSpec, overrides: list[str]
 ) -> None:
-    job = changed(spec, *overrides)
+    refused_with_a_fix(changed(spec, *overrides), LAPTOP)
+
+
+def refused_with_a_fix(job: JobSpec, cluster: Cluster) -> str:
+    """The setting that the refusal names, with which the job fits."""
     with pytest.raises(PlanError, match=r"Set (resources\.\w+=\d+)\.$") as caught:
-        make_plan(job, LAPTOP, prepared())
-    fix = re.findall(r"Set (resources\.\w+=\d+)\.$", str(caught.value))
-    make_plan(changed(job, *fix), LAPTOP, prepared())
+        make_plan(job, cluster, prepared())
+    (fix,) = re.findall(r"Set (resources\.\w+=\d+)\.$", str(caught.value))
+    make_plan(changed(job, fix), cluster, prepared())
+    return str(fix)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "workers", "cpus", "fix"),
+    [("4cpux4", 2, 5, 4), ("6cpux2", 3, 4, 3), ("1xT4x2:cpus=4", 2, 6, 4)],
+)
+def test_workers_that_fit_in_sum_but_on_no_node_are_refused(
+    spec: JobSpec, cluster: str, workers: int, cpus: int, fix: int
+) -> None:
+    wanted = (f"resources.num_workers={workers}", f"resources.cpus_per_worker={cpus}")
+    found = refused_with_a_fix(changed(spec, *wanted), describe_cluster(cluster))
+    assert found == f"resources.cpus_per_worker={fix}"
+
+
+def test_gpu_workers_share_the_nodes_that_have_gpus(spec: JobSpec) -> None:
+    """CPU nodes beside them hold no worker; a plan that counts on them waits for ever."""
+    gpus, cpus = describe_cluster("8xH100x1:cpus=64").nodes[0], describe_cluster("64cpux3").nodes
+    plan = make_plan(spec, Cluster(source="described", nodes=(gpus, *cpus)), prepared())
+    assert (plan.num_workers, plan.cpus_per_worker) == (8, 8)
+
+
+def test_workers_that_may_all_lie_on_one_node_share_its_memory(spec: JobSpec) -> None:
+    """Ray Train fills a node before it takes the next."""
+    wanted = ("resources.num_workers=2", "resources.cpus_per_worker=1")
+    plan = make_plan(changed(spec, *wanted), describe_cluster("8cpux2:memory_gib=32"), prepared())
+    assert plan.memory_limit_bytes == 16 * GIB
+
+
+def test_a_gpu_that_is_not_known_is_asked_for_and_one_of_another_size_can_be_told(
+    spec: JobSpec,
+) -> None:
+    nodes = [
+        {"CPU": 16, "GPU": 1, "memory": 2**36, f"accelerator_type:{n}": 1} for n in ("RTX-9", "L40")
+    ]
+    unknown, l40 = (ray_cluster("Ray cluster", [one]) for one in nodes)
+    assert l40.nodes[0].gpu_memory_bytes == 48 * GIB, "an L40 is no L4"
+    assert refused_with_a_fix(spec, unknown) == "resources.gpu_memory_gib=80"
+    told = changed(spec, "resources.gpu_memory_gib=40")
+    for cluster in (unknown, l40, describe_cluster("1xA100x1")):
+        assert make_plan(told, cluster, prepared()).memory_limit_bytes == 40 * GIB
+    assert describe_cluster("2xRTX-9x1:gpu_memory_gib=24").nodes[0].gpu_memory_bytes == 24 * GIB
+    with pytest.raises(PlanError, match="Add :gpu_memory_gib="):
+        describe_cluster("2xRTX-9x1")
 
 
 # --- a number of workers that follows the cluster

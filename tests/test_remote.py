@@ -169,13 +169,24 @@ def test_a_job_file_outside_the_working_directory_is_refused(here: Path) -> None
         ({"runtime": {"driver_memory_gib": 99}}, r"driver_memory_gib = 99: the largest node has"),
         (
             {"resources": {"num_workers": 2, "cpus_per_worker": 4}, "runtime": {"driver_cpus": 1}},
-            r"exceed .*Lower runtime.driver_cpus",
+            r"do not fit .*Lower runtime.driver_cpus",
         ),
     ],
 )
 def test_a_request_that_can_never_be_met_is_refused(fields: dict[str, Any], why: str) -> None:
     with pytest.raises(PlanError, match=why):
         must_fit(spec(**fields), describe_cluster("4cpux2"))
+
+
+def test_driver_and_workers_have_to_find_places_on_nodes_not_just_enough_cpus() -> None:
+    wanted = {"resources": {"num_workers": 2, "cpus_per_worker": 3}}
+    for cpus, fits in ((1, True), (2, False)):
+        job = spec(**wanted, runtime={"driver_cpus": cpus})
+        if fits:
+            must_fit(job, describe_cluster("4cpux2"))
+        else:
+            with pytest.raises(PlanError, match=r"driver_cpus = 2 do not fit"):
+                must_fit(job, describe_cluster("4cpux2"))
 
 
 def test_the_token_is_looked_for_where_ray_looks(

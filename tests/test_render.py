@@ -99,7 +99,7 @@ EVERYTHING = {
 }  # fmt: skip
 RUNTIME = {
     "env_vars": {"NCCL_DEBUG": "WARN"}, "secrets": ["HF_TOKEN"], "pip": ["sacrebleu==2.5.1"],
-    "pip_options": ["--no-deps"], "driver_resources": {"big": 1},
+    "pip_options": ["--no-deps"],
 }  # fmt: skip
 CASES: dict[str, tuple[JobSpec, bool]] = {
     "rayjob-gpu": (job(), False),
@@ -167,18 +167,21 @@ def test_a_range_of_workers_becomes_a_range_of_pods() -> None:
     cpus=st.integers(4, 200),
     wanted=st.one_of(st.just("auto"), st.integers(1, 40)),
     share=st.sampled_from(["auto", 1.0, 0.5, 0.25, 0.1]),
+    each=st.one_of(st.just("auto"), st.integers(1, 60)),
 )
 def test_a_live_plan_on_the_rendered_pods_finds_the_same_shares(
-    gpus: int, nodes: int, cpus: int, wanted: int | str, share: float | str
+    gpus: int, nodes: int, cpus: int, wanted: int | str, share: float | str, each: int | str
 ) -> None:
     machines = f"{gpus}xH100x{nodes}:cpus={cpus}" if gpus else f"{cpus}cpux{nodes}"
-    resources = {"num_workers": wanted, **({"gpus_per_worker": share} if gpus else {})}
+    resources = {"num_workers": wanted, "cpus_per_worker": each}
+    resources |= {"gpus_per_worker": share} if gpus else {}
     spec = job(resources, cluster=machines)
     try:
         size = size_of(spec)
     except PlanError:
         return
     assert size.pod.ray_memory_bytes > 0
+    assert size.pod.cpus >= size.workers_per_pod * size.workers.cpus
     seen = share_out(spec, size.cluster, {})
     check_cpus(seen, size.cluster)
     if wanted == "auto" and gpus:  # as many as there are, and the pods are what there is
@@ -466,12 +469,23 @@ def test_a_password_in_a_data_url_is_refused() -> None:
 # --- what is missing
 
 
+RESERVED: dict[str, Any] = {
+    "driver_cpus": 1,
+    "driver_memory_gib": 4,
+    "driver_resources": {"big": 1},
+}
+
+
 def test_what_rendering_needs_is_said_at_once() -> None:
     with pytest.raises(SpecError) as caught:
         render(parse_spec(BASE, files="there"))
     assert [p.field for p in caught.value.problems] == ["kubernetes.cluster", "kubernetes.image"]
     with pytest.raises(SpecError) as caught:
-        render(job(runtime={"secrets": ["HF_TOKEN"], "driver_memory_gib": 4}))
+        render(job(runtime={"secrets": ["HF_TOKEN"], **RESERVED}))
     assert [p.field for p in caught.value.problems] == [
-        "kubernetes.secret_env.HF_TOKEN", "runtime.driver_memory_gib",
+        "kubernetes.secret_env.HF_TOKEN", *(f"runtime.{name}" for name in RESERVED),
     ]  # fmt: skip
+
+
+def test_a_cluster_for_jobs_that_reserve_something_for_their_driver_is_rendered() -> None:
+    assert render(job(runtime=RESERVED), cluster_only=True)

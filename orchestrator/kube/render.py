@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -54,7 +54,7 @@ def render(spec: JobSpec, cluster_only: bool = False) -> list[dict[str, Any]]:
     Raises SpecError with everything that KubeRay or Kubernetes would refuse, PlanError where the workers
     do not fit `kubernetes.cluster`.
     """
-    _require(spec)
+    _require(spec, cluster_only)
     size = size_of(spec)
     documents = [_ray_cluster(spec, size)] if cluster_only else _ray_job(spec, size)
     # Other problems show values, so they wait until no value is a secret.
@@ -64,7 +64,7 @@ def render(spec: JobSpec, cluster_only: bool = False) -> list[dict[str, Any]]:
     return documents
 
 
-def _require(spec: JobSpec) -> None:
+def _require(spec: JobSpec, cluster_only: bool) -> None:
     k = spec.kubernetes
     needed = (
         ("cluster", k.cluster, "the workers' machines, as in 8xH100x4 or 16cpux2 (or --cluster)"),
@@ -88,17 +88,19 @@ def _require(spec: JobSpec) -> None:
         for name in spec.runtime.secrets
         if name not in k.secret_env and not (name in S3_VARIABLES and k.s3 and k.s3.secret)
     ]
-    if spec.runtime.driver_memory_gib:
-        missing.append(
-            Problem(
-                "runtime.driver_memory_gib",
-                "has no place in a RayJob",
-                "the driver runs on the head: kubernetes.head.memory_gib",
-                spec.runtime.driver_memory_gib,
-            )
-        )
+    if not cluster_only:
+        missing += _own_reservations(spec)
     if missing:
         raise SpecError(missing)
+
+
+def _own_reservations(spec: JobSpec) -> Iterator[Problem]:
+    """A RayJob's driver has its place already: a reservation would send it where its job is not mounted, or
+    wait for a node that there is none of."""
+    sizes = "it gets kubernetes.head.cpus and kubernetes.head.memory_gib"
+    for name in ("driver_cpus", "driver_memory_gib", "driver_resources"):
+        if value := getattr(spec.runtime, name):
+            yield Problem(f"runtime.{name}", "has no place in a RayJob", f"drop it: {sizes}", value)
 
 
 def _ray_job(spec: JobSpec, size: Size) -> list[dict[str, Any]]:
@@ -110,10 +112,6 @@ def _ray_job(spec: JobSpec, size: Size) -> list[dict[str, Any]]:
         "pre_running_deadline_seconds": k.pre_running_deadline_s,
         "backoff_limit": k.backoff_limit or None,
         "suspend": True if k.kueue else None,
-        "entrypoint_num_cpus": spec.runtime.driver_cpus or None,
-        "entrypoint_resources": json.dumps(spec.runtime.driver_resources)
-        if spec.runtime.driver_resources
-        else None,
         **_cleanup(k),
     }
     if k.submission_mode == "K8sJobMode":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.errors import PlanError
 from orchestrator.plan import Cluster, describe_cluster
@@ -12,6 +12,7 @@ from orchestrator.plan.resources import (
     DATA_CPUS,
     Workers,
     check_cpus,
+    most_on,
     per_gpu,
     share_out,
     worker_limits,
@@ -81,6 +82,8 @@ def size_of(spec: JobSpec) -> Size:
         cluster = _as_ray_sees_it(pod, pods, machines)
         reasons["pods"] = "a sweep's slots fill all machines"
         return Size(most, -(-most.count // pods), pods, pods, pod, cluster, reasons)
+    if spec.resources.cpus_per_worker == "auto":  # they get what their pods have
+        most = replace(most, cpus=1)
     pods = _pods_needed(machines, most)
     per_pod = -(-most.count // pods)
     pod = _pod(machines.nodes[0], most, per_pod)
@@ -117,16 +120,18 @@ def _for_pods(machines: Cluster, spec: JobSpec) -> Cluster:
 def _pods_needed(machines: Cluster, workers: Workers) -> int:
     """GPU workers keep together, on the fewest machines; CPU workers have more cores apart."""
     if workers.on_gpu:
-        return -(-workers.count // (int(machines.nodes[0].gpus) * per_gpu(workers.gpus)))
+        return -(-workers.count // most_on(machines.nodes[0], workers))
     return min(workers.count, len(machines.nodes))
 
 
 def _pod(machine: Node, workers: Workers, per_pod: int) -> PodSize:
-    """GPU pods ask for the GPUs they use and their share of the machine, CPU pods for all of it."""
+    """GPU pods ask for the GPUs they use and their share of the machine, or the CPUs that their workers were
+    given where those are more; CPU pods for all of it."""
     gpus = -(-per_pod // per_gpu(workers.gpus)) if workers.on_gpu else 0
     share = gpus / machine.gpus if gpus else 1.0
     memory = int(machine.memory_bytes * share) // MIB * MIB
-    return PodSize(max(1, math.floor(machine.cpus * share)), memory, gpus)
+    asked = min(machine.cpus, per_pod * workers.cpus + DATA_CPUS)
+    return PodSize(math.floor(max(machine.cpus * share, asked)), memory, gpus)
 
 
 def _whole(machine: Node, workers: Workers) -> PodSize:

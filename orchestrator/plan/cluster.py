@@ -12,8 +12,13 @@ from orchestrator.values import Frozen
 
 GIB = 2**30
 GPU_MEMORY_GIB = {
-    "T4": 16, "V100": 32, "A10G": 24, "L4": 24, "L40S": 48, "A100": 80, "H100": 80, "H200": 141, "B200": 192,
+    "K80": 12, "P4": 8, "P100": 16, "T4": 16, "V100": 32, "A10": 24, "A10G": 24, "A30": 24, "A40": 48,
+    "A100": 80, "A100-40G": 40, "A100-80G": 80, "L4": 24, "L40": 48, "L40S": 48, "H20": 96, "H100": 80,
+    "H200": 141, "B200": 180, "AMD-INSTINCT-MI100": 32, "AMD-INSTINCT-MI210": 64,
+    "AMD-INSTINCT-MI250X-MI250": 64, "AMD-INSTINCT-MI300X-OAM": 192,
 }  # fmt: skip
+"""By the names that Ray gives them, in capitals; makers' figures. Some are sold in several sizes, of which this
+is the larger one: `resources.gpu_memory_gib` says otherwise."""
 
 
 class Node(Frozen):
@@ -24,6 +29,7 @@ class Node(Frozen):
     gpus: float = 0
     gpu_name: str | None = None
     gpu_memory_bytes: int = 0
+    """0 where the GPU is not known."""
 
 
 class Cluster(Frozen):
@@ -140,10 +146,13 @@ def describe_cluster(text: str) -> Cluster:
     """`8xH100x4` is 4 nodes of 8 H100 each; `16cpux2` is 2 nodes of 16 CPUs.
 
     GPU nodes are taken to have 16 CPUs and 128 GiB of memory per GPU, CPU nodes 4 GiB per CPU;
-    `:cpus=…,memory_gib=…` behind it says otherwise. Raises PlanError for anything else.
+    `:cpus=…,memory_gib=…,gpu_memory_gib=…` behind it says otherwise. Raises PlanError for anything else, and
+    for a GPU of unknown memory.
     """
     body, _, tail = text.partition(":")
-    match = re.fullmatch(r"([1-9]\d*)x([A-Za-z0-9]+?)x([1-9]\d*)|([1-9]\d*)cpux([1-9]\d*)", body)
+    match = re.fullmatch(
+        r"([1-9]\d*)x([A-Za-z][A-Za-z0-9-]*?)x([1-9]\d*)|([1-9]\d*)cpux([1-9]\d*)", body
+    )
     if not match:
         raise PlanError(
             f"--cluster {text!r} is not understood. Write GPUSxTYPExNODES, as in 8xH100x4, "
@@ -161,7 +170,7 @@ def describe_cluster(text: str) -> Cluster:
         memory_bytes=int(memory * GIB),
         gpus=gpus,
         gpu_name=name,
-        gpu_memory_bytes=_gpu_memory(name) if gpus else 0,
+        gpu_memory_bytes=_described_gpu_memory(name, options) if gpus else 0,
     )
     return Cluster(source=f"described {text}", nodes=(node,) * count)
 
@@ -169,7 +178,7 @@ def describe_cluster(text: str) -> Cluster:
 def _options(tail: str, text: str) -> dict[str, float]:
     out: dict[str, float] = {}
     for option in filter(None, tail.split(",")):
-        match = re.fullmatch(r"(cpus|memory_gib)=(\d+(?:\.\d+)?)", option)
+        match = re.fullmatch(r"(cpus|memory_gib|gpu_memory_gib)=(\d+(?:\.\d+)?)", option)
         if not match or float(match[2]) == 0:
             raise PlanError(
                 f"--cluster {text!r}: {option!r} is not understood. Write cpus=64 or memory_gib=512."
@@ -179,7 +188,16 @@ def _options(tail: str, text: str) -> dict[str, float]:
 
 
 def _gpu_memory(name: str | None) -> int:
-    for known, gib in sorted(GPU_MEMORY_GIB.items(), key=lambda kv: -len(kv[0])):  # L40S before L4
-        if name and known.lower() in name.lower():
-            return gib * GIB
-    raise PlanError(f"the memory of GPU {name!r} is not known. Known: {', '.join(GPU_MEMORY_GIB)}.")
+    return GPU_MEMORY_GIB.get((name or "").upper(), 0) * GIB
+
+
+def _described_gpu_memory(name: str | None, options: dict[str, float]) -> int:
+    found = (
+        int(options["gpu_memory_gib"] * GIB) if "gpu_memory_gib" in options else _gpu_memory(name)
+    )
+    if not found:
+        raise PlanError(
+            f"the memory of GPU {name} is not known. Add :gpu_memory_gib=48, or what it has. "
+            f"Known: {', '.join(GPU_MEMORY_GIB)}."
+        )
+    return found

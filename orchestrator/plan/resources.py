@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from orchestrator.data.stream import READ_CPUS
 from orchestrator.errors import PlanError
-from orchestrator.plan.cluster import GIB, Cluster
+from orchestrator.plan.cluster import GIB, Cluster, Node
 from orchestrator.spec import JobSpec
 from orchestrator.spec.job import WorkerRange
 from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
@@ -38,7 +40,7 @@ def share_out(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -> Worke
     if quantized(spec.tuning) and not gpus:
         raise PlanError(f"tuning.quantization: {NO_GPU}. Drop it, or plan for a cluster with GPUs.")
     count = _num_workers(spec, cluster, gpus, reasons)
-    return Workers(count, gpus, _cpus_per_worker(spec, cluster, count, reasons))
+    return Workers(count, gpus, _cpus_per_worker(spec, cluster, count, gpus, reasons))
 
 
 def _gpus_per_worker(spec: JobSpec, cluster: Cluster, reasons: dict[str, str]) -> float:
@@ -55,14 +57,24 @@ def worker_limits(spec: JobSpec, count: int) -> tuple[int, int]:
     return (wanted.min, wanted.max) if isinstance(wanted, WorkerRange) else (count, count)
 
 
+def places(nodes: Sequence[Node], gpus: float, cpus: float) -> int:
+    """Workers with so many GPUs and CPUs each that the nodes hold; none lies on two of them."""
+    return sum(int(min(_gpu_places(n, gpus), n.cpus // cpus)) for n in nodes)
+
+
+def _gpu_places(node: Node, gpus: float) -> float:
+    if not gpus:
+        return math.inf
+    whole = int(node.gpus)
+    return whole * per_gpu(gpus) + int((node.gpus - whole) / gpus + 1e-9)
+
+
 def _room(spec: JobSpec, cluster: Cluster, gpus: float) -> int:
-    """How many workers fit the cluster."""
-    if gpus:
-        return sum(int(n.gpus) * per_gpu(gpus) for n in cluster.nodes)
+    """How many workers fit the cluster: with the CPUs they ask for, unless only those can give way."""
     cpus = spec.resources.cpus_per_worker
-    if not isinstance(spec.resources.num_workers, int) and cpus != "auto":
-        return int(sum(n.cpus // cpus for n in cluster.nodes))
-    return int(cluster.cpus)
+    if cpus == "auto" or isinstance(spec.resources.num_workers, int):
+        cpus = 1
+    return places(cluster.nodes, gpus, cpus)
 
 
 def _num_workers(spec: JobSpec, cluster: Cluster, gpus: float, reasons: dict[str, str]) -> int:
@@ -96,23 +108,38 @@ def per_gpu(gpus_per_worker: float) -> int:
     return max(1, math.floor(1 / gpus_per_worker + 1e-9))
 
 
-def _cpus_per_worker(spec: JobSpec, cluster: Cluster, count: int, reasons: dict[str, str]) -> int:
+def _cpus_per_worker(
+    spec: JobSpec, cluster: Cluster, count: int, gpus: float, reasons: dict[str, str]
+) -> int:
     wanted = spec.resources.cpus_per_worker
     if wanted == "auto":
-        per_node = -(-count // len(cluster.nodes))
         kept = DATA_CPUS if cluster.is_ray else 0
-        cpus = max(1, int((min(n.cpus for n in cluster.nodes) - kept) // per_node))
+        cpus = max(1, _most_cpus(cluster.nodes, gpus, count, kept))
+        per_node = max(most_on(n, Workers(count, gpus, cpus)) for n in cluster.nodes)
         reasons["cpus_per_worker"] = f"{per_node} worker(s) share a node" + (
             f"; {kept:g} CPU is kept for Ray Data" if kept else ""
         )
     else:
         cpus = wanted
-    if count * cpus > cluster.cpus:
+    if (found := places(cluster.nodes, gpus, cpus)) < count:
+        fits = max(1, _most_cpus(cluster.nodes, gpus, count, 0))
         raise PlanError(
-            f"resources.cpus_per_worker = {cpus} for {count} workers needs {count * cpus} CPUs; "
-            f"{cluster}. Set resources.cpus_per_worker={max(1, int(cluster.cpus // count))}."
+            f"resources.cpus_per_worker = {cpus} for {count} workers: a worker lies on one node, and there "
+            f"is a place for {found}; {cluster}. Set resources.cpus_per_worker={fits}."
         )
     return cpus
+
+
+def _most_cpus(nodes: Sequence[Node], gpus: float, count: int, kept: float) -> int:
+    """The most CPUs each with which `count` workers find a place, `kept` CPUs of each node apart; 0 where none do."""
+    left = [n.model_copy(update={"cpus": n.cpus - kept}) for n in nodes]
+    sizes = range(1, max(1, int(max(n.cpus for n in left))) + 1)
+    return bisect.bisect_left(sizes, True, key=lambda cpus: places(left, gpus, cpus) < count)
+
+
+def most_on(node: Node, workers: Workers) -> int:
+    """The most workers of the group that may come to lie on a node: Ray Train fills one before the next."""
+    return min(workers.count, places([node], workers.gpus, workers.cpus))
 
 
 def check_cpus(workers: Workers, cluster: Cluster) -> None:
@@ -130,7 +157,7 @@ def uses_bf16(spec: JobSpec, cluster: Cluster, workers: Workers, reasons: dict[s
     if spec.precision != "auto":
         return spec.precision == "bf16"
     names = {n.gpu_name or "" for n in cluster.nodes if n.gpus}
-    old = [n for n in names if any(k in n.upper() for k in ("V100", "T4", "P100"))]
+    old = [n for n in names if any(k in n.upper() for k in ("V100", "T4", "P100", "P4", "K80"))]
     if workers.on_gpu and not old:
         reasons["bf16"] = "these GPUs compute in bf16"
         return True
@@ -143,17 +170,28 @@ def uses_bf16(spec: JobSpec, cluster: Cluster, workers: Workers, reasons: dict[s
 def memory_limit(spec: JobSpec, cluster: Cluster, workers: Workers, reasons: dict[str, str]) -> int:
     """Bytes that one worker may fill: of its GPU, or its share of a node."""
     if workers.on_gpu:
-        reasons["memory_limit_bytes"] = f"memory of the smallest GPU × {workers.gpus:g}"
-        return int(min(n.gpu_memory_bytes for n in cluster.nodes if n.gpus) * min(workers.gpus, 1))
-    per_node = -(-workers.count // len(cluster.nodes))
-    fewest, most = worker_limits(spec, workers.count)
-    if fewest < most:  # nodes come and go: a node may get as many as it has CPUs for
-        per_node = min(most, max(1, *(int(n.cpus // workers.cpus) for n in cluster.nodes)))
-    smallest = min(n.memory_bytes for n in cluster.nodes)
-    reasons["memory_limit_bytes"] = (
-        f"{smallest / GIB:.1f} GiB per node shared by {per_node} worker(s)"
-    )
-    return smallest // per_node
+        size, whose = _gpu_memory_bytes(spec, cluster)
+        reasons["memory_limit_bytes"] = f"{whose} × {workers.gpus:g}"
+        return int(size * min(workers.gpus, 1))
+    full = replace(workers, count=worker_limits(spec, workers.count)[1])  # nodes come and go
+    shares = [(n.memory_bytes, most_on(n, full)) for n in cluster.nodes]
+    size, sharing = min((s for s in shares if s[1]), key=lambda s: s[0] / s[1])
+    reasons["memory_limit_bytes"] = f"{size / GIB:.1f} GiB per node shared by {sharing} worker(s)"
+    return size // sharing
+
+
+def _gpu_memory_bytes(spec: JobSpec, cluster: Cluster) -> tuple[int, str]:
+    """(bytes of the smallest GPU, which says so); raises PlanError where that is not known."""
+    given = spec.resources.gpu_memory_gib
+    if given is not None:
+        return int(given * GIB), "resources.gpu_memory_gib"
+    nodes = [n for n in cluster.nodes if n.gpus]
+    unknown = [n.gpu_name or "without a name" for n in nodes if not n.gpu_memory_bytes]
+    if unknown:
+        raise PlanError(
+            f"the memory of GPU {unknown[0]} is not known. Where it has 80 GiB: Set resources.gpu_memory_gib=80."
+        )
+    return min(n.gpu_memory_bytes for n in nodes), "memory of the smallest GPU"
 
 
 def optimizer_class(spec: JobSpec, on_gpu: bool, reasons: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from orchestrator.errors import PlanError, Problem, SpecError
 from orchestrator.plan.cluster import GIB, Cluster
-from orchestrator.plan.resources import check_cpus, share_out
+from orchestrator.plan.resources import Workers, check_cpus, places, share_out
 from orchestrator.spec import JobSpec
 from orchestrator.values import Frozen
 
@@ -100,10 +100,21 @@ def must_fit(spec: JobSpec, cluster: Cluster) -> str:
             f"runtime.driver_memory_gib = {runtime.driver_memory_gib:g}: the largest node has {largest / GIB:.1f} GiB. "
             "The job would wait for ever. Lower it."
         )
-    if workers.count * workers.cpus + runtime.driver_cpus > cluster.cpus:
+    if runtime.driver_cpus and not _fit_beside(workers, runtime.driver_cpus, cluster):
         raise PlanError(
             f"{workers.count} workers of {workers.cpus} CPUs and runtime.driver_cpus = {runtime.driver_cpus:g} "
-            f"exceed {cluster}. Lower runtime.driver_cpus or resources.cpus_per_worker."
+            f"do not fit {cluster}. Lower runtime.driver_cpus or resources.cpus_per_worker."
         )
     each = f"{workers.gpus:g} GPU" if workers.on_gpu else f"{workers.cpus} CPU"
     return f"{workers.count} worker(s) of {each} on {cluster}"
+
+
+def _fit_beside(workers: Workers, driver_cpus: float, cluster: Cluster) -> bool:
+    """Whether the workers find a place with the driver on the best node for that."""
+    nodes = list(cluster.nodes)
+    for index, node in enumerate(nodes):
+        left = node.model_copy(update={"cpus": node.cpus - driver_cpus})
+        others = [*nodes[:index], *nodes[index + 1 :]]
+        if left.cpus >= 0 and places([left, *others], workers.gpus, workers.cpus) >= workers.count:
+            return True
+    return False

@@ -76,6 +76,9 @@ class ResourcesSpec(Frozen):
     """`auto`: 1 where the cluster has GPUs, else 0 (CPU and gloo)."""
     cpus_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """CPU cores per worker, also its thread count. `auto`: an equal share of the node."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of one GPU, where Ray's name for it does not tell: cards that are not known, or are sold with
+    less than this product takes them to have (an A100 of 40 GiB). Default: by the name."""
 
 
 class EvaluationSpec(Frozen):
