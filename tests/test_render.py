@@ -453,17 +453,28 @@ def test_a_secret_written_into_a_job_is_refused_and_not_repeated(
     kubernetes: dict[str, Any],
 ) -> None:
     with pytest.raises(SpecError) as caught:
-        render(job(**kubernetes))
+        job(**kubernetes)
     assert PLANTED not in str(caught.value)
 
 
-def test_a_password_in_a_data_url_is_refused() -> None:
-    data = {"train": f"sftp://user:{PLANTED}@host/x.jsonl"}
-    section = {"cluster": "16cpux2", "image": IMAGE}
-    spec = parse_spec({**BASE, "data": data, "kubernetes": section}, files="there")
-    with pytest.raises(SpecError, match="password") as caught:
-        render(spec)
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"data": {"train": f"sftp://user:{PLANTED}@host/x.jsonl"}},
+        {"data": {"train": ["a.jsonl", f"s3://KEY:with/slashes/{PLANTED}@bucket/x.jsonl"]}},
+        {"model": {"pretrained": f"https://user:{PLANTED}@host/a/model"}},
+        {"tracking": {"mlflow": f"https://user:{PLANTED}@host"}},
+    ],
+)
+def test_a_password_in_a_url_is_refused_by_every_verb(field: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="holds a URL with a password") as caught:
+        parse_spec({**BASE, **field})
     assert PLANTED not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["x @ git+https://host:8080/x@v1", "x @ https://host/x.whl"])
+def test_a_url_without_a_password_is_taken_for_none(package: str) -> None:
+    assert job(runtime={"pip": [package]}).runtime.pip == (package,)
 
 
 # --- what is missing

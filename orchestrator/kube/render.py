@@ -37,7 +37,6 @@ from orchestrator.kube.pods import (
     submitter_template,
     worker_template,
 )
-from orchestrator.kube.safety import unsafe
 from orchestrator.kube.sizing import PodSize, Size, size_of
 from orchestrator.kube.text import MAX_RAYCLUSTER_NAME, MAX_RAYJOB_NAME, dump_documents, object_name
 from orchestrator.kube.validate import problems_of
@@ -57,9 +56,7 @@ def render(spec: JobSpec, cluster_only: bool = False) -> list[dict[str, Any]]:
     _require(spec, cluster_only)
     size = size_of(spec)
     documents = [_ray_cluster(spec, size)] if cluster_only else _ray_job(spec, size)
-    # Other problems show values, so they wait until no value is a secret.
-    problems = unsafe(documents) or [p for one in documents for p in problems_of(one)]
-    if problems:
+    if problems := [p for one in documents for p in problems_of(one)]:
         raise SpecError(problems, "manifests")
     return documents
 

@@ -13,6 +13,7 @@ from orchestrator.spec.job import JobSpec, WorkerRange
 from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rules
 from orchestrator.spec.kubernetes_rules import kubernetes_rules
 from orchestrator.spec.runtime_rules import in_job_package, kept_folders, runtime_rules
+from orchestrator.spec.secret_rules import secret_rules
 from orchestrator.spec.sweep_rules import sweep_rules
 from orchestrator.spec.tuning_rules import tuning_rules
 
@@ -22,7 +23,12 @@ cluster's; there, none, as all are the cluster's."""
 
 
 def broken_rules(spec: JobSpec, files: Files = "here") -> list[Problem]:
-    """Every rule across fields that `spec` breaks, in the order of the job file."""
+    """Every rule across fields that `spec` breaks, in the order of the job file.
+
+    Problems show values, so the others wait until no value is a secret.
+    """
+    if secrets := list(secret_rules(spec)):
+        return secrets
     rules = (
         _model, tuning_rules, _data, knob_rules, distillation_rules, _batch, _zero, _resources, _evaluation,
         runtime_rules, kubernetes_rules, sweep_rules,

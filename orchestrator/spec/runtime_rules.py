@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
-
-SECRET_NAME = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(_ID)?$", re.I
-)
+from orchestrator.spec.secret_rules import SECRET_NAME
 
 
 def in_job_package() -> bool:
