@@ -70,7 +70,7 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     """
     console = console or Console(quiet=True)
     machine = this_machine()
-    _must_have_secrets(spec)
+    must_have_secrets(spec)
     with ray_session(machine.cpus, machine.gpus):
         prepared = prepared_data(spec, console)
         plan = make_plan(spec, cluster_here(), prepared)
@@ -84,8 +84,11 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
             return finish(plan, folder, outcome, console)
 
 
-def _must_have_secrets(spec: JobSpec) -> None:
-    """Whoever runs the cluster gives its processes the secrets; the job only names them."""
+def must_have_secrets(spec: JobSpec) -> None:
+    """Whoever runs the cluster gives its processes the secrets; the job only names them.
+
+    Raises OrchestratorError where one is missing.
+    """
     missing = [name for name in spec.runtime.secrets if not os.environ.get(name)]
     if attached_address() and missing:
         raise OrchestratorError(

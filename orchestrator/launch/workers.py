@@ -60,9 +60,10 @@ def work(config: dict[str, Any]) -> None:
         plan.work_dir
     ).is_dir():  # Ray starts workers elsewhere; the job's paths are relative to it
         os.chdir(plan.work_dir)
-    if rank == 0:
-        append_event(folder.events, "imports", workers=int(os.environ["WORLD_SIZE"]))
-    log_to(folder.logs / f"worker-{rank:05d}.log")
+    if folder.plan.exists():  # else nothing may be made here
+        if rank == 0:
+            append_event(folder.events, "imports", workers=int(os.environ["WORLD_SIZE"]))
+        log_to(folder.logs / f"worker-{rank:05d}.log")
     import torch
 
     from orchestrator.train.engine import import_ahead
@@ -73,9 +74,11 @@ def work(config: dict[str, Any]) -> None:
     torch.set_num_threads(plan.cpus_per_worker)
     import_ahead()
     try:
-        together(lambda: must_see(folder))
+        together(lambda: must_see(folder.plan))
         result = run_trial(plan, folder, ask=node_taken_away_at_s)
     except CheckpointError as error:
+        if not folder.plan.exists():  # nowhere to leave it: Ray Train takes it to the driver
+            raise
         result = Result("failed", 0, None, None, str(error))
     if rank == 0:
         if result.status == "storage_failed":
@@ -83,14 +86,14 @@ def work(config: dict[str, Any]) -> None:
         write_json(folder.outcome, asdict(result))
 
 
-def must_see(folder: RunFolder) -> None:
-    """Raises CheckpointError where this node does not see the run folder that the driver made.
+def must_see(file: Path) -> None:
+    """Raises CheckpointError where this node does not see a file that the driver left in its folder.
 
-    Making it here would train into a folder that nobody finds again.
+    Making the folder here would train into one that nobody finds again.
     """
-    if not folder.plan.exists():
+    if not file.exists():
         raise CheckpointError(
-            f"{folder.root} is not there on node {platform.node()}: storage must be a folder that every node "
+            f"{file.parent} is not there on node {platform.node()}: storage must be a folder that every node "
             "sees. Mount it there, or set storage=… to one that is; then run the same command again."
         )
 

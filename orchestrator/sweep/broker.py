@@ -35,6 +35,7 @@ class Broker:
         self._drained: set[int] = set()
         self._came: set[int] = set()
         self._given_up: set[str] = set()
+        self._refusals: dict[int, str] = {}
         self._waiting: dict[tuple[str, int], asyncio.Future[tuple[bool, bool]]] = {}
         self._changed = asyncio.Event()
         self._slot_came = asyncio.Event()
@@ -104,6 +105,10 @@ class Broker:
         self._came.discard(slot)
         return found
 
+    async def refusal(self, slot: int) -> str | None:
+        """Why this slot's workers could not take any work, if they said so."""
+        return self._refusals.pop(slot, None)
+
     async def release(self) -> None:
         """Nobody will judge any more: those who wait for a verdict are let go."""
         for waiting in self._waiting.values():
@@ -154,6 +159,10 @@ class Broker:
                 return {"kind": "run", "trial": task.trial, "plan": task.plan}
             await self._change(left)
         return {"kind": "idle"}
+
+    async def refuse(self, slot: int, why: str) -> None:
+        """The slot's workers are where no trial can run."""
+        self._refusals[slot] = why
 
     async def report(
         self, trial: str, step: int, metrics: dict[str, Any], last: bool

@@ -13,11 +13,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.launch.workers import log_to, node_taken_away_at_s
+from orchestrator.errors import CheckpointError, TrainingError
+from orchestrator.launch.workers import log_to, must_see, node_taken_away_at_s
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.resources import Workers
 from orchestrator.report.records import append_event
-from orchestrator.run_folder import RunFolder, read_json, write_json
+from orchestrator.run_folder import RunFolder, SweepFolder, read_json, write_json
 
 RESTARTS_WITHOUT_WORK = 3
 """Times in a row that a slot may fail to start before it is given up."""
@@ -78,12 +79,15 @@ class Fleet:
 
     def _fit(self, slot: int, workers: int) -> Exception | None:
         """One worker group until it leaves; what ended it, where it did not leave by itself."""
+        import ray
+
         try:
             self._trainer(slot, workers).fit()
+            refusal = ray.get(self.broker.refusal.remote(slot))
+            return TrainingError(refusal) if refusal else None
         except Exception as error:  # noqa: BLE001, a slot's end is not the sweep's
             logger.warning("slot %d: %s", slot, error)
             return error
-        return None
 
     def _trainer(self, slot: int, workers: int) -> Any:
         from orchestrator.launch.trainer import make_group
@@ -111,14 +115,20 @@ def serve(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from orchestrator.train.engine import import_ahead
-    from orchestrator.train.group import broadcast
+    from orchestrator.train.group import broadcast, together
     from orchestrator.train.warm import Warm
 
     root, slot, rank = Path(config["root"]), config["slot"], dist.get_rank()
     if Path(config["work_dir"]).is_dir():
         os.chdir(config["work_dir"])
-    log_to(root / "logs" / f"slot-{slot:03d}-{rank:05d}.log")
     broker = ray.get_actor(config["broker"])
+    try:
+        together(lambda: must_see(SweepFolder(root).events))
+    except CheckpointError as error:
+        if rank == 0:
+            ray.get(broker.refuse.remote(slot, str(error)))
+        return
+    log_to(root / "logs" / f"slot-{slot:03d}-{rank:05d}.log")
     import_ahead()
     warm = Warm()
     while True:

@@ -16,7 +16,12 @@ from rich.console import Console
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
 from orchestrator.errors import TrainingError
 from orchestrator.launch.claim import MAY_CHANGE, another_job, claimed_folder, differences
-from orchestrator.launch.run import cluster_here, prepared_data, stop_on_signals
+from orchestrator.launch.run import (
+    cluster_here,
+    must_have_secrets,
+    prepared_data,
+    stop_on_signals,
+)
 from orchestrator.launch.session import ray_session, send_chatter_to
 from orchestrator.plan import Cluster, Plan, this_machine
 from orchestrator.plan.resources import Workers
@@ -74,6 +79,7 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     """
     console = console or Console(quiet=True)
     machine = this_machine()
+    must_have_secrets(spec)
     with ray_session(machine.cpus, machine.gpus):
         cluster = cluster_here()
         folder = SweepFolder(Path.cwd() / spec.storage / spec.name)
