@@ -61,6 +61,22 @@ def test_what_the_job_names_is_packed_and_what_is_ignored_stays_at_home(here: Pa
     }  # fmt: skip
 
 
+def test_a_path_that_leaves_the_working_directory_is_refused_not_left_behind(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray unpacks nothing outside the job's folder, and says so only in a log of its own."""
+    monkeypatch.chdir(here / "code")
+    away = {"data": {"train": "../data/*.jsonl"}, "model": {"pretrained": "../models/bert"}}
+    with pytest.raises(SpecError) as caught:
+        spec(**away)
+    assert [p.field for p in caught.value.problems] == ["data.train", "model.pretrained"]
+    assert str(caught.value).count("leaves the working directory") == 2
+    monkeypatch.chdir(here)
+    winding = spec(data={"train": "code/../data/*.jsonl"}, model={"pretrained": "./models/bert"})
+    packed = {f.as_posix() for f in package.files_to_pack(here, winding, Path("job.yaml"))}
+    assert {"data/train.jsonl", "models/bert/config.json"} <= packed
+
+
 def test_excludes_of_the_job_hold_too_but_not_for_what_it_names(here: Path) -> None:
     job = spec(runtime={"excludes": ["notes", "job.yaml", "code/*.py"]})
     packed = {f.as_posix() for f in package.files_to_pack(here, job, Path("job.yaml"))}

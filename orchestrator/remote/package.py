@@ -93,9 +93,11 @@ def _named(root: Path, pattern: str) -> set[Path]:
     for match in glob.glob(pattern, root_dir=root, recursive=True):
         path = root / match
         if path.is_file():
-            found.add(Path(match))
+            found.add(Path(os.path.normpath(match)))  # `a/../b` would not be unpacked
         elif path.is_dir():
-            found |= {f.relative_to(root) for f in path.rglob("*") if f.is_file()}
+            found |= {
+                Path(os.path.normpath(f.relative_to(root))) for f in path.rglob("*") if f.is_file()
+            }
     return found
 
 

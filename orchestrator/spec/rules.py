@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,9 @@ from orchestrator.spec.tuning_rules import tuning_rules
 Files = Literal["here", "packed", "there"]
 """Where local paths are looked for: all on this machine; packed, all but absolute ones, which are the
 cluster's; there, none, as all are the cluster's."""
+
+LEAVES = "leaves the working directory, which is all that the cluster gets"
+STAY = "submit from a folder above both, or name an absolute path that every node sees"
 
 
 def broken_rules(spec: JobSpec, files: Files = "here") -> list[Problem]:
@@ -183,7 +187,9 @@ def _files(spec: JobSpec, files: Files) -> Iterator[Problem]:
         for path in (value,) if isinstance(value, str) else (value or ()):
             if "://" in path or (packed and Path(path).is_absolute()):
                 continue
-            if not glob.glob(path, recursive=True):
+            if packed and _leaves(path):
+                yield Problem(f"data.{field}", LEAVES, STAY, path)
+            elif not glob.glob(path, recursive=True):
                 yield Problem(f"data.{field}", "no such file", _near_file(path), path)
     folders = {"model.pretrained": spec.model.pretrained, "model.tokenizer": spec.model.tokenizer}
     if spec.distillation:
@@ -191,8 +197,15 @@ def _files(spec: JobSpec, files: Files) -> Iterator[Problem]:
     for field, name in folders.items():
         if packed and name and Path(name).is_absolute():
             continue
+        if packed and name and _leaves(name):
+            yield Problem(field, LEAVES, STAY, name)
+            continue
         if name and _looks_local(name) and not Path(name).is_dir():
             yield Problem(field, "no such folder", _near_file(name), name)
+
+
+def _leaves(path: str) -> bool:
+    return os.path.normpath(path).split(os.sep)[0] == os.pardir
 
 
 def _looks_local(name: str) -> bool:
