@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from orchestrator.data.manifest import read_manifest
 from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
+from orchestrator.launch.run import _is_over
 from orchestrator.model.build import build_model
 from orchestrator.model.parts import PROJECTION, distances
 from orchestrator.plan import Plan
@@ -147,14 +148,21 @@ def runs(
     """Each knob's run, once straight through and once from its middle on, in other workers."""
     straight = plans(models, tmp_path_factory.mktemp("resume"))
     early = ended_early(straight["adafactor"])
-    first = run_trials([*straight.values(), early])
+    timed = ended_by_time(straight["unfreezing-zero2"])
+    first = run_trials([*straight.values(), early, timed])
     halves = {name: interrupted(plan) for name, plan in straight.items()}
     again = named(early, "early")  # the same folder: what a launch after a crash at the end finds
     other = with_other_decay(interrupted(straight["ema-zero2"], "other"))
-    second = run_trials([*halves.values(), again, other])
+    more = with_more_time(timed)
+    second = run_trials([*halves.values(), again, other, more])
     assert [r["status"] for r in first + second] == ["finished"] * (len(first) + len(second))
     pairs = {name: (straight[name], halves[name]) for name in straight}
-    return {**pairs, "early": (early, again), "other": (straight["ema-zero2"], other)}
+    return {
+        **pairs,
+        "early": (early, again),
+        "other": (straight["ema-zero2"], other),
+        "timed": (timed, more),
+    }
 
 
 def with_other_decay(plan: Plan) -> Plan:
@@ -167,6 +175,22 @@ def ended_early(plan: Plan) -> Plan:
     """The plan with a target that its first evaluation reaches."""
     stop = plan.spec.stop.model_copy(update={"target": 0.0})
     return named(plan, "early", spec=plan.spec.model_copy(update={"stop": stop}))
+
+
+def ended_by_time(plan: Plan) -> Plan:
+    """The plan with less time than its first step takes."""
+    stop = plan.spec.stop.model_copy(update={"max_time_s": 1e-3})
+    return named(plan, "timed", spec=plan.spec.model_copy(update={"stop": stop}))
+
+
+def with_more_time(plan: Plan) -> Plan:
+    """A copy of the plan's run folder, in which the limit is a day."""
+    stop = plan.spec.stop.model_copy(update={"max_time_s": 86400.0})
+    more = named(plan, "timed-more", spec=plan.spec.model_copy(update={"stop": stop}))
+    shutil.copytree(
+        RunFolder(Path(plan.run_dir)).checkpoints, RunFolder(Path(more.run_dir)).checkpoints
+    )
+    return more
 
 
 @pytest.mark.parametrize("knob", KNOBS)
@@ -309,6 +333,42 @@ def test_a_run_that_reached_its_target_has_ended_and_goes_no_further_when_launch
     assert "stopped early at step 1 of 6" in outcome["message"]
     assert [r["step"] for r in read_records(folder.steps)] == [1], "no step was done twice"
     assert [c.step for c in committed(folder.checkpoints)] == [1]
+
+
+def test_a_run_whose_time_is_up_is_measured_saved_and_finished(
+    runs: dict[str, tuple[Plan, Plan]],
+) -> None:
+    plan, more = runs["timed"]
+    folder = RunFolder(Path(plan.run_dir))
+    outcome = read_json(folder.outcome)
+    assert (outcome["step"], outcome["best"]["step"], outcome["last_eval"]["step"]) == (1, 1, 1)
+    assert "stopped early at step 1 of 6" in outcome["message"]
+    assert "stop.max_time_s = 0.001" in outcome["message"]
+    assert [c.step for c in committed(folder.checkpoints)] == [1]
+    exported = export_run(plan, folder, folder.export, {k: outcome[k] for k in ("best",)})
+    assert evaluation_loss(plan, load_exported(exported)[1]) == pytest.approx(
+        outcome["best"]["loss"], rel=1e-4
+    )
+    whole = runs["unfreezing-zero2"][0]
+    assert losses(plan) + losses(more) == losses(whole), (
+        "with more time it goes on as if never stopped"
+    )
+
+
+def test_only_a_run_that_wants_for_time_goes_on_after_its_end(
+    runs: dict[str, tuple[Plan, Plan]],
+) -> None:
+    plan, more = runs["timed"]
+    out_of_time, whole, early = (
+        read_json(RunFolder(Path(p.run_dir)).outcome) for p in (plan, more, runs["early"][0])
+    )
+    assert _is_over(out_of_time, plan.spec)
+    assert not _is_over(out_of_time, more.spec)
+    assert not _is_over(out_of_time, runs["unfreezing-zero2"][0].spec), "no limit any more"
+    assert _is_over(whole, more.spec)
+    assert _is_over(early, more.spec)
+    assert not _is_over({**whole, "status": "stopped"}, more.spec)
+    assert not _is_over(None, more.spec)
 
 
 def test_a_run_that_goes_on_from_anothers_checkpoint_keeps_settings_of_its_own(

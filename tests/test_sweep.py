@@ -127,6 +127,23 @@ def test_pbt_hands_checkpoints_of_winners_to_losers(
     assert {t.step for t in log.trials.values() if t.id.endswith("g02")} == {STEPS}
 
 
+def test_trials_whose_time_is_up_end_as_finished_and_so_does_their_population(
+    ray: Any, models: tiny.Tiny, tmp_path: Path
+) -> None:
+    search = {
+        "space": {"optimizer.lr": lr()},
+        "num_trials": 4,
+        "scheduler": {"type": "pbt", "generations": 3},
+        "slots": 2,
+    }
+    stop = {"max_steps": STEPS, "max_time_s": 1e-3}
+    outcome = sweep(job(models, tmp_path, "timed", search, stop=stop))
+    trials = open_log(outcome.folder).trials.values()
+    assert [(t.status, t.step) for t in trials] == [("finished", 1)] * 4
+    assert all("stop.max_time_s" in t.message for t in trials)
+    assert (outcome.status, outcome.export is not None) == ("finished", True)
+
+
 ASHA = {
     "space": {"optimizer.lr": lr(), "optimizer.weight_decay": [0.0, 0.1]},
     "num_trials": 7,

@@ -260,6 +260,32 @@ def test_a_generation_ends_with_a_checkpoint_of_every_member(job: Any, tmp_path:
     assert referee.judge(member, 90, 90.0, 0.1, True) == Verdict(True, True)
 
 
+@pytest.mark.parametrize("ended", [(), (1,), (0, 1, 2, 3)])
+def test_members_that_a_rule_of_the_job_ended_leave_the_population(
+    ended: tuple[int, ...], job: Any, tmp_path: Path
+) -> None:
+    plan = planned(job(num_trials=4, scheduler={"type": "pbt", "generations": 3}))
+    log = SweepLog(tmp_path / "log", "accuracy", maximize=True)
+    for m in range(4):
+        log.trial(f"m{m:03d}g00", m, {"optimizer.lr": 1e-4}, None)
+        step = 7 if m in ended else 30
+        log.report(f"m{m:03d}g00", step, step, {"accuracy": 0.9 - m / 10}, Verdict(True, True))
+        log.end(f"m{m:03d}g00", "finished" if m in ended else "pruned", step)
+    director = Director(plan, log, Asked(), SweepFolder(tmp_path), lambda *_: plan.base)
+    parents = []
+    while (heir := director._propose()) not in (None, NO_MORE):
+        assert heir is not None
+        log.trial(heir.id, heir.index, heir.values, heir.parent)
+        parents.append(heir.parent)
+    director.close()
+    if len(ended) == 4:
+        assert parents == []
+        assert director.stopping is None, "that is no failure"
+    else:
+        assert len(parents) == 4
+        assert all(step == 30 for _, step in parents), "none goes on from one that has ended"
+
+
 # --- the director
 
 

@@ -35,7 +35,7 @@ POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind. `status` is `finished`, `stopped` or `out_of_time`."""
+    """What a run left behind. `status` is `finished` or `stopped`."""
 
     folder: RunFolder
     plan: Plan
@@ -79,9 +79,20 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
         with claimed(plan, fresh) as folder:
             send_chatter_to(folder.logs / "driver.log")
             outcome = read_json(folder.outcome)
-            if outcome is None or outcome["status"] != "finished":
+            over = _is_over(outcome, spec)
+            if not over:
                 outcome = launch(plan, folder, console)
-            return finish(plan, folder, outcome, console)
+            return finish(plan, folder, outcome, console, anew=not over)
+
+
+def _is_over(outcome: dict[str, Any] | None, spec: JobSpec) -> bool:
+    """Whether a run has nothing left to do; one that ended for want of time goes on where it gets more."""
+    if outcome is None or outcome["status"] != "finished":
+        return False
+    if not outcome["facts"].get("out_of_time"):
+        return True
+    limit_s = spec.stop.max_time_s
+    return limit_s is not None and limit_s <= outcome["facts"]["elapsed_s"]
 
 
 def must_have_secrets(spec: JobSpec) -> None:
@@ -222,11 +233,15 @@ def _last_good(folder: RunFolder) -> str:
     )
 
 
-def finish(plan: Plan, folder: RunFolder, outcome: dict[str, Any], console: Console) -> Outcome:
-    """Baseline, export and report of a run that ended well."""
+def finish(
+    plan: Plan, folder: RunFolder, outcome: dict[str, Any], console: Console, anew: bool
+) -> Outcome:
+    """Baseline, export and report of a run that ended well; `anew` where it has just been trained."""
     baseline = _baseline(plan, folder, console)
+    if anew:
+        folder.teacher.unlink(missing_ok=True)
     exported: Path | None = folder.export if folder.export.exists() else None
-    if outcome["status"] == "finished" and exported is None:
+    if outcome["status"] == "finished" and (anew or exported is None):
         from orchestrator.train.export import export_run
 
         figures = {k: outcome[k] for k in ("best", "last_eval")} | {"baseline": baseline}

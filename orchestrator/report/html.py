@@ -33,7 +33,6 @@ from orchestrator.values import LOWER_IS_BETTER
 STATUS_WORDS = {
     "finished": ("Finished", "good"),
     "stopped": ("Stopped on request", "fair"),
-    "out_of_time": ("Stopped at its time limit", "fair"),
     "diverged": ("Diverged", "bad"),
     "storage_failed": ("Stopped: a checkpoint could not be written", "bad"),
 }

@@ -29,7 +29,8 @@ class StopSpec(Frozen):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps."""
     max_time_s: Annotated[float, Field(gt=0)] | None = None
-    """Seconds of training, restarts included. Reaching it commits a checkpoint first."""
+    """Seconds of training, restarts included; of a population-based trial, its parents' too. A run that
+    reaches it is measured, saved and exported; with a larger value the same command goes on."""
     target: float | None = None
     """Stop once `evaluation.metric` reaches this value."""
     patience: Annotated[int, Field(ge=1)] | None = None

@@ -181,7 +181,7 @@ class Broker:
         return await answer
 
     async def ended(self, slot: int, trial: str, status: str, step: int, message: str) -> None:
-        """A trial left its slot. `stopped` and `out_of_time` are no end: it may go on another day."""
+        """A trial left its slot. `stopped` is no end: it may go on another day."""
         self._held.pop(slot, None)
         self._drained.discard(slot)
         self._say(_end(trial, status, step, message))

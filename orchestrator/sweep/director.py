@@ -94,7 +94,7 @@ class Director:
     def ended(self, said: dict[str, Any]) -> None:
         """Log an end. A trial that was asked to stop stays open: a resumed sweep goes on with it."""
         self.live.discard(said["trial"])
-        if said["status"] in ("stopped", "out_of_time"):
+        if said["status"] == "stopped":
             return
         self.log.end(said["trial"], said["status"], said["step"], said["message"])
         self.referee.ended(self.log.trials[said["trial"]])
@@ -148,15 +148,18 @@ class Director:
         ]
         if any(t.status is None for t in before):
             return None
-        alive = sorted(
-            (t for t in before if t.status not in FAILURES and t.best is not None),
-            key=lambda t: self.log.value(t, t.step),
-            reverse=self.log.maximize,
-        )
+        alive = [t for t in before if t.status not in FAILURES and t.best is not None]
         if not alive:
             self.stopping = "no member of the population is left"
             return NO_MORE
-        parent, values = self._heir(pbt, before[member], alive, generation, member)
+        going = sorted(
+            (t for t in alive if t.status != "finished"),  # those ended early, by a rule of the job
+            key=lambda t: self.log.value(t, t.step),
+            reverse=self.log.maximize,
+        )
+        if not going:
+            return NO_MORE
+        parent, values = self._heir(pbt, before[member], going, generation, member)
         return TrialState(
             f"m{member:03d}g{generation:02d}", index, values, (parent.id, parent.step)
         )

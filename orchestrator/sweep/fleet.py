@@ -159,10 +159,9 @@ def _run(plan: Plan, trial: str, slot: int, broker: Any, warm: Any) -> None:
     outcome = read_json(folder.outcome)
     if outcome is None:
 
-        def judge(record: dict[str, Any]) -> tuple[bool, bool]:
-            step = record["step"]
+        def judge(record: dict[str, Any], last: bool) -> tuple[bool, bool]:
             figures = {k: v for k, v in record.items() if isinstance(v, float) and k != "eval_s"}
-            answer = broker.report.remote(trial, step, figures, step == plan.total_steps)
+            answer = broker.report.remote(trial, record["step"], figures, last)
             verdict: tuple[bool, bool] = ray.get(answer)
             return verdict
 
@@ -178,7 +177,7 @@ def _run(plan: Plan, trial: str, slot: int, broker: Any, warm: Any) -> None:
             words = traceback.format_exc()[-CRASH_CHARS:]
             ray.get(broker.crashed.remote(trial, words))
             raise
-        if rank == 0 and outcome["status"] not in ("stopped", "out_of_time"):
+        if rank == 0 and outcome["status"] != "stopped":
             write_json(folder.outcome, outcome)
     if rank == 0:
         ended = (slot, trial, outcome["status"], outcome["step"], outcome["message"])

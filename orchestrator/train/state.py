@@ -14,11 +14,10 @@ import torch.distributed as dist
 
 from orchestrator.plan.plan import Plan
 
-Status = Literal[
-    "finished", "pruned", "stopped", "out_of_time", "diverged", "storage_failed", "failed"
-]
-Judge = Callable[[dict[str, Any]], tuple[bool, bool]]
-"""Told of each evaluation by rank 0 alone; answers (whether to go on, whether to save a checkpoint)."""
+Status = Literal["finished", "pruned", "stopped", "diverged", "storage_failed", "failed"]
+Judge = Callable[[dict[str, Any], bool], tuple[bool, bool]]
+"""Told by rank 0 alone of each evaluation and whether it is the last; answers (whether to go on, whether
+to save a checkpoint)."""
 
 
 @dataclass
@@ -67,8 +66,9 @@ class Pulse:
     task_loss_sum: float
     """The task's own loss, where regularisation adds to what is minimised."""
     tokens: int
+    elapsed_s: float
+    """By rank 0's clock, so that all ranks call it time at the same step."""
     stop: bool
-    late: bool
     handover: bool
     storage_failed: bool
     ask: bool

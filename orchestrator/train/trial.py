@@ -28,7 +28,7 @@ from orchestrator.train.checkpoint import (
 from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
-from orchestrator.train.history import ended_early, rate_factor, remember
+from orchestrator.train.history import ended_early, out_of_time, rate_factor, remember
 from orchestrator.train.journal import Journal
 from orchestrator.train.notice import Ask, Notice
 from orchestrator.train.objective import Objective
@@ -97,6 +97,7 @@ class Trial:
         found = self._find_checkpoint()
         self.evaluate: Evaluator | None = None
         self.progress = Progress(**found.facts["progress"]) if found else Progress()
+        self.resumed_at_s = self.progress.elapsed_s
         self.writer = self._make_writer()
         self.stream = self._open_stream()
         self.engine = self._build()
@@ -185,7 +186,7 @@ class Trial:
         plan, progress = self.plan, self.progress
         if reason := ended_early(plan, progress):
             return self._result("finished", reason)
-        resumed_at_s, wanted = progress.elapsed_s, time.perf_counter()
+        wanted = time.perf_counter()
         for batch in self.stream:
             got = time.perf_counter()
             batch = self.reference.joined(batch) if self.reference else batch
@@ -197,7 +198,7 @@ class Trial:
             losses = zero.train_step(self.engine, plan, batch, self.objective)
             pulse = self._pulse(losses, batch.tokens)
             norm = zero.gradient_norm(self.engine)
-            progress.elapsed_s = resumed_at_s + time.monotonic() - self.started_at
+            progress.elapsed_s = pulse.elapsed_s
             loss = pulse.loss_sum / max(batch.denominator, 1)
             task_loss = pulse.task_loss_sum / max(batch.denominator, 1)
             if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
@@ -215,7 +216,7 @@ class Trial:
                 wait_s=got - wanted,
                 step_s=time.perf_counter() - wanted,
             )
-            stopping = (pulse.stop or pulse.late) and progress.step < plan.total_steps
+            stopping = pulse.stop and progress.step < plan.total_steps
             try:
                 if pulse.storage_failed:
                     self._check_storage()
@@ -227,8 +228,7 @@ class Trial:
                 return self._result("storage_failed", str(error))
             if stopping:
                 return self._result(
-                    "stopped" if pulse.stop else "out_of_time",
-                    endings.how_to_go_on(progress.step, plan.total_steps),
+                    "stopped", endings.how_to_go_on(progress.step, plan.total_steps)
                 )
             if reason:
                 return self._result("finished", reason)
@@ -260,15 +260,14 @@ class Trial:
     def _pulse(self, losses: tuple[float, float], tokens: int) -> Pulse:
         """Sum over ranks, once per step: the loss, and every reason to stop."""
         stop = self.rank == 0 and self.folder.stop_request.exists()
-        limit = self.plan.spec.stop.max_time_s
         handover = self.rank == 0 and self.folder.handover_request.exists()
-        late = self.rank == 0 and limit is not None and self.progress.elapsed_s >= limit
+        spent_s = self.resumed_at_s + time.monotonic() - self.started_at
         figures = torch.tensor(
             [
                 *losses,
                 tokens,
+                0.0 if self.rank else spent_s,
                 stop,
-                late,
                 handover,
                 self.writer.failed(),
                 self.notice.due(),
@@ -278,8 +277,8 @@ class Trial:
             device=self.engine.device,
         )
         dist.all_reduce(figures)
-        total, own, all_tokens, *flags = figures.tolist()
-        return Pulse(total, own, int(all_tokens), *(flag > 0 for flag in flags))
+        total, own, all_tokens, elapsed_s, *flags = figures.tolist()
+        return Pulse(total, own, int(all_tokens), elapsed_s, *(flag > 0 for flag in flags))
 
     def _heed_notice(self, pulse: Pulse) -> bool:
         """Whether a checkpoint must be committed now: a node has been announced to go, or goes."""
@@ -301,11 +300,13 @@ class Trial:
         return broken or self.progress.skipped_in_a_row >= self.plan.spec.faults.max_skipped_steps
 
     def _evaluate_if_due(self, stopping: bool) -> tuple[bool, bool]:
-        """Evaluate at the plan's steps: (whether to go on, whether the state is worth a checkpoint)."""
+        """Evaluate at the plan's steps, and when time is up: (whether to go on, whether the state is
+        worth a checkpoint)."""
         step, plan = self.progress.step, self.plan
         if self.evaluate is None or stopping:
             return True, False
-        if step % plan.eval_every_steps and step not in (plan.total_steps, *plan.rungs):
+        last = step == plan.total_steps or out_of_time(plan, self.progress)
+        if step % plan.eval_every_steps and step not in plan.rungs and not last:
             return True, False
         started = time.perf_counter()
         with zero.averaged(self.engine, self.averager):
@@ -318,7 +319,7 @@ class Trial:
             self.progress.best = record
         go_on, worth_saving = True, better
         if self.judge is not None:
-            go_on, worth_saving = broadcast(self.judge(record) if self.rank == 0 else None)
+            go_on, worth_saving = broadcast(self.judge(record, last) if self.rank == 0 else None)
         if better and worth_saving:
             self.writer.best_step = step
         return go_on, worth_saving
@@ -359,6 +360,8 @@ class Trial:
         facts = {
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
             "elapsed_s": progress.elapsed_s,
+            "out_of_time": out_of_time(self.plan, progress)
+            and progress.step < self.plan.total_steps,
         }
         return Result(status, progress.step, progress.best, progress.last_eval, message, facts)
 
