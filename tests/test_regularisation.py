@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from test_plan import LABELS, LAPTOP, changed, prepared
 from test_spec import refused
 from test_stopping import BASE
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from orchestrator.errors import OrchestratorError, PlanError
 from orchestrator.model.build import build_model
@@ -25,7 +26,7 @@ from orchestrator.spec import JobSpec
 from orchestrator.spec.regularisation import RegularisationSpec
 from orchestrator.tasks.image_classification import ImageClassification
 from orchestrator.train.averaging import AVERAGE, Averager, add_l1, average_share
-from orchestrator.train.noise import neftune_noise
+from orchestrator.train.noise import EmbeddingHook, neftune_noise
 from orchestrator.train.objective import Objective, masked
 
 
@@ -130,6 +131,28 @@ def test_noise_is_as_large_as_neftune_says_and_only_in_training(spec: JobSpec) -
     assert torch.equal(_in_evaluation(bench), _in_evaluation(plain))
 
 
+@pytest.mark.parametrize("model_type", ["t5", "bart", "marian"])
+def test_noise_and_mixing_reach_both_sides_of_an_encoder_and_a_decoder(model_type: str) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "decoder_start_token_id": 0}
+    if model_type != "t5":
+        sides = {f"{side}_{name}": n for side in ("encoder", "decoder")
+                 for name, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
+        sizes |= {**sides, "max_position_embeddings": 32, "pad_token_id": 1, "dropout": 0.0}
+    else:
+        sizes |= {"d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    model: Any = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    hook = EmbeddingHook(model.train(), None, "regularisation.neftune_alpha")
+    fixed, words = torch.tensor([[5, 6], [5, 6]]), torch.tensor([[7, 8, 2], [9, 10, 2]])
+    for sides in ((words, fixed), (fixed, words)):
+        inputs = dict(zip(("input_ids", "decoder_input_ids"), sides, strict=True))
+        plain = model(**inputs).logits
+        hook.mix = (torch.tensor([1, 0]), 0.25)
+        assert not torch.allclose(model(**inputs).logits, plain)
+        hook.mix, hook.neftune_alpha = None, 5
+        assert not torch.allclose(model(**inputs).logits, plain)
+        hook.neftune_alpha = None
+
+
 def _in_evaluation(bench: Bench) -> torch.Tensor:
     bench.model.eval()
     return bench.logits()
@@ -215,7 +238,7 @@ def test_images_are_mixed_pixel_by_pixel(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_model_without_token_embeddings_is_refused(spec: JobSpec) -> None:
     job = changed(spec, "regularisation.neftune_alpha=5")
     plan = make_plan(job, LAPTOP, prepared())
-    images = SimpleNamespace(
+    images: Any = SimpleNamespace(
         get_input_embeddings=lambda: torch.nn.Linear(1, 1), config=SimpleNamespace(model_type="vit")
     )
     with pytest.raises(OrchestratorError, match=r"neftune_alpha: vit has no token embeddings"):

@@ -1,4 +1,4 @@
-"""Noise and mixing on the token embeddings, through one hook."""
+"""Noise and mixing on the token embeddings, through a hook on each module that looks tokens up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ class EmbeddingHook:
             )
         self.neftune_alpha = neftune_alpha
         self.mix: tuple[torch.Tensor, float] | None = None
-        embeddings.register_forward_hook(self._change)
+        for (
+            module
+        ) in model.modules():  # T5's and BART's encoder and decoder have one each, of one weight
+            if isinstance(module, torch.nn.Embedding) and module.weight is embeddings.weight:
+                module.register_forward_hook(self._change)
 
     def _change(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
