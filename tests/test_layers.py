@@ -15,7 +15,9 @@ from test_stopping import BASE
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.build import build_model
+from orchestrator.model.config import load_config
 from orchestrator.plan import make_plan
+from orchestrator.plan.plan import _config_warnings
 from orchestrator.spec import JobSpec
 
 WORDS = torch.arange(8, 20).view(2, 6)
@@ -51,6 +53,34 @@ def test_the_layers_that_stay_compute_what_they_computed(spec: JobSpec, tmp_path
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert (loaded.config.num_hidden_layers, len(loaded.bert.encoder.layer)) == (1, 1)
     assert torch.equal(logits(loaded), logits(kept))
+
+
+def test_no_layer_is_left_out_by_chance_as_workers_would_not_agree_on_it(
+    spec: JobSpec, models: tiny.Tiny, tmp_path: Path
+) -> None:
+    config = {"model_type": "wav2vec2", **tiny.WAVE_SHAPE}
+    written = {
+        "model": {"config": {**config, "layerdrop": 0.1}},
+        "task": {"type": "speech_recognition"},
+    }
+    assert "layerdrop: 0" in refused({**BASE, **written})["model.config.layerdrop"]
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 400}
+    heads = {
+        f"{side}_{n}": 2 for side in ("encoder", "decoder") for n in ("attention_heads", "ffn_dim")
+    }
+    made = transformers.M2M100Config(**sizes, **heads, max_position_embeddings=64, pad_token_id=0)
+    made.save_pretrained(tmp_path / "m2m")
+    job = changed(
+        spec, f"model.pretrained={tmp_path / 'm2m'}", f"model.tokenizer={models.llama}",
+        "task={type: seq2seq, source_column: text, target_column: label}",
+    )  # fmt: skip
+    assert made.encoder_layerdrop == 0.05
+    config_used = load_config(job, ())
+    assert (config_used.encoder_layerdrop, config_used.decoder_layerdrop) == (0.0, 0.0)
+    warnings = _config_warnings(job)
+    assert [w.split(" of the model")[0] for w in warnings] == [
+        "encoder_layerdrop = 0.05", "decoder_layerdrop = 0.05",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])

@@ -20,21 +20,24 @@ TOKENIZER_FILES = (
 
 
 def load_config(spec: JobSpec, labels: tuple[str, ...]) -> Any:
-    """The `transformers` config of the job's model, with the task's head and the job's dropout.
+    """The `transformers` config of the job's model, with the task's head and the job's dropout, and
+    without LayerDrop.
 
     Raises OrchestratorError where it cannot be had.
     """
-    config = _own_config(spec)
+    config = own_config(spec)
     for name, value in spec.task.config_overrides(labels).items():
         setattr(config, name, value)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id  # as T5 and its kin begin
     if spec.model.dropout is not None:
         _set_dropout(config, spec.model.dropout)
+    for name in layer_drops(config):
+        setattr(config, name, 0.0)
     return config
 
 
-def _own_config(spec: JobSpec) -> Any:
+def own_config(spec: JobSpec) -> Any:
     """The config as its maker wrote it."""
     from transformers import AutoConfig
 
@@ -59,6 +62,16 @@ def dropouts(config: Any) -> dict[str, float]:
         if ("dropout" in name or name.endswith("pdrop"))
         and isinstance(value, int | float)
         and not isinstance(value, bool)
+    }
+
+
+def layer_drops(config: Any) -> dict[str, float]:
+    """The config's probabilities above 0 of leaving whole layers out of a training step (LayerDrop: Fan et
+    al., arXiv 1909.11556). Workers would leave out different ones, and ZeRO would wait for the rest."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if name.endswith("layerdrop") and isinstance(value, int | float) and value > 0
     }
 
 
@@ -163,7 +176,7 @@ def raw_config(spec: JobSpec) -> dict[str, Any]:
     if path.is_file() and not spec.model.gguf_file:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    loaded: dict[str, Any] = _own_config(spec).to_dict()
+    loaded: dict[str, Any] = own_config(spec).to_dict()
     return loaded
 
 

@@ -12,7 +12,12 @@ from typing import Any
 from orchestrator.data.order import rows_per_rank
 from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import PlanError
-from orchestrator.model.config import check_tokenizer, load_tokenizer
+from orchestrator.model.config import (
+    check_tokenizer,
+    layer_drops,
+    load_tokenizer,
+    own_config,
+)
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.plan.data import DataFacts, data_facts
 from orchestrator.plan.defaults import Default, defaults, learning_rate
@@ -176,7 +181,11 @@ def make_plan(
         part_rates=part_rates(spec, labels, lr),
         memory_limit_bytes=limit,
         reasons=reasons,
-        warnings=(*_warnings(spec, prepared), *_start_warnings(cluster, model, shares)),
+        warnings=(
+            *_warnings(spec, prepared),
+            *_config_warnings(spec),
+            *_start_warnings(cluster, model, shares),
+        ),
         **shares,
     )
 
@@ -288,6 +297,14 @@ def _warnings(spec: JobSpec, prepared: dict[Split, Prepared]) -> list[str]:
             f"rows are shuffled within windows of {spec.data.order.window_rows:,} rows, not over all of them"
         )
     return out
+
+
+def _config_warnings(spec: JobSpec) -> Iterator[str]:
+    """What of the model's config is not taken over."""
+    for name, value in layer_drops(own_config(spec)).items():
+        yield (
+            f"{name} = {value:g} of the model's config is taken as 0: each worker would leave out other layers"
+        )
 
 
 def _start_warnings(cluster: Cluster, model: ModelFacts, shares: dict[str, Any]) -> Iterator[str]:

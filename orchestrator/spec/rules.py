@@ -55,6 +55,10 @@ def _model(spec: JobSpec) -> Iterator[Problem]:
     if model.config is not None:
         if "model_type" not in model.config:
             yield Problem("model.config.model_type", "is required", "as in model_type: llama")
+        for name, value in model.config.items():
+            if name.endswith("layerdrop") and value:
+                why = "each worker would leave out other layers"
+                yield Problem(f"model.config.{name}", why, f"{name}: 0, or model.dropout", value)
         if model.tokenizer is None and spec.task.reads_text:
             yield Problem(
                 "model.tokenizer", "is required with model.config", "a hub id or a folder"
