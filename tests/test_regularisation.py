@@ -22,12 +22,13 @@ from orchestrator.model.build import build_model
 from orchestrator.model.config import load_config, load_tokenizer
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plan import regularisation as plan_room
+from orchestrator.plan.show_learning import learning
 from orchestrator.spec import JobSpec
 from orchestrator.spec.regularisation import RegularisationSpec
 from orchestrator.tasks.image_classification import ImageClassification
 from orchestrator.train.averaging import AVERAGE, Averager, add_l1, average_share
 from orchestrator.train.noise import EmbeddingHook, neftune_noise
-from orchestrator.train.objective import Objective, masked
+from orchestrator.train.objective import Objective, _partners, masked
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +204,8 @@ def test_mixup_is_the_share_of_two_rows_losses_on_mixed_embeddings(
     whole = Bench(spec, "regularisation.mixup_alpha=0.4").losses()
     assert whole == pytest.approx(Bench(spec).losses(), rel=1e-5)
     monkeypatch.setattr(np.random, "beta", lambda *_: 0.25)
-    partner = torch.tensor([3, 2, 1, 0, 4, 5, 6, 7])
-    monkeypatch.setattr(torch, "randperm", lambda _: partner)
+    partner = torch.tensor([3, 2, 1, 0, 6, 5, 4, 7])  # the last one only fills
+    monkeypatch.setattr(torch, "randperm", lambda count: partner[:count])
     bench = Bench(spec, "regularisation.mixup_alpha=0.4")
     for row in bench.rows:  # one length, so that no padding is mixed in
         row["input_ids"] = np.resize(row["input_ids"], 7)
@@ -228,11 +229,33 @@ def test_images_are_mixed_pixel_by_pixel(monkeypatch: pytest.MonkeyPatch) -> Non
         spec=SimpleNamespace(task=task, regularisation=settings, distillation=None),
         class_weights=(),
     )
-    batch = {"pixel_values": torch.tensor([[0.0], [1.0]]), "labels": torch.tensor([0, 1])}
+    batch = {
+        "pixel_values": torch.tensor([[0.0], [1.0]]),
+        "labels": torch.tensor([0, 1]),
+        "weights": torch.ones(2),
+    }
     mixed, partner, share = Objective(plan, None)._mixed(batch)
     assert mixed["pixel_values"].tolist() == [[0.75], [0.25]]
     assert partner is not None
     assert (partner.tolist(), share) == ([1, 0], 0.25)
+
+
+@pytest.mark.parametrize("counting", [0, 1, 2, 5])
+def test_rows_that_only_fill_are_nobodys_partner(counting: int) -> None:
+    weights = torch.zeros(8)
+    weights[torch.randperm(8)[:counting]] = 1
+    partner = _partners(weights)
+    assert sorted(partner.tolist()) == list(range(8))
+    assert (weights[partner] == weights).all()
+
+
+def test_mixing_in_micro_batches_of_one_row_is_refused(spec: JobSpec) -> None:
+    one = changed(spec, "regularisation.mixup_alpha=0.4", "batch.micro_rows=1")
+    with pytest.raises(PlanError, match=r"mixup_alpha.*one row here.*batch\.micro_rows"):
+        make_plan(one, LAPTOP, prepared())
+    few = changed(spec, "regularisation.mixup_alpha=0.4", "batch.global_rows=2")
+    with pytest.raises(PlanError, match="1 rows go to each worker"):
+        make_plan(few, LAPTOP, prepared())
 
 
 def test_a_model_without_token_embeddings_is_refused(spec: JobSpec) -> None:
@@ -292,6 +315,34 @@ def test_an_average_is_what_its_definition_says(spec: JobSpec, averaging: str) -
     torch.testing.assert_close(weight.detach(), expected)
     averager.exchange()
     assert torch.equal(weight.detach(), history[-1])
+
+
+@pytest.mark.parametrize(
+    ("averaging", "epochs", "points"),
+    [
+        ("", 1, 4),
+        ("", 3, 12),
+        ("", 100, 25),
+        (", every_steps: epoch", 3, 0),
+        (", every_steps: epoch", 5, 1),
+    ],
+)
+def test_a_stochastic_average_has_points_or_the_plan_says_so(
+    spec: JobSpec, averaging: str, epochs: int, points: int
+) -> None:
+    job = changed(
+        spec, f"regularisation.averaging={{type: swa{averaging}}}", f"stop.max_epochs={epochs}",
+        "batch.global_rows=64",
+    )  # fmt: skip
+    plan = make_plan(job, LAPTOP, prepared(1000))
+    shares = [average_share(plan, step) for step in range(plan.total_steps)]
+    last_copy = max(step for step, share in enumerate(shares) if share == 1)
+    averaged = sum(0 < share < 1 for share in shares) + (last_copy != plan.total_steps - 1)
+    assert averaged == points
+    assert f"{points} points" in next(v for name, v, _ in learning(plan) if "average" in name)
+    warned = [w for w in plan.warnings if "averaging" in w]
+    assert len(warned) == (points < 2)
+    assert not points or not warned or "one point, step 76" in warned[0]
 
 
 def test_before_its_start_a_stochastic_average_is_the_weights(spec: JobSpec) -> None:

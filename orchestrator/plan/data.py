@@ -12,6 +12,8 @@ class DataFacts(Frozen):
     folder: str
     rows: int
     tokens: int
+    size_bytes: int = 0
+    """Of the shards, and so about of the rows in memory."""
     target_tokens: int
     longest_tokens: int
     longest_target_tokens: int = 0

@@ -25,6 +25,7 @@ from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load
 from orchestrator.plan.memory import ModelFacts, Stage, checkpoint_bytes
 from orchestrator.plan.regularisation import (
+    averaging_warnings,
     check_dropout,
     class_weights,
     mask_token,
@@ -184,6 +185,7 @@ def make_plan(
         warnings=(
             *_warnings(spec, prepared),
             *_config_warnings(spec),
+            *averaging_warnings(spec, total, steps_per_epoch),
             *_start_warnings(cluster, model, shares),
         ),
         **shares,

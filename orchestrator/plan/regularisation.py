@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from orchestrator.data.shards import open_shards
 from orchestrator.errors import PlanError
 from orchestrator.model.config import dropouts, load_config
 from orchestrator.spec import JobSpec
-from orchestrator.spec.regularisation import NoAveraging
+from orchestrator.spec.regularisation import SWA, NoAveraging
 
 
 def class_weights(
@@ -89,6 +90,33 @@ def special_tokens(spec: JobSpec, tokenizer: Any) -> tuple[int, ...]:
 def averages(spec: JobSpec) -> bool:
     """Whether an average of the weights is kept beside them."""
     return not isinstance(spec.regularisation.averaging, NoAveraging)
+
+
+def swa_steps(swa: SWA, total_steps: int, steps_per_epoch: int) -> tuple[int, int, int]:
+    """(steps before there is anything to average, steps between points, number of points)."""
+    start = math.floor(swa.start_ratio * total_steps)
+    match swa.every_steps:
+        case "auto":
+            every = min(steps_per_epoch, max(1, (total_steps - start) // 10))
+        case "epoch":
+            every = steps_per_epoch
+        case steps:
+            every = steps
+    return start, every, (total_steps - start) // every
+
+
+def averaging_warnings(spec: JobSpec, total_steps: int, steps_per_epoch: int) -> Iterator[str]:
+    """Where an average would be none."""
+    swa = spec.regularisation.averaging
+    if not isinstance(swa, SWA):
+        return
+    start, every, points = swa_steps(swa, total_steps, steps_per_epoch)
+    if points < 2:
+        what = f"one point, step {start + every:,}" if points else "nothing"
+        yield (
+            f"regularisation.averaging is the mean of {what}: {total_steps - start:,} steps are left after step "
+            f"{start:,}, a point every {every:,}. Set every_steps or start_ratio lower."
+        )
 
 
 def passes_per_row(spec: JobSpec) -> int:

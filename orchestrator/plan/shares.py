@@ -16,8 +16,17 @@ from orchestrator.plan.zero import deepspeed_config
 def shares_of(
     load: Load, reasons: dict[str, str], stage: Stage | None = None
 ) -> tuple[MemorySetup, dict[str, Any]]:
-    """(how the model is held, the plan's fields that follow from the number of workers)."""
+    """(how the model is held, the plan's fields that follow from the number of workers).
+
+    Raises PlanError where a worker's share does not fit, or leaves mixup nothing to mix.
+    """
     setup, micro_rows = fit(load, reasons, stage)
+    if micro_rows == 1 and load.spec.regularisation.mixup_alpha is not None:
+        raise PlanError(
+            "regularisation.mixup_alpha mixes rows of one micro-batch, and a micro-batch has one row here: "
+            f"batch.micro_rows is {load.spec.batch.micro_rows}, {load.rows} rows go to each worker. "
+            "Raise batch.micro_rows or batch.global_rows, use fewer workers, or drop it."
+        )
     accumulation = -(-load.rows // micro_rows)
     return setup, {
         "num_workers": load.workers.count,

@@ -8,9 +8,10 @@ from rich.text import Text
 
 from orchestrator.plan.chart import text_chart
 from orchestrator.plan.plan import Plan
-from orchestrator.plan.regularisation import averages
+from orchestrator.plan.regularisation import averages, swa_steps
 from orchestrator.plan.schedule import lr_factor
 from orchestrator.plan.unfreezing import all_move_at_step, interval_steps, moving_layers
+from orchestrator.spec.regularisation import EMA, SWA, NoAveraging
 from orchestrator.spec.schedule import PlateauSchedule
 
 Row = tuple[str, str, str]
@@ -97,7 +98,18 @@ def _regularisation(plan: Plan) -> Iterator[Row]:
         why = (
             "evaluated and exported in place of the weights; one more fp32 value per trained weight"
         )
-        yield "average of the weights", settings.averaging.type, why
+        yield "average of the weights", _average_words(plan), why
+
+
+def _average_words(plan: Plan) -> str:
+    match plan.spec.regularisation.averaging:
+        case SWA() as swa:
+            start, every, points = swa_steps(swa, plan.total_steps, plan.steps_per_epoch)
+            return f"swa: {points} points after step {start:,}, every {every:,} steps"
+        case EMA(decay=decay):
+            return f"ema, decay {decay:g}"
+        case NoAveraging():
+            return "none"
 
 
 def _distillation(plan: Plan) -> Iterator[Row]:

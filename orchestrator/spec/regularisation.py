@@ -31,8 +31,9 @@ class SWA(Frozen):
     type: Literal["swa"]
     start_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """Share of all steps after which weights are averaged."""
-    every_steps: Annotated[int, Field(ge=1)] | Literal["epoch"] = "epoch"
-    """Steps between the weights that are averaged."""
+    every_steps: Annotated[int, Field(ge=1)] | Literal["epoch", "auto"] = "auto"
+    """Steps between the weights that are averaged. `auto`: an `epoch`, or a tenth of what is left after
+    `start_ratio` where that is less."""
 
 
 AveragingSpec = Annotated[
@@ -64,6 +65,6 @@ class RegularisationSpec(Frozen):
     mixup_alpha: Annotated[float, Field(gt=0)] | None = None
     """Tasks with one label per row: mix pixels, or the embeddings of words, and labels of pairs of rows by a
     share drawn from Beta(alpha, alpha) (mixup: Zhang et al., arXiv 1710.09412; on words: Guo et al.,
-    arXiv 1905.08941)."""
+    arXiv 1905.08941). Partners are of one micro-batch, which needs two rows or more."""
     averaging: AveragingSpec = NoAveraging()
     """Which weights are evaluated and exported."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from orchestrator.plan.plan import Plan
+from orchestrator.plan.regularisation import swa_steps
 from orchestrator.spec.regularisation import EMA, SWA, NoAveraging
 
 AVERAGED_FILE = "averaged.pt"
@@ -23,12 +23,12 @@ def average_share(plan: Plan, step: int) -> float:
             return 0.0
         case EMA(decay=decay):
             return 1 - min(decay, (1 + step) / (10 + step))
-        case SWA(start_ratio=ratio, every_steps=every):
-            stride = plan.steps_per_epoch if every == "epoch" else every
-            since = step + 1 - math.floor(ratio * plan.total_steps)
-            if since < stride:
+        case SWA() as swa:
+            start, every, _ = swa_steps(swa, plan.total_steps, plan.steps_per_epoch)
+            since = step + 1 - start
+            if since < every:
                 return 1.0  # nothing to average yet: what is evaluated are the weights themselves
-            return 0.0 if since % stride else stride / since
+            return 0.0 if since % every else every / since
 
 
 class Averager:

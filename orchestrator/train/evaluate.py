@@ -78,7 +78,7 @@ class Evaluator:
             source = open_source(self.plan, self.data, self.global_rows, for_training=False)
         count = -(-self.data.rows // self.global_rows)
         steps = StepStream(source, self.global_rows, 0, count)
-        if self.data.tokens * 4 > CACHE_BYTES:
+        if self.data.size_bytes > CACHE_BYTES:
             return steps
         self._kept.clear()  # one set at a time: trials that differ in it are few
         self._kept[self._key] = [_owned(step) for step in steps]

@@ -80,7 +80,7 @@ class Objective:
         if self.settings.mixup_alpha is None:
             return batch, None, 1.0
         share = float(np.random.beta(self.settings.mixup_alpha, self.settings.mixup_alpha))
-        partner = torch.randperm(len(batch["labels"])).to(batch["labels"].device)
+        partner = _partners(batch["weights"])
         if self.hook is None:
             pixels = batch["pixel_values"]
             mixed = share * pixels + (1 - share) * pixels[partner]
@@ -115,6 +115,14 @@ class Objective:
         """The task's loss of these scores, without smoothing and class weights."""
         with torch.no_grad():
             return self._own(scores, scores.labels).sum()
+
+
+def _partners(weights: torch.Tensor) -> torch.Tensor:
+    """Row number of each row's partner (rows,): rows that count are paired among themselves."""
+    partner = torch.arange(len(weights), device=weights.device)
+    counting = partner[weights > 0]
+    partner[counting] = counting[torch.randperm(len(counting)).to(weights.device)]
+    return partner
 
 
 def _divergence(scores: Scores) -> torch.Tensor:
