@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ from PIL import Image
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig
 from transformers import ViTForImageClassification as ViT
 
+from orchestrator.data.stream import StepRows
 from orchestrator.errors import OrchestratorError, SpecError
 from orchestrator.model.build import build_model
 from orchestrator.plan.facts import facts_of
 from orchestrator.plan.memory import MemorySetup, activation_bytes
 from orchestrator.tasks import BadRow, ImageClassification
+from orchestrator.train import evaluate
+from orchestrator.train.evaluate import CACHE_BYTES
 
 LABELS = ("dark", "light")
 TASK = ImageClassification(
@@ -157,3 +161,17 @@ def test_memory_of_image_models_is_about_what_autograd_keeps(kind: str) -> None:
     )  # fmt: skip
     estimate = activation_bytes(facts, setup, rows, facts.image_tokens)
     assert measured == pytest.approx(estimate, rel=0.35)
+
+
+@pytest.mark.parametrize(("size_bytes", "kept"), [(CACHE_BYTES, True), (CACHE_BYTES + 1, False)])
+def test_evaluation_images_stay_in_memory_by_their_bytes(
+    monkeypatch: pytest.MonkeyPatch, size_bytes: int, kept: bool
+) -> None:
+    step = StepRows(0, [{}], np.ones(1), np.zeros(1), 1, 1)
+    monkeypatch.setattr(evaluate, "StepStream", lambda *_: [step])
+    monkeypatch.setattr(evaluate.dist, "get_rank", lambda: 1)
+    evaluator: Any = object.__new__(evaluate.Evaluator)
+    evaluator.data = SimpleNamespace(size_bytes=size_bytes, tokens=1, rows=1)
+    evaluator.global_rows, evaluator._kept, evaluator._key = 1, {}, "rows"
+    assert len(list(evaluator._steps())) == 1
+    assert ("rows" in evaluator._kept) == kept
