@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -18,8 +18,9 @@ from orchestrator.model.parts import groups
 from orchestrator.plan import describe_cluster, make_plan
 from orchestrator.plan.defaults import SOURCES, learning_rate
 from orchestrator.plan.fit import optimizer_states
-from orchestrator.spec import JobSpec
-from orchestrator.spec.reference import json_schema
+from orchestrator.spec import JobSpec, parse_spec
+from orchestrator.spec.explain import model_members
+from orchestrator.tasks import TaskSpec
 from orchestrator.train.lion import Lion
 from orchestrator.train.optimizer import make_optimizer
 
@@ -185,7 +186,11 @@ def test_new_weights_get_the_rate_of_the_nearest_size(
     spec: JobSpec, models: tiny.Tiny, tmp_path: Path
 ) -> None:
     facts = make_plan(spec, LAPTOP, prepared()).model
-    scratch = spec.model_copy(update={"model": spec.model.model_copy(update={"pretrained": None})})
+    config = {"config": {"model_type": "llama"}, "tokenizer": "org/model"}
+    task = {"type": "causal_lm"}
+    scratch = parse_spec(
+        {"name": "job", "task": task, "model": config, "data": {"train": "memory://"}}
+    )
     for size, rate in ((1e6, 6e-4), (300e6, 3e-4), (7e9, 1.2e-4)):
         sized = facts.model_copy(update={"parameters": int(size)})
         assert learning_rate(scratch, sized)[0] == rate
@@ -194,21 +199,74 @@ def test_new_weights_get_the_rate_of_the_nearest_size(
 def test_what_the_job_sets_is_no_default_and_all_else_has_its_source(spec: JobSpec) -> None:
     job = changed(spec, "optimizer.lr=0.1", "optimizer.betas=[0.8, 0.9]", "gradient_clipping=2")
     fields = {one.field for one in make_plan(job, LAPTOP, prepared()).defaults}
-    assert fields == {"optimizer.type", "optimizer.weight_decay", "schedule.type"}
+    assert fields == {
+        "optimizer.type", "optimizer.eps", "optimizer.weight_decay", "schedule.type", "schedule.warmup_ratio",
+    }  # fmt: skip
+    warm = changed(job, "schedule.warmup_steps=3")
+    assert "schedule.warmup_ratio" not in {
+        d.field for d in make_plan(warm, LAPTOP, prepared()).defaults
+    }
     assert all(one.why for one in make_plan(spec, LAPTOP, prepared()).defaults)
 
 
 def test_every_source_belongs_to_a_field() -> None:
-    schema = json_schema()
-    for field in SOURCES:
+    of_tasks = {f"task.{t.model_fields['type'].annotation.__args__[0]}/{name}": why  # type: ignore[union-attr]
+                for t in model_members(TaskSpec) for name, why in t.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
+    assert of_tasks.keys() >= {"task.preference/beta", "task.question_answering/stride_tokens"}
+    for field, why in (SOURCES | of_tasks).items():
         section, _, name = field.rpartition(".")
         kind, _, name = name.rpartition("/")
-        found = json.dumps(schema["properties"][section] if section else schema["properties"])
-        models = [d for d in schema["$defs"].values() if name in d.get("properties", {})]
-        assert name in found or models, field
-        assert not kind or any(
-            m["properties"].get("type", {}).get("const") == kind for m in models
-        ), field
+        models: list[Any] = [JobSpec]
+        for part in filter(None, section.split(".")):
+            models = [n for m in models if part in m.model_fields
+                      for n in model_members(m.model_fields[part].annotation)]  # fmt: skip
+        kinds = [
+            m for m in models if not kind or get_args(m.model_fields["type"].annotation) == (kind,)
+        ]
+        assert [m for m in kinds if name in m.model_fields], field
+        assert why.strip(), field
+
+
+RATES = [
+    ("preference", "llama", "", 1e-6, "2305.18290"),
+    ("preference", "llama", "lora", 5e-6, "alignment handbook"),
+    ("causal_lm", "llama", "", 2e-5, "2307.09288"),
+    ("seq2seq", "t5", "", 1e-4, "T5"),
+    ("seq2seq", "bart", "", 3e-5, "BART"),
+    ("text_classification", "t5", "", 1e-4, "T5"),
+    ("token_classification", "bert", "", 5e-5, "1810.04805"),
+    ("image_classification", "vit", "", 5e-5, "image classification"),
+    ("speech_recognition", "wav2vec2", "", 3e-5, "wav2vec"),
+    ("preference", "llama", "new", 6e-4, "2005.14165"),
+    ("seq2seq", "t5", "new", 7e-4, "1706.03762"),
+    ("text_classification", "bert", "new", 6e-4, "1907.11692"),
+    ("image_classification", "vit", "new", 5e-4, "2012.12877"),
+    ("speech_recognition", "wav2vec2", "new", 5e-4, "2006.11477"),
+]
+
+
+@pytest.mark.parametrize(("task", "model_type", "how", "rate", "source"), RATES)
+def test_each_kind_of_task_and_model_has_a_rate_and_source_of_its_own(
+    spec: JobSpec, task: str, model_type: str, how: str, rate: float, source: str
+) -> None:
+    facts = make_plan(spec, LAPTOP, prepared()).model.model_copy(update={"model_type": model_type})
+    job: dict[str, Any] = {"name": "job", "task": {"type": task}, "data": {"train": "memory://"}}
+    job["model"] = {"pretrained": "org/model"}
+    if how == "new":
+        job["model"] = {"config": {"model_type": model_type}, "tokenizer": "org/model"}
+    if how == "lora":
+        job["tuning"] = {"type": "lora"}
+    lr, why = learning_rate(parse_spec(job), facts)
+    assert lr == rate
+    assert source in why
+
+
+def test_rows_per_step_that_are_left_open_name_a_source_of_the_task(spec: JobSpec) -> None:
+    reason = make_plan(spec, LAPTOP, prepared()).reasons["global_rows"]
+    assert "1810.04805" in reason
+    tasks: list[Any] = model_members(TaskSpec)
+    words = {t.__name__: t.usual_global_rows_source for t in tasks}
+    assert "BERT" not in words["PreferenceTuning"] + words["SpeechRecognition"] + words["CausalLM"]
 
 
 @pytest.mark.parametrize(

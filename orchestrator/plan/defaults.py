@@ -11,13 +11,9 @@ from orchestrator.plan.memory import ModelFacts
 from orchestrator.spec import JobSpec
 from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
 from orchestrator.spec.tuning import IA3Tuning, LoraTuning, PrefixTuning, PromptTuning
+from orchestrator.tasks.usual import nearest
 from orchestrator.values import Frozen
 
-SCRATCH_LR = (
-    (125e6, 6e-4), (350e6, 3e-4), (760e6, 2.5e-4), (1.3e9, 2e-4), (2.7e9, 1.6e-4), (6.7e9, 1.2e-4),
-    (13e9, 1e-4), (175e9, 6e-5),
-)  # fmt: skip
-"""(parameters, learning rate) of GPT-3's models: Brown et al., arXiv 2005.14165, table 2.1."""
 LION_SHARE = 0.2
 """Lion's rate as a share of AdamW's: Chen et al., arXiv 2302.06675, say 3 to 10 times less."""
 
@@ -58,13 +54,13 @@ def learning_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
 
 
 def _adam_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
+    task = spec.task
     if spec.model.pretrained is None:
-        size, rate = min(SCRATCH_LR, key=lambda row: abs(row[0] - model.parameters))
-        return rate, (
-            f"new weights: GPT-3's rate for {size / 1e6:,.0f} M parameters, the nearest size "
-            "(Brown et al., arXiv 2005.14165, table 2.1)"
-        )
+        new = nearest(task.new_rates, model.parameters)
+        return new.lr, new.why
     match spec.tuning:
+        case LoraTuning() if task.adapted_rate is not None:
+            return task.adapted_rate.lr, task.adapted_rate.why
         case LoraTuning(quantization="nf4"):
             rate, sizes = (2e-4, "7B and 13B") if model.parameters < 20e9 else (1e-4, "33B and 65B")
             return rate, f"Dettmers et al., arXiv 2305.14314, tuned {sizes} with QLoRA at {rate:g}"
@@ -81,9 +77,8 @@ def _adam_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
             )
         case PrefixTuning():
             return 1e-2, "peft's guide to prefix tuning"
-    if spec.task.type == "causal_lm":
-        return 2e-5, "Touvron et al., arXiv 2307.09288, fine-tuned Llama 2 at 2e-5"
-    return 5e-5, "the largest of 2e-5, 3e-5 and 5e-5 that Devlin et al., arXiv 1810.04805, advise"
+    tuned = task.tuned_rates.get(model.model_type, task.tuned_rates[""])
+    return tuned.lr, tuned.why
 
 
 def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Default, ...]:
@@ -93,13 +88,19 @@ def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Default, ...]:
 
 
 def _listed(spec: JobSpec) -> Iterator[Default]:
-    for field, why in SOURCES.items():
+    of_task = {f"task.{spec.task.type}/{name}": why for name, why in spec.task.sources.items()}
+    for field, why in (SOURCES | of_task).items():
         section, _, name = field.rpartition(".")
-        owner: Any = getattr(spec, section) if section else spec
+        owner: Any = spec
+        for part in filter(None, section.split(".")):
+            owner = getattr(owner, part, None)
         kind, _, name = name.rpartition("/")
         if owner is None or (kind and owner.type != kind):
             continue
-        if name in type(owner).model_fields and name not in owner.model_fields_set:
+        if (
+            name in type(owner).model_fields
+            and not {name, INSTEAD.get(name)} & owner.model_fields_set
+        ):
             field = f"{section}.{name}".lstrip(".")
             yield Default(field=field, value=_shown(getattr(owner, name)), why=why)
 
@@ -110,23 +111,40 @@ def _shown(value: object) -> str:
     return "none" if value is None else str(value)
 
 
+INSTEAD = {"warmup_ratio": "warmup_steps"}
+"""Field → another one that says the same in other words."""
 SOURCES: dict[str, str] = {
     "optimizer.type": "decoupled decay generalises better than Adam's: Loshchilov & Hutter, arXiv 1711.05101",
     "optimizer.adamw/betas": "Kingma & Ba, arXiv 1412.6980",
     "optimizer.adamw/weight_decay": "Devlin et al., arXiv 1810.04805, A.2, pre-trained BERT with 0.01",
+    "optimizer.adamw/eps": "Kingma & Ba, arXiv 1412.6980",
     "optimizer.adam/betas": "Kingma & Ba, arXiv 1412.6980",
+    "optimizer.adam/eps": "Kingma & Ba, arXiv 1412.6980",
+    "optimizer.adam/weight_decay": "none unless asked for: Kingma & Ba, arXiv 1412.6980, have none",
     "optimizer.sgd/momentum": "Sutskever et al., ICML 2013, and most work since",
+    "optimizer.sgd/weight_decay": "none unless asked for",
     "optimizer.rmsprop/alpha": "torch's; Hinton's lecture 6e has 0.9",
+    "optimizer.rmsprop/eps": "torch's",
     "optimizer.lion/betas": "Chen et al., arXiv 2302.06675",
     "optimizer.lion/weight_decay": "five times AdamW's: Chen et al., arXiv 2302.06675, say 3 to 10 times",
     "optimizer.adafactor/decay_rate": "Shazeer & Stern, arXiv 1804.04235",
     "optimizer.adafactor/clip_threshold": "Shazeer & Stern, arXiv 1804.04235",
     "schedule.type": "down to 0 in a straight line: Devlin et al., arXiv 1810.04805, A.2",
+    "schedule.warmup_ratio": "none; Devlin et al., arXiv 1810.04805, A.2, warm up: schedule.warmup_ratio=0.1 does",
+    "schedule.cosine/min_lr_ratio": "down to 0: Loshchilov & Hutter, arXiv 1608.03983",
+    "schedule.polynomial/power": "a start and no more: no source settles it",
+    "schedule.exponential/min_lr_ratio": "a start and no more: no source settles it",
+    "schedule.plateau/factor": "a start and no more: torch's default is 0.1 after 10, for longer runs",
+    "schedule.plateau/patience": "a start and no more: torch's default is 0.1 after 10, for longer runs",
+    "regularisation.averaging.ema/decay": "TensorFlow's advice for its ExponentialMovingAverage: 0.999, 0.9999",
+    "regularisation.averaging.swa/start_ratio": "Izmailov et al., arXiv 1803.05407, 4, at 75 % of the budget",
     "schedule.wsd/decay_ratio": "Hu et al., arXiv 2404.06395, found 10 % to be enough",
     "schedule.step/milestones": "half and three quarters: He et al., arXiv 1512.03385, 4.2, on CIFAR-10",
     "schedule.step/gamma": "He et al., arXiv 1512.03385",
     "distillation.temperature": "as in the code of DistilBERT (Sanh et al., arXiv 1910.01108)",
     "distillation.alpha": "even shares and no more: no source settles it; search it",
+    "distillation.top_k": "a start and no more: no source settles it",
+    "distillation.hidden.weight": "a start and no more: no source settles it",
     "gradient_clipping": "Brown et al., arXiv 2005.14165, B, clip GPT-3's at 1.0",
     "tuning.lora/r": "Hu et al., arXiv 2106.09685, 7.2: small ranks are enough",
     "tuning.lora/lora_alpha": "twice r, a common choice; Hu et al., arXiv 2106.09685, keep it fixed",

@@ -221,7 +221,7 @@ def _global_rows(spec: JobSpec, rows: int, reasons: dict[str, str]) -> int:
         return spec.batch.global_rows
     usual = spec.task.usual_global_rows
     reasons["global_rows"] = (
-        f"default: {usual} (Devlin et al., arXiv 1810.04805, tuned BERT with 16 and 32)"
+        f"default: {usual} ({spec.task.usual_global_rows_source})"
         if rows >= usual
         else f"the data has {rows} rows"
     )
@@ -233,7 +233,9 @@ def _total_steps(spec: JobSpec, steps_per_epoch: int, reasons: dict[str, str]) -
     epochs = stop.max_epochs
     if epochs is None and stop.max_steps is None:
         epochs = 1.0
-        reasons["total_steps"] = "default: one epoch"
+        reasons["total_steps"] = (
+            "default: one epoch, and no more than a start; Devlin et al., arXiv 1810.04805, A.3, took 2 to 4"
+        )
     by_epochs = math.ceil(epochs * steps_per_epoch) if epochs is not None else None
     limits = [n for n in (by_epochs, stop.max_steps) if n is not None]
     if len(limits) == 2:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from orchestrator.errors import DataError, Problem
+from orchestrator.tasks.usual import BY_SIZE, TEXT_NEW, TEXT_TUNED, Rate
 from orchestrator.values import LOWER_IS_BETTER, Frozen
 
 if TYPE_CHECKING:  # annotations only: no import at run time, so no cycle and nothing heavy
@@ -76,6 +77,17 @@ class Task(Frozen):
     """Loss and metrics need what the untouched model says of a row: `reference`."""
     usual_global_rows: ClassVar[int] = 32
     """Rows per step unless the job says otherwise."""
+    usual_global_rows_source: ClassVar[str] = (
+        "Devlin et al., arXiv 1810.04805, tuned BERT with 16 and 32"
+    )
+    tuned_rates: ClassVar[Mapping[str, Rate]] = TEXT_TUNED
+    """Usual peak learning rate of a pretrained model, by `model_type`; "" for any other."""
+    adapted_rate: ClassVar[Rate | None] = None
+    """That of LoRA, where the task has one of its own."""
+    new_rates: ClassVar[BY_SIZE] = TEXT_NEW
+    """That of new weights, by the model's size."""
+    sources: ClassVar[Mapping[str, str]] = {}
+    """Field of the task → where its default comes from."""
     required_inputs: ClassVar[tuple[str, ...]] = ()
     """Arguments that the model's forward must take, beyond what every model takes."""
     has_scores: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Tag
@@ -22,6 +22,7 @@ from orchestrator.tasks.base import (
 from orchestrator.tasks.generation import complete
 from orchestrator.tasks.packing import document, pack_stream, pack_whole
 from orchestrator.tasks.templating import Targets, chat, instruction, plain
+from orchestrator.tasks.usual import BY_SIZE, LM_NEW, LM_TUNED, Rate
 from orchestrator.values import Frozen, by_type
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class CausalLM(Task):
     peft_task: ClassVar[str] = "CAUSAL_LM"
     all_logits: ClassVar[bool] = True
     usual_global_rows: ClassVar[int] = 16
+    usual_global_rows_source: ClassVar[str] = (
+        "a start and no more: Touvron et al., arXiv 2307.09288, tuned Llama 2 with 64 sequences"
+    )
+    tuned_rates: ClassVar[Mapping[str, Rate]] = LM_TUNED
+    new_rates: ClassVar[BY_SIZE] = LM_NEW
     required_inputs: ClassVar[tuple[str, ...]] = ("position_ids",)
     has_scores: ClassVar[bool] = True
     soft_targets: ClassVar[SoftTargets | None] = "tokens"

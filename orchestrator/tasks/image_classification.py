@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,6 +11,7 @@ from pydantic import Field
 from orchestrator.errors import Problem
 from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, Scores
 from orchestrator.tasks.single_label import SingleLabel
+from orchestrator.tasks.usual import BY_SIZE, IMAGE_NEW, IMAGE_TUNED, Rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,16 @@ class ImageClassification(SingleLabel):
     reads_text: ClassVar[bool] = False
     fixed_length: ClassVar[bool] = True
     after_prepare: ClassVar[frozenset[str]] = frozenset({"mean", "std"})
+    usual_global_rows_source: ClassVar[str] = (
+        "a start and no more: transformers' guide to image classification takes 64"
+    )
+    tuned_rates: ClassVar[Mapping[str, Rate]] = IMAGE_TUNED
+    new_rates: ClassVar[BY_SIZE] = IMAGE_NEW
+    sources: ClassVar[Mapping[str, str]] = {
+        "size_pixels": "the size that ViT was pre-trained on: Dosovitskiy et al., arXiv 2010.11929",
+        "mean": "ViT's own: 0 to 1 becomes -1 to 1",
+        "std": "ViT's own: 0 to 1 becomes -1 to 1",
+    }
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:
         yield from super().broken_rules(has_eval)

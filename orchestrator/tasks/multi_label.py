@@ -49,6 +49,9 @@ class MultiLabelClassification(SequenceTask):
     target_kind: ClassVar[FeatureKind] = "ints"
     soft_targets: ClassVar[SoftTargets | None] = "labels"
     after_prepare: ClassVar[frozenset[str]] = frozenset({"threshold"})
+    sources: ClassVar[Mapping[str, str]] = {
+        "threshold": "likelier than not; the best one for F1 lies lower (Lipton et al., arXiv 1402.1892)"
+    }
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:
         yield from label_problems(self.labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -18,6 +18,7 @@ from orchestrator.tasks.base import (
 )
 from orchestrator.tasks.generation import complete
 from orchestrator.tasks.templating import instruction
+from orchestrator.tasks.usual import BY_SIZE, DPO_ADAPTED, DPO_TUNED, LM_NEW, Rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +61,16 @@ class PreferenceTuning(Task):
     after_prepare: ClassVar[frozenset[str]] = frozenset({"beta", "label_smoothing"})
     required_inputs: ClassVar[tuple[str, ...]] = ("position_ids",)
     usual_global_rows: ClassVar[int] = 16
+    usual_global_rows_source: ClassVar[str] = (
+        "a start and no more: Rafailov et al., arXiv 2305.18290, B, used 64 pairs"
+    )
+    tuned_rates: ClassVar[Mapping[str, Rate]] = DPO_TUNED
+    adapted_rate: ClassVar[Rate | None] = DPO_ADAPTED
+    new_rates: ClassVar[BY_SIZE] = LM_NEW
+    sources: ClassVar[Mapping[str, str]] = {
+        "beta": "Rafailov et al., arXiv 2305.18290, B",
+        "label_smoothing": "none: plain DPO, Rafailov et al., arXiv 2305.18290, eq. 7",
+    }
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -54,6 +54,10 @@ class QuestionAnswering(Task):
     pipeline_tag: ClassVar[str] = "question-answering"
     peft_task: ClassVar[str] = "QUESTION_ANS"
     after_prepare: ClassVar[frozenset[str]] = frozenset({"max_answer_tokens"})
+    sources: ClassVar[Mapping[str, str]] = {
+        "stride_tokens": "a start and no more; BERT's run_squad.py moves windows on by 128 tokens",
+        "max_answer_tokens": "BERT's run_squad.py (Devlin et al., arXiv 1810.04805)",
+    }
     kept_features: ClassVar[tuple[str, ...]] = (
         "window",
         "context",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -23,6 +23,7 @@ from orchestrator.tasks.base import (
 )
 from orchestrator.tasks.generation import in_step_with_others
 from orchestrator.tasks.templating import ended
+from orchestrator.tasks.usual import BY_SIZE, SEQ2SEQ_NEW, SEQ2SEQ_TUNED, Rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +68,16 @@ class Seq2Seq(Task):
     kept_features: ClassVar[tuple[str, ...]] = ("reference",)
     needs_tokenizer: ClassVar[bool] = True
     after_prepare: ClassVar[frozenset[str]] = frozenset({"num_beams", "bleu_tokenize"})
+    usual_global_rows_source: ClassVar[str] = (
+        "a start and no more: recipes for translation count tokens instead of rows"
+    )
+    tuned_rates: ClassVar[Mapping[str, Rate]] = SEQ2SEQ_TUNED
+    new_rates: ClassVar[BY_SIZE] = SEQ2SEQ_NEW
+    sources: ClassVar[Mapping[str, str]] = {
+        "max_target_tokens": "as in transformers' examples of translation and summarisation",
+        "num_beams": "greedy, which is fastest; Vaswani et al., arXiv 1706.03762, 6.1, write with 4 beams",
+        "bleu_tokenize": "sacrebleu's default: Post, arXiv 1804.08771",
+    }
 
     @property
     def columns(self) -> tuple[str, ...]:

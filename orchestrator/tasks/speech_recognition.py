@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from orchestrator.tasks.base import (
     ragged,
     text_problem,
 )
+from orchestrator.tasks.usual import BY_SIZE, SPEECH_NEW, SPEECH_TUNED, Rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +61,16 @@ class SpeechRecognition(Task):
     required_inputs: ClassVar[tuple[str, ...]] = ("input_values",)
     kept_features: ClassVar[tuple[str, ...]] = ("reference",)
     usual_global_rows: ClassVar[int] = 16
+    usual_global_rows_source: ClassVar[str] = (
+        "a start and no more: recipes count seconds of audio instead of rows"
+    )
+    tuned_rates: ClassVar[Mapping[str, Rate]] = SPEECH_TUNED
+    new_rates: ClassVar[BY_SIZE] = SPEECH_NEW
+    sources: ClassVar[Mapping[str, str]] = {
+        "sampling_rate_hz": "what wav2vec 2.0, HuBERT and WavLM were pre-trained on",
+        "max_audio_s": "a limit to the memory of a batch and no more",
+        "frame_samples": "wav2vec 2.0's strides: Baevski et al., arXiv 2006.11477, 4.2, one output per 20 ms",
+    }
 
     @property
     def columns(self) -> tuple[str, ...]:
