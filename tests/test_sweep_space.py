@@ -328,6 +328,42 @@ def test_a_grid_needs_lists_and_a_population_fields_that_a_checkpoint_allows(
     assert "cannot be taken over" in found["sweep.space.batch.global_rows"]
 
 
+@pytest.mark.parametrize(
+    ("space", "refuses"),
+    [
+        ({"optimizer.type": ["adamw", "lion"]}, True),
+        ({"optimizer": [{"type": "adamw"}, {"type": "lion"}]}, True),
+        ({"optimizer.layer_decay": [0.8, 1.0]}, True),
+        ({"optimizer.layer_decay": {"type": "uniform", "low": 0.7, "high": 0.9}}, False),
+        ({"optimizer.head_lr": [None, 1e-3]}, True),
+        ({"precision": ["bf16", "fp32"]}, True),
+        ({"regularisation.averaging.type": ["none", "ema"]}, True),
+        ({"regularisation.l1": [0.0, 1e-4], "schedule.warmup_ratio": [0.0, 0.1]}, False),
+        ({"optimizer.weight_decay": [0.0, 0.1], "optimizer.lr": [1e-4, 1e-3]}, False),
+    ],
+)
+def test_a_population_takes_checkpoints_over_only_where_their_state_fits(
+    tmp_path: Path, space: dict[str, Any], refuses: bool
+) -> None:
+    given = job(tmp_path, sweep={"space": space, **PBT})
+    if not refuses:
+        assert parse_spec(given).sweep is not None
+        return
+    assert "cannot be taken over" in refused(given)[f"sweep.space.{next(iter(space))}"]
+
+
+def test_a_kind_that_does_not_take_the_jobs_fields_is_searched_as_a_whole_section(
+    tmp_path: Path,
+) -> None:
+    full = {"type": "full", "freeze": ["*embeddings*"]}
+    by_path = job(tmp_path, tuning=full, sweep={"space": {"tuning.type": ["full", "lora"]}})
+    found = refused(by_path)["sweep.space.tuning.type"]
+    assert "refuses 'lora'" in found
+    assert "search the section whole: tuning: [" in found
+    space = {"tuning": [full, {"type": "lora", "r": 4}]}
+    assert parse_spec(job(tmp_path, tuning=full, sweep={"space": space})).sweep is not None
+
+
 def test_all_problems_of_a_sweep_come_at_once(tmp_path: Path) -> None:
     found = refused(job(tmp_path, sweep={"space": {"sed": [1], LR: [-1]}, "constraints": ["x"]}))
     assert set(found) == {"sweep.space.sed", f"sweep.space.{LR}", "sweep.constraints.0"}

@@ -34,6 +34,16 @@ FIXED = (
 """Fields that belong to the run and not to the model: searching them means nothing."""  # fmt: skip
 
 
+OF_THE_STATE = (
+    "model", "tuning", "task", "data", "batch", "zero", "stop", "resources", "precision", "distillation.hidden.layers",
+    "optimizer.type", "optimizer.implementation", "optimizer.centered", "regularisation.averaging",
+)  # fmt: skip
+"""Fields that decide what a checkpoint holds: weights, the optimizer's groups and state."""
+WHOLE_SECTIONS = ("optimizer", "regularisation")
+SWITCHES = {"optimizer.layer_decay": 1, "optimizer.head_lr": None, "optimizer.momentum": 0}
+"""Field → the value without which there are more groups of weights, or more state for each."""
+
+
 def sweep_rules(spec: JobSpec) -> Iterator[Problem]:
     """Every rule that the sweep section breaks; none where there is no such section."""
     sweep = spec.sweep
@@ -93,7 +103,11 @@ def _dimension(
     for value in ends(dimension):
         why = _refused(spec, {**dimension.when, path: value})
         if why:
-            yield Problem(field, f"the job refuses {value!r}: {why}", "", None)
+            fix = ""
+            if path.endswith(".type"):
+                section = path.removesuffix(".type")
+                fix = f"search the section whole: {section}: [{{type: …}}, {{type: …, and its fields}}]"
+            yield Problem(field, f"the job refuses {value!r}: {why}", fix, None)
             return
 
 
@@ -146,21 +160,19 @@ def _searcher(sweep: SweepSpec, dimensions: dict[str, Any]) -> Iterator[Problem]
             yield Problem(
                 "sweep.num_trials", "PBT needs a population of 4 or more", "4", sweep.num_trials
             )
-        for path in dimensions:
-            if path.split(".")[0] in (
-                "model",
-                "tuning",
-                "task",
-                "data",
-                "batch",
-                "zero",
-                "stop",
-                "resources",
-            ):
+        for path, dimension in dimensions.items():
+            if _changes_the_state(path, dimension):
                 yield Problem(
                     f"sweep.space.{path}", "a checkpoint cannot be taken over into another value of it",
-                    "under PBT search fields of optimizer, schedule and regularisation",
+                    "under PBT search numbers of optimizer, schedule and regularisation",
                 )  # fmt: skip
+
+
+def _changes_the_state(path: str, dimension: Any) -> bool:
+    """Whether a checkpoint of one of the values may not load, or mean something else, under another."""
+    if path in WHOLE_SECTIONS or any(path == f or path.startswith(f"{f}.") for f in OF_THE_STATE):
+        return True
+    return path in SWITCHES and SWITCHES[path] in ends(dimension)
 
 
 def _constraint(number: int, text: str, dimensions: dict[str, Any]) -> Iterator[Problem]:
