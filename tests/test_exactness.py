@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from orchestrator.data.manifest import read_manifest
 from orchestrator.data.order import PADDING
 from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
+from orchestrator.errors import TrainingError
+from orchestrator.launch.run import _outcome
 from orchestrator.model.build import build_model
 from orchestrator.model.parts import parameter_groups
 from orchestrator.plan import Plan
 from orchestrator.plan.schedule import lr_factor
-from orchestrator.run_folder import RunFolder
+from orchestrator.report.records import read_records
+from orchestrator.run_folder import RunFolder, write_json
 from orchestrator.spec import JobSpec
 from orchestrator.train.checkpoint import committed, newest_valid
 from orchestrator.train.export import best_checkpoint, export_run, load_exported
@@ -181,6 +185,38 @@ def test_export_gives_the_engines_logits(trial: str, pair: dict[str, Plan]) -> N
     engine_logits = torch.load(folder.root / "logits.pt")
     torch.testing.assert_close(probe(model, plan), engine_logits, rtol=1e-5, atol=1e-6)
     assert tokenizer("the film was great")["input_ids"]
+
+
+def test_an_export_of_other_weights_than_the_best_says_so(
+    pair: dict[str, Plan], tmp_path: Path
+) -> None:
+    plan = pair["zero1"]
+    folder = RunFolder(Path(plan.run_dir))
+    best = {"step": 7, "accuracy": 0.99, "rows": 31}
+    last = {"step": STEPS, "accuracy": 0.5, "rows": 31}
+    for last_eval, known in ((last, "0.5000"), (None, None)):
+        figures = {"best": best, "last_eval": last_eval}
+        card = (export_run(plan, folder, tmp_path / "export", figures) / "README.md").read_text()
+        assert "step 7, is damaged or gone: step 30 is exported" in card
+        assert "0.9900" not in card
+        assert ("| accuracy |" in card) == (known is not None)
+        assert known is None or known in card
+    said = [e["text"] for e in read_records(folder.events) if e["kind"] == "warning"]
+    assert "step 30 is exported" in said[-1]
+
+
+def test_a_run_that_diverges_still_exports_the_best_it_had(pair: dict[str, Plan]) -> None:
+    plan = pair["zero1"]
+    folder = RunFolder(Path(plan.run_dir))
+    kept, before = folder.outcome.read_text(), {"step": STEPS, "accuracy": 0.5, "rows": 31}
+    outcome = {"status": "diverged", "step": 33, "message": "training diverged", "facts": {}}
+    for best, says in ((before, "of step 30, are exported"), (None, "Last committed checkpoint")):
+        shutil.rmtree(folder.export, ignore_errors=True)
+        write_json(folder.outcome, {**outcome, "best": best, "last_eval": best})
+        with pytest.raises(TrainingError, match=says):
+            _outcome(plan, folder, None)
+        assert folder.export.exists() == (best is not None)
+    folder.outcome.write_text(kept)
 
 
 def test_a_lora_checkpoint_holds_the_adapter_and_not_the_base(pair: dict[str, Plan]) -> None:

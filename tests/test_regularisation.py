@@ -23,7 +23,7 @@ from orchestrator.model.config import load_config, load_tokenizer
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plan import regularisation as plan_room
 from orchestrator.plan.show_learning import learning
-from orchestrator.spec import JobSpec
+from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.regularisation import RegularisationSpec
 from orchestrator.tasks.image_classification import ImageClassification
 from orchestrator.train.averaging import AVERAGE, Averager, add_l1, average_share
@@ -368,6 +368,19 @@ def test_dropout_is_set_by_name_too(spec: JobSpec) -> None:
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.3, 0.0)
     with pytest.raises(OrchestratorError, match=r"no 'resid_pdrop'.*hidden_dropout_prob"):
         load_config(changed(spec, "model.dropout={resid_pdrop: 0.3}"), LABELS)
+
+
+def test_a_dropout_that_the_config_leaves_to_others_can_be_set_and_one_without_any_is_refused(
+    spec: JobSpec,
+) -> None:
+    assert load_config(spec, LABELS).classifier_dropout is None
+    config = load_config(changed(spec, "model.dropout={classifier_dropout: 0.3}"), LABELS)
+    assert (config.classifier_dropout, config.hidden_dropout_prob) == (0.3, 0.0)
+    images = {"type": "image_classification", "size_pixels": 32, "labels": LABELS}
+    shape = {"model_type": "convnext", "image_size": 32}
+    job = parse_spec({**BASE, "task": images, "model": {"config": shape, "dropout": 0.1}})
+    with pytest.raises(OrchestratorError, match="convnext has no dropout"):
+        load_config(job, LABELS)
 
 
 CLASSIFY = {"task": {"type": "text_classification", "labels": ["a", "b"]}}

@@ -108,6 +108,18 @@ def trace(figure: dict[str, Any], name: str) -> dict[str, Any]:
     return next(t for t in figure["data"] if t["name"] == name)
 
 
+def test_a_plateau_is_told_from_a_rate_that_went_wrong(folder: RunFolder) -> None:
+    for kind, says in (
+        ("plateau", "Lowered by the plateau rule at step 11"),
+        ("constant", "differ at"),
+    ):
+        schedule = {"spec": PLAN["spec"] | {"schedule": {"type": kind}}}
+        write_run(folder, schedule | {"planned_rates": [(n, 1e-4) for n in range(1, 21)]})
+        folder.steps.unlink()
+        write_records(folder.steps, [step(n, lr=1e-4 if n < 11 else 5e-5) for n in range(1, 21)])
+        assert says in words_of(page_of(folder)), kind
+
+
 def test_headline_shows_result_and_baseline(folder: RunFolder) -> None:
     write_run(folder)
     baseline = {"name": "frozen features", "train_rows": 4498, "seconds": 12.3}
@@ -381,19 +393,25 @@ def test_importing_the_report_loads_nothing_heavy() -> None:
     assert out.stdout.strip() == "set()"
 
 
-def test_the_page_says_which_regularisation_and_which_defaults_a_run_had(folder: RunFolder) -> None:
-    settings = {"l1": 0.0, "r_drop_alpha": 4.0, "averaging": {"type": "ema", "decay": 0.9}}
+def test_the_page_says_what_the_job_set_what_it_left_open_and_what_followed(
+    folder: RunFolder,
+) -> None:
     why = "Devlin et al."
     plan = {
-        "spec": {**PLAN["spec"], "regularisation": settings},
+        "model": {**PLAN["model"], "layers": 2, "adapted_modules": ["query", "value"]},
+        "settings": [{"field": "tuning.r", "value": "4", "why": "Rank of the update"}],
         "defaults": [{"field": "optimizer.lr", "value": "5e-05", "why": why}],
+        "learning_rate": 5e-5,
+        "part_rates": [(1e-5, 1200), (5e-5, 34)],
+        "unfreezing": [(1, 0), (11, 1), (21, 3)],
     }
     write_run(folder, plan)
     words = words_of(page_of(folder))
-    assert "r drop alpha 4.0 regularisation" in words
-    assert "averaging type ema, decay 0.9 regularisation" in words
-    assert "l1" not in words
+    assert "tuning.r 4 set by the job: Rank of the update" in words
     assert "optimizer.lr 5e-05 default, because: Devlin et al." in words
+    assert "peak learning rate 5e-05 1e-05 for 1,200 parameters, 5e-05 for 34 parameters" in words
+    assert "from step 1 the head, from step 11 the last 1, from step 21 all" in words
+    assert "adapters on query, value" in words
 
 
 def test_a_run_that_ended_early_says_so_and_why(folder: RunFolder) -> None:

@@ -10,8 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.errors import PlanError
 from orchestrator.plan.chart import text_chart
-from orchestrator.plan.schedule import lr_factor, planned_rates, plateau_factor, warmup_steps
+from orchestrator.plan.schedule import (
+    check_schedule,
+    lr_factor,
+    planned_rates,
+    plateau_factor,
+    warmup_steps,
+)
 from orchestrator.spec.schedule import (
     ConstantSchedule,
     CosineSchedule,
@@ -86,6 +93,15 @@ def test_every_step_has_a_rate_that_only_rises_then_only_falls(
     assert factors[:warm] == sorted(factors[:warm])
     assert factors[warm:] == sorted(factors[warm:], reverse=True)
     assert factors[warm] == 1
+
+
+def test_restarts_need_room_for_cosines_of_two_steps() -> None:
+    for restarts, total in ((0, 1), (4, 10), (3, 10)):
+        check_schedule(CosineSchedule(type="cosine", restarts=restarts), total)
+    for restarts, total, warm in ((5, 10, 0), (4, 10, 2), (5000, 300, 0)):
+        schedule = CosineSchedule(type="cosine", restarts=restarts, warmup_steps=warm)
+        with pytest.raises(PlanError, match=rf"restarts = {restarts}.*room for"):
+            check_schedule(schedule, total)
 
 
 def test_a_warm_up_ratio_counts_all_steps() -> None:

@@ -64,6 +64,35 @@ def test_over_fitting_is_a_rising_evaluation_loss_while_the_training_loss_falls(
     assert evals_overfitting(both_rise) == 0, "that is divergence, not over-fitting"
 
 
+def test_a_loss_that_blows_up_but_stays_finite_ends_a_run_that_asks_for_it() -> None:
+    blown = evals((0.9, 1.0), (0.6, 0.5), (0.8, 0.9), (9.0, 8.0))
+    assert stopped_after(StopSpec(max_loss_ratio=3.0), blown) == 4
+    assert "from 0.5 to 8" in reason_to_stop(StopSpec(max_loss_ratio=3.0), blown, "loss", False)
+    assert stopped_after(StopSpec(max_loss_ratio=1.5), blown) == 3
+    assert not reason_to_stop(StopSpec(), blown, "loss", False)
+
+
+def test_a_training_loss_of_zero_counts_and_a_rise_within_a_hundredth_does_not() -> None:
+    words = overfitting_words(evals((0.5, 0.2), (0.4, 0.1), (0.6, 0.0)))
+    assert "Over-fitting since step 20" in words
+    assert "to 0.0000" in words
+    level = overfitting_words(evals((0.5, 0.2), (0.4000, 0.1), (0.4001, 0.05)))
+    assert "level since step 20" in level
+    assert "Over-fitting since" not in level
+
+
+def test_the_report_says_where_a_plateau_lowered_the_rate() -> None:
+    steps = [
+        {"step": s, "lr": lr} for s, lr in ((1, 5e-4), (2, 1e-3), (3, 1e-3), (4, 5e-4), (5, 2.5e-4))
+    ]
+    chart = rate_chart(steps, [(s, 1e-3) for s in range(2, 6)], lowered_by_evals=True)
+    assert chart is not None
+    assert chart.note == "Lowered by the plateau rule at step 4 to 0.0005, step 5 to 0.00025."
+    never = rate_chart(steps[:3], [(3, 1e-3)], lowered_by_evals=True)
+    assert never is not None
+    assert "never lowered" in never.note
+
+
 def test_the_report_says_in_words_what_the_gap_did() -> None:
     apart = evals((0.9, 1.0), (0.6, 0.7), (0.65, 0.5), (0.7, 0.4))
     words = overfitting_words(apart)
@@ -104,6 +133,9 @@ def test_the_report_holds_the_applied_rate_against_the_planned_one() -> None:
         ({"stop": {"overfitting_evals": 2}, "data": {"train": "memory://"}},
          "stop.overfitting_evals"),
         ({"stop": {"min_delta": 0.1}}, "stop.min_delta"),
+        ({"stop": {"max_loss_ratio": 3}, "data": {"train": "memory://"}}, "stop.max_loss_ratio"),
+        ({"schedule": {"type": "step", "milestones": []}}, "schedule.milestones"),
+        ({"model": {"pretrained": "org/model", "dropout": {}}}, "model.dropout"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(change: dict[str, Any], field: str) -> None:

@@ -148,10 +148,10 @@ def launch(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any]:
             time.sleep(POLL_S)
         tracker.update(view.update())
     tracker.close()
-    return _outcome(folder, fit.error)
+    return _outcome(plan, folder, fit.error)
 
 
-def _outcome(folder: RunFolder, error: BaseException | None) -> dict[str, Any]:
+def _outcome(plan: Plan, folder: RunFolder, error: BaseException | None) -> dict[str, Any]:
     """How the workers ended; where that is no success, the report is written before the error is raised."""
     outcome: dict[str, Any] | None = read_json(folder.outcome)
     if outcome is None:
@@ -161,10 +161,25 @@ def _outcome(folder: RunFolder, error: BaseException | None) -> dict[str, Any]:
             write_json(folder.outcome, outcome)
     append_event(folder.events, "end", status=outcome["status"], step=outcome["step"])
     if outcome["status"] in ("diverged", "storage_failed", "failed", "lost"):
+        exported = _export_best(plan, folder, outcome) if outcome["status"] == "diverged" else ""
         with contextlib.suppress(OSError):
             write_report(folder)
-        raise TrainingError(f"{outcome['message']}\n{_last_good(folder)}") from error
+        raise TrainingError(f"{outcome['message']}\n{_last_good(folder)}{exported}") from error
     return outcome
+
+
+def _export_best(plan: Plan, folder: RunFolder, outcome: dict[str, Any]) -> str:
+    """Export the best weights from before training diverged, where any were evaluated; says so."""
+    from orchestrator.train.export import export_run
+
+    if outcome["best"] is None:
+        return ""
+    figures = {k: outcome[k] for k in ("best", "last_eval")} | {"baseline": None}
+    try:
+        path = export_run(plan, folder, folder.export, figures)
+    except (OrchestratorError, OSError) as error:
+        return f"\nThe best weights could not be exported: {error}"
+    return f"\nThe best weights before, of step {outcome['best']['step']}, are exported: {path}"
 
 
 class _FitThread(threading.Thread):

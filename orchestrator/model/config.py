@@ -79,12 +79,17 @@ def _set_dropout(config: Any, wanted: float | dict[str, float]) -> None:
     """Set all dropouts of the config, or those named; raises OrchestratorError for a name it lacks."""
     known = dropouts(config)
     if not isinstance(wanted, dict):
+        if not known:
+            raise OrchestratorError(f"model.dropout: {config.model_type} has no dropout. Drop it.")
         wanted = dict.fromkeys(known, wanted)
+    unset = [
+        n for n, v in config.to_dict().items() if v is None and "dropout" in n
+    ]  # falls back to others
     for name, value in wanted.items():
-        if name not in known:
+        if name not in (*known, *unset):
             raise OrchestratorError(
                 f"model.dropout: {config.model_type} has no {name!r}. "
-                f"Its dropouts: {', '.join(known) or 'none'}."
+                f"Its dropouts: {', '.join([*known, *unset]) or 'none'}."
             )
         setattr(config, name, value)
 

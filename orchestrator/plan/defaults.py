@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
-
 from orchestrator.plan.memory import ModelFacts
+from orchestrator.plan.settings import Knob, shown
 from orchestrator.spec import JobSpec
 from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
 from orchestrator.spec.tuning import IA3Tuning, LoraTuning, PrefixTuning, PromptTuning
 from orchestrator.tasks.usual import nearest
-from orchestrator.values import Frozen
 
 LION_SHARE = 0.2
 """Lion's rate as a share of AdamW's: Chen et al., arXiv 2302.06675, say 3 to 10 times less."""
-
-
-class Default(Frozen):
-    """A value that the job leaves open, and why it is that."""
-
-    field: str
-    value: str
-    why: str
 
 
 def learning_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
@@ -81,13 +71,13 @@ def _adam_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
     return tuned.lr, tuned.why
 
 
-def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Default, ...]:
+def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Knob, ...]:
     """Every value of how training goes that the job leaves open, with its source."""
-    rows = [Default(field="optimizer.lr", value=f"{lr:.3g}", why=lr_source)] if lr_source else []
+    rows = [Knob(field="optimizer.lr", value=f"{lr:.3g}", why=lr_source)] if lr_source else []
     return tuple(rows + list(_listed(spec)))
 
 
-def _listed(spec: JobSpec) -> Iterator[Default]:
+def _listed(spec: JobSpec) -> Iterator[Knob]:
     of_task = {f"task.{spec.task.type}/{name}": why for name, why in spec.task.sources.items()}
     for field, why in (SOURCES | of_task).items():
         section, _, name = field.rpartition(".")
@@ -102,13 +92,7 @@ def _listed(spec: JobSpec) -> Iterator[Default]:
             and not {name, INSTEAD.get(name)} & owner.model_fields_set
         ):
             field = f"{section}.{name}".lstrip(".")
-            yield Default(field=field, value=_shown(getattr(owner, name)), why=why)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, BaseModel):
-        return str(getattr(value, "type", value))
-    return "none" if value is None else str(value)
+            yield Knob(field=field, value=shown(getattr(owner, name)), why=why)
 
 
 INSTEAD = {"warmup_ratio": "warmup_steps"}

@@ -17,13 +17,21 @@ from orchestrator.spec.tuning import quantized
 def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
     """Sizes of the model that will be trained, adapters included."""
     model = build_model(spec, labels, on_meta=True)
-    further: dict[str, Any] = {}
+    further: dict[str, Any] = {"adapted_modules": _adapted_modules(model)}
     if quantized(spec.tuning):
         further["quantized"] = quantized_elements(model)
     if spec.distillation is not None and spec.distillation.hidden is not None:
         further["hidden_pairs"] = paired_layers(spec)
         further["teacher_hidden_size"] = teacher_hidden_size(spec)
     return facts_of(model).model_copy(update=further)
+
+
+def _adapted_modules(model: Any) -> tuple[str, ...]:
+    """Last parts of the names of the modules that peft adapts."""
+    config = getattr(model, "peft_config", {}).get("default")
+    targets = getattr(config, "target_modules", None) or ()
+    names = (targets,) if isinstance(targets, str) else targets
+    return tuple(sorted({str(name).rpartition(".")[2] for name in names}))
 
 
 def facts_of(model: Any) -> ModelFacts:

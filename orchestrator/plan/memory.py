@@ -41,6 +41,8 @@ class ModelFacts(Frozen):
     """Patches of an image, which rows of images are as long as."""
     decoder_layers: int = 0
     """Of a model that also has an encoder, whose layers `layers` then counts."""
+    adapted_modules: tuple[str, ...] = ()
+    """Last parts of the names of the modules that have adapters."""
     quantized: int = 0
     """Of `parameters`, those held in 4 bits."""
     hidden_pairs: tuple[tuple[int, int], ...] = ()

@@ -20,7 +20,7 @@ from orchestrator.model.config import (
 )
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.plan.data import DataFacts, data_facts
-from orchestrator.plan.defaults import Default, defaults, learning_rate
+from orchestrator.plan.defaults import defaults, learning_rate
 from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load
 from orchestrator.plan.memory import ModelFacts, Stage, checkpoint_bytes
@@ -40,8 +40,10 @@ from orchestrator.plan.resources import (
     uses_bf16,
     worker_limits,
 )
-from orchestrator.plan.schedule import planned_rates, warmup_steps
+from orchestrator.plan.schedule import check_schedule, planned_rates, warmup_steps
+from orchestrator.plan.settings import Knob, settings
 from orchestrator.plan.shares import shares_of, stage_of_fewest
+from orchestrator.plan.unfreezing import unfreezing_steps
 from orchestrator.spec import JobSpec
 from orchestrator.values import Frozen
 
@@ -87,7 +89,12 @@ class Plan(Frozen):
     optimizer_class: str
     learning_rate: float
     """At its peak; a head with a rate of its own has another."""
-    defaults: tuple[Default, ...]
+    settings: tuple[Knob, ...] = ()
+    """What the job sets, and what that means."""
+    defaults: tuple[Knob, ...]
+    """What it leaves open, and why it is what it is."""
+    unfreezing: tuple[tuple[int, int], ...] = ()
+    """(step, counted from 1, layers that move from then on beside the head); empty where nothing waits."""
     part_rates: tuple[tuple[float, int], ...]
     """(peak learning rate, trainable parameters) by part of the model; empty for one rate."""
     class_weights: tuple[float, ...] = ()
@@ -144,6 +151,7 @@ def make_plan(
     work_dir = work_dir or Path.cwd()
     lr, lr_source = learning_rate(spec, model)
     check_dropout(spec, labels)
+    check_schedule(spec.schedule, total)
     run_dir = str(work_dir / spec.storage / spec.name)
     size = checkpoint_bytes(model, setup)
     _check_disk(spec, cluster, run_dir, size)
@@ -178,7 +186,11 @@ def make_plan(
         checkpoint_bytes=size,
         optimizer_class=optimizer_class(spec, workers.on_gpu, reasons),
         learning_rate=lr,
+        settings=settings(spec),
         defaults=defaults(spec, lr, lr_source),
+        unfreezing=unfreezing_steps(
+            spec.tuning, max(model.layers, model.decoder_layers), steps_per_epoch, total
+        ),
         part_rates=part_rates(spec, labels, lr),
         memory_limit_bytes=limit,
         reasons=reasons,

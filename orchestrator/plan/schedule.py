@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from orchestrator.errors import PlanError
 from orchestrator.spec.schedule import (
     ConstantSchedule,
     CosineSchedule,
@@ -29,6 +30,16 @@ def warmup_steps(schedule: ScheduleSpec, total_steps: int) -> int:
     if steps is None:
         steps = round((schedule.warmup_ratio or 0.0) * total_steps)
     return min(steps, max(total_steps - 1, 0))
+
+
+def check_schedule(schedule: ScheduleSpec, total_steps: int) -> None:
+    """Raises PlanError for more restarts than there is room for: a cosine takes two steps at least."""
+    room = (total_steps - warmup_steps(schedule, total_steps)) // 2 - 1
+    if isinstance(schedule, CosineSchedule) and schedule.restarts > max(room, 0):
+        raise PlanError(
+            f"schedule.restarts = {schedule.restarts}: {total_steps} steps have room for {max(room, 0)} at most, "
+            "as each cosine takes two steps or more. Lower it, or train longer."
+        )
 
 
 def lr_factor(schedule: ScheduleSpec, step: int, total_steps: int) -> float:

@@ -12,7 +12,12 @@ from orchestrator.data.order import rows_per_rank
 from orchestrator.plan.cluster import GIB
 from orchestrator.plan.data import DataFacts
 from orchestrator.plan.plan import Plan, at_workers
-from orchestrator.plan.show_learning import default_rows, learning, schedule_chart
+from orchestrator.plan.show_learning import (
+    default_rows,
+    learning,
+    schedule_chart,
+    setting_rows,
+)
 
 Row = tuple[str, str, str]
 
@@ -27,6 +32,7 @@ def show_plan(plan: Plan) -> RenderableType:
         ("workers", _where(plan)),
         ("memory per worker", _memory(plan)),
         ("files", _files(plan)),
+        ("set by the job", setting_rows(plan)),
         ("defaults", default_rows(plan)),
     ):
         parts.append(table(title, rows))
@@ -58,6 +64,12 @@ def _what(plan: Plan) -> Iterator[Row]:
         f"{model.parameters:,}",
         f"{model.trainable:,} trainable, {model.frozen:,} frozen ({spec.tuning.type})",
     )
+    if model.adapted_modules:
+        which = getattr(spec.tuning, "target_modules", "")
+        why = (
+            f"tuning.target_modules: {which}" if isinstance(which, str) else "tuning.target_modules"
+        )
+        yield "adapters on", ", ".join(model.adapted_modules), why
     yield "task", spec.task.type, f"labels: {', '.join(plan.labels)}" if plan.labels else ""
     yield "training rows", _rows(plan.train_data), plan.train_data.folder
     if plan.eval_data:

@@ -1,4 +1,4 @@
-"""How a plan's training goes, on the screen: optimizer, schedule, regularisation, what ends it, defaults."""
+"""How a plan's training goes, on the screen: rates, schedule, what follows from regularisation, settings, defaults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ def learning(plan: Plan) -> Iterator[Row]:
     yield from _rates(plan)
     yield from _regularisation(plan)
     yield from _distillation(plan)
-    yield from _endings(plan)
 
 
 def _rates(plan: Plan) -> Iterator[Row]:
@@ -81,9 +80,6 @@ def schedule_chart(plan: Plan) -> Text:
 
 def _regularisation(plan: Plan) -> Iterator[Row]:
     settings, reasons = plan.spec.regularisation, plan.reasons
-    for field in ("l1", "label_smoothing", "neftune_alpha", "mixup_alpha"):
-        if value := getattr(settings, field):
-            yield field.replace("_", " "), f"{value:g}", f"regularisation.{field}"
     if settings.r_drop_alpha is not None:
         why = "every row stands twice in its micro-batch: activations and time double"
         yield "r-drop alpha", f"{settings.r_drop_alpha:g}", why
@@ -126,17 +122,10 @@ def _distillation(plan: Plan) -> Iterator[Row]:
         yield "hidden states", f"layers {pairs}", why
 
 
-def _endings(plan: Plan) -> Iterator[Row]:
-    stop, metric = plan.spec.stop, plan.metric
-    ends = []
-    if stop.target is not None:
-        ends.append(f"{metric} reaches {stop.target:g}")
-    if stop.patience is not None:
-        ends.append(f"{metric} got no better in {stop.patience} evaluations")
-    if stop.overfitting_evals is not None:
-        ends.append(f"it over-fitted in {stop.overfitting_evals} evaluations in a row")
-    if ends:
-        yield "ends early when", ", or ".join(ends), "stop; the best checkpoint is exported"
+def setting_rows(plan: Plan) -> Iterator[Row]:
+    """What the job sets."""
+    for one in plan.settings:
+        yield one.field, one.value, one.why
 
 
 def default_rows(plan: Plan) -> Iterator[Row]:

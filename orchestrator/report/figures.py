@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from orchestrator.report.drawing import (
@@ -131,16 +132,20 @@ def wait_chart(steps: Sequence[Record]) -> Chart | None:
     return chart_of("wait", "Waiting for data", note, traces, "ms", log=True)
 
 
-def rate_chart(steps: Sequence[Record], planned: Sequence[Sequence[float]]) -> Chart | None:
-    """Learning rate per step; `planned`: (step, rate) pairs of the schedule."""
+def rate_chart(
+    steps: Sequence[Record], planned: Sequence[Sequence[float]], lowered_by_evals: bool = False
+) -> Chart | None:
+    """Learning rate per step; `planned`: (step, rate) pairs of the schedule, the most there may be where
+    evaluations lower the rate."""
     x, y = steps_of(steps), column(steps, "lr")
+    words = _drop_words(x, y) if lowered_by_evals else _rate_words(x, y, planned)
     traces = line(x, y, "applied", MEASURED, 2)
     if traces and planned:
         ahead = line([p[0] for p in planned], [p[1] for p in planned], "planned", EXPECTED, 1.5)
         traces = ahead + traces
         for trace in ahead:
             trace.line.dash = "dash"
-    chart = chart_of("lr", "Learning rate", _rate_words(x, y, planned), traces, "")
+    chart = chart_of("lr", "Learning rate", words, traces, "")
     if chart:
         chart.figure["layout"]["yaxis"]["exponentformat"] = "e"
     return chart
@@ -158,6 +163,20 @@ def _rate_words(
     if not off:
         return f"Applied as planned, at all {len(pairs)} steps compared."
     return f"Applied and planned differ at {off} of {len(pairs)} steps compared."
+
+
+def _drop_words(x: Sequence[float], y: Sequence[float | None]) -> str:
+    """At which steps evaluations that got no better lowered the rate."""
+    known = [(step, rate) for step, rate in zip(x, y, strict=True) if rate is not None]
+    drops = [
+        f"step {step:g} to {rate:.3g}"
+        for (_, before), (step, rate) in pairwise(known)
+        if rate < before * (1 - 1e-6)
+    ]
+    if not drops:
+        return "The plateau rule never lowered it."
+    more = f" and {len(drops) - 5} times more" if len(drops) > 5 else ""
+    return f"Lowered by the plateau rule at {', '.join(drops[:5])}{more}."
 
 
 def gap_chart(evals: Sequence[Record]) -> Chart | None:

@@ -159,10 +159,15 @@ def charts(run: Run) -> list[Chart]:
         figures.wait_chart(run.steps),
         figures.memory_chart(run.steps, sum(_memory(run.plan).values()), peak),
         figures.norm_chart(run.steps, clipping),
-        figures.rate_chart(run.steps, run.plan.get("planned_rates") or []),
+        figures.rate_chart(run.steps, run.plan.get("planned_rates") or [], _has_plateau(run)),
         figures.gap_chart(run.evals),
     ]
     return two_to_a_row(drawn)
+
+
+def _has_plateau(run: Run) -> bool:
+    schedule = (run.plan.get("spec") or {}).get("schedule") or {}
+    return bool(schedule.get("type") == "plateau")
 
 
 def _marks(run: Run) -> Marks:

@@ -8,6 +8,9 @@ from typing import Any
 
 from orchestrator.report.records import finite
 
+LEVEL = 0.01
+"""A rise of less than this share of the lowest evaluation loss is not called over-fitting."""
+
 
 def evals_overfitting(history: Sequence[Mapping[str, Any]]) -> int:
     """How many evaluations in a row, up to the last, had a higher `loss` and a lower `train_loss` than
@@ -30,15 +33,15 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> f
 
 def overfitting_words(history: Sequence[Mapping[str, Any]]) -> str:
     """What the evaluations say about over-fitting, in a sentence; empty where they are fewer than two."""
-    known = [
-        r for r in history if finite(r.get("loss")) is not None and finite(r.get("train_loss"))
-    ]
+    known = [r for r in history if None not in (finite(r.get("loss")), finite(r.get("train_loss")))]
     if len(known) < 2:
         return ""
     best, last = min(known, key=lambda r: r["loss"]), known[-1]
     gap = f"the gap between evaluation and training loss went from {_gap(known[0])} to {_gap(last)}"
     if best is last:
         return f"No over-fitting seen: the evaluation loss is lowest at the last evaluation; {gap}."
+    if last["loss"] - best["loss"] < LEVEL * abs(best["loss"]):
+        return f"No over-fitting seen: the evaluation loss has been level since step {best['step']}; {gap}."
     if last["train_loss"] < best["train_loss"]:
         return (
             f"Over-fitting since step {best['step']}: the evaluation loss rose from {best['loss']:.4f} to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from typing import Any
@@ -92,9 +93,13 @@ def _purpose(field: str, data: dict[str, Any]) -> str:
     parents, _, last = field.rpartition(".")
     model = _model_at(parents.split(".") if parents else [], data)
     info = model.model_fields.get(last) if model else None
-    if info is None or not info.description:
-        return ""
-    return " ".join(info.description.split()).split(". ")[0].rstrip(".")
+    return first_sentence(info.description) if info else ""
+
+
+def first_sentence(text: str | None) -> str:
+    """Of a field's or a kind's documentation, without its full stop; abbreviations (et al.) end none."""
+    found = re.match(r".+?(?<! al)[.](?= [A-Z`]|$)", " ".join((text or "").split()))
+    return found[0].removesuffix(".") if found else " ".join((text or "").split())
 
 
 def _model_at(path: list[str], data: Any) -> type[BaseModel] | None:

@@ -40,6 +40,9 @@ class StopSpec(Frozen):
     overfitting_evals: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many evaluations in a row in which the evaluation loss rose while the training
     loss fell."""
+    max_loss_ratio: Annotated[float, Field(gt=1)] | None = None
+    """Stop once the mean training loss between two evaluations is more than this many times the lowest
+    before it: training diverges though every number is finite. Losses that are not end any run."""
 
 
 class WorkerRange(Frozen):

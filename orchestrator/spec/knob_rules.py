@@ -79,7 +79,7 @@ def _plateau(spec: JobSpec, schedule: PlateauSchedule) -> Iterator[Problem]:
 
 def _stop(spec: JobSpec) -> Iterator[Problem]:
     stop = spec.stop
-    for field in ("target", "patience", "overfitting_evals"):
+    for field in ("target", "patience", "overfitting_evals", "max_loss_ratio"):
         if (value := getattr(stop, field)) is not None:
             yield from _needs_evaluations(spec, f"stop.{field}", value)
     if "min_delta" in stop.model_fields_set and stop.patience is None:

@@ -26,7 +26,7 @@ class ModelSpec(Frozen):
     """Hub id or folder of the tokenizer. Default: the one beside `pretrained`."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel, passed to `transformers` as `attn_implementation`; `auto` lets it choose."""
-    dropout: Probability | dict[str, Probability] | None = None
+    dropout: Probability | Annotated[dict[str, Probability], Field(min_length=1)] | None = None
     """Sets every dropout probability of the model's config, or those named
     (`{hidden_dropout_prob: 0.2}`). Default: the config's own."""
     keep_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = (

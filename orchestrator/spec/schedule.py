@@ -69,7 +69,7 @@ class StepSchedule(Warmup):
     type: Literal["step"]
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Factor at each milestone."""
-    milestones: tuple[Share, ...] = (0.5, 0.75)
+    milestones: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.5, 0.75)
     """Shares of the steps after the warm-up at which the rate drops. At most one of `milestones` and `every_steps`."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """Drop after each so many steps since the warm-up instead."""

@@ -18,6 +18,7 @@ from orchestrator.model.config import load_tokenizer
 from orchestrator.model.parts import PROJECTION
 from orchestrator.model.quantization import unquantized
 from orchestrator.plan.plan import Plan
+from orchestrator.report.records import append_event
 from orchestrator.run_folder import RunFolder, read_json, write_json
 from orchestrator.spec import JobSpec
 from orchestrator.spec.tuning import FullTuning, quantized
@@ -50,7 +51,7 @@ def _plan(data: Any, source: Path) -> Plan:
 
 
 def best_checkpoint(folder: RunFolder, best_step: int | None) -> Committed:
-    """The valid checkpoint of the best evaluation, else the newest valid one.
+    """The valid checkpoint of the best evaluation, else the newest valid one, of which nothing is known.
 
     Raises CheckpointError where there is none.
     """
@@ -107,7 +108,20 @@ def export_run(plan: Plan, folder: RunFolder, target: Path, figures: dict[str, A
     `figures`: step, best, last_eval, baseline, as the model card shows them. The folder appears
     complete or not at all.
     """
-    checkpoint = best_checkpoint(folder, (figures.get("best") or {}).get("step"))
+    wanted = (figures.get("best") or {}).get("step")
+    checkpoint = best_checkpoint(folder, wanted)
+    if wanted not in (None, checkpoint.step):
+        text = (
+            f"the checkpoint of the best evaluation, step {wanted}, is damaged or gone: "
+            f"step {checkpoint.step} is exported"
+        )
+        append_event(folder.events, "warning", text=text)
+        last = figures.get("last_eval") or {}
+        figures = {
+            **figures,
+            "best": last if last.get("step") == checkpoint.step else None,
+            "note": text,
+        }
     model = load_weights(plan, checkpoint)
     if getattr(plan.spec.tuning, "merge_on_export", False):
         model = model.merge_and_unload()
@@ -182,6 +196,8 @@ def model_card(plan: Plan, step: int, figures: dict[str, Any]) -> str:
         f"of {plan.total_steps}.",
         "",
     ]
+    if note := figures.get("note"):
+        lines += [f"Not the best weights: {note}.", ""]
     if scores:
         lines += [
             f"## Held-out figures ({best.get('rows', '?')} rows)",

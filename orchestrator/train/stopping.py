@@ -28,7 +28,17 @@ def reason_to_stop(
             f"over-fitting: in {bad} evaluations in a row the evaluation loss rose while the training loss "
             f"fell, stop.overfitting_evals = {stop.overfitting_evals}"
         )
-    return ""
+    return _blown_up([float(r["train_loss"]) for r in history], stop.max_loss_ratio)
+
+
+def _blown_up(losses: Sequence[float], ratio: float | None) -> str:
+    """What to say of a training loss far above its lowest; empty where it is not."""
+    if ratio is None or len(losses) < 2 or losses[-1] <= ratio * min(losses[:-1]):
+        return ""
+    return (
+        f"diverging: the training loss rose from {min(losses[:-1]):.4g} to {losses[-1]:.4g}, "
+        f"stop.max_loss_ratio = {ratio:g}"
+    )
 
 
 def _reached(value: float, target: float, higher_is_better: bool) -> bool:
