@@ -11,9 +11,7 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "wer", "cer"})
 class Frozen(BaseModel):
     """A value: never changes after it was read, refuses keys it does not know."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def by_type(default: str) -> Discriminator:

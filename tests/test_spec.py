@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.errors import SpecError
 from orchestrator.spec import JobSpec, apply_overrides, dump_spec, load_spec, parse_spec, read_yaml
 from orchestrator.spec.explain import model_members
+from orchestrator.spec.meanings import meanings
 from orchestrator.spec.optimizer import SGD
 from orchestrator.spec.reference import json_schema, reference_page
 from orchestrator.spec.schedule import CosineSchedule
@@ -332,12 +333,13 @@ def test_the_reference_page_explains_every_field() -> None:
     seen = 0
     for title, model in walk("", JobSpec):
         text = next(t for name, t in sections.items() if name == title)
-        for name, info in model.model_fields.items():
+        for name in model.model_fields:
             row = re.search(rf"^\| `{name}` \|(.+)\|$", text, re.M)
             assert row, f"{title}.{name} is not on the page"
             if name != "type":
-                assert info.description, f"{title}.{name} is not documented"
-                assert " ".join(info.description.split())[:30].replace("|", "\\|") in row[1]
+                meaning = meanings(model).get(name, "")
+                assert meaning, f"{title}.{name} is not documented"
+                assert " ".join(meaning.split())[:30].replace("|", "\\|") in row[1]
             seen += 1
     assert seen > 80
 
@@ -372,15 +374,20 @@ def run_python(code: str, *arguments: str) -> tuple[str, float]:
 
 CHECK = """
 import sys
-from orchestrator.spec import load_spec
-load_spec(sys.argv[1])
+from orchestrator.cli import main
+sys.argv = ["orchestrator", "check", sys.argv[1]]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
 print(*{name.partition(".")[0] for name in sys.modules})
 """
 
 
 def test_checking_a_job_imports_nothing_heavy(example: Path) -> None:
     loaded, _ = run_python(CHECK, str(example))
-    assert "orchestrator" in loaded.split()
+    assert "ok reviews: text_classification" in loaded
+    assert {"orchestrator", "typer", "rich"} <= set(loaded.split())
     assert not HEAVY & set(loaded.split())
 
 

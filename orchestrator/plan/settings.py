@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from orchestrator.spec import JobSpec
 from orchestrator.spec.explain import first_sentence
+from orchestrator.spec.meanings import meanings
 from orchestrator.values import Frozen
 
 SECTIONS = (
@@ -32,14 +33,14 @@ def settings(spec: JobSpec) -> tuple[Knob, ...]:
 
 
 def _set_fields(model: BaseModel, path: str, only: tuple[str, ...] = ()) -> Iterator[Knob]:
-    for name, info in type(model).model_fields.items():
+    for name in type(model).model_fields:
         if name not in model.model_fields_set or (only and name not in only):
             continue
         value, field = getattr(model, name), f"{path}{name}"
         if isinstance(value, BaseModel):
             yield from _set_fields(value, f"{field}.")
             continue
-        meaning = type(model).__doc__ if name == "type" else info.description
+        meaning = type(model).__doc__ if name == "type" else meanings(type(model)).get(name)
         yield Knob(field=field, value=shown(value), why=first_sentence(meaning))
 
 

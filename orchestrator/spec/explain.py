@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.meanings import meanings
 
 
 def problems_from(error: ValidationError, data: dict[str, Any]) -> list[Problem]:
@@ -92,8 +93,7 @@ def _purpose(field: str, data: dict[str, Any]) -> str:
     """The first sentence of a field's documentation."""
     parents, _, last = field.rpartition(".")
     model = _model_at(parents.split(".") if parents else [], data)
-    info = model.model_fields.get(last) if model else None
-    return first_sentence(info.description) if info else ""
+    return first_sentence(meanings(model).get(last)) if model else ""
 
 
 def first_sentence(text: str | None) -> str:

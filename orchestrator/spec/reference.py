@@ -7,17 +7,29 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
 
 from orchestrator.spec.explain import model_members
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.meanings import meanings
 
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a job file."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **JobSpec.model_json_schema(),
+        **JobSpec.model_json_schema(schema_generator=_Documented),
     }
+
+
+class _Documented(GenerateJsonSchema):
+    """Pydantic's schema, with what each field means."""
+
+    def model_schema(self, schema: Any) -> dict[str, Any]:
+        made = super().model_schema(schema)
+        for name, text in meanings(schema["cls"]).items():
+            made["properties"][name]["description"] = text
+        return made
 
 
 def reference_page() -> str:
@@ -32,7 +44,8 @@ def reference_page() -> str:
     for title, model in _sections("", JobSpec):
         lines += [f"## {title}", "", " ".join((model.__doc__ or "").split()), ""]
         lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
-        lines += [_row(name, info) for name, info in model.model_fields.items()]
+        texts = meanings(model)
+        lines += [_row(name, i, texts.get(name, "")) for name, i in model.model_fields.items()]
         lines.append("")
     return "\n".join(lines)
 
@@ -51,10 +64,9 @@ def _sections(prefix: str, model: type[BaseModel]) -> list[tuple[str, type[BaseM
     return here
 
 
-def _row(name: str, info: FieldInfo) -> str:
+def _row(name: str, info: FieldInfo, meaning: str) -> str:
     default = "**required**" if info.is_required() else f"`{_shown(info.get_default())}`"
-    meaning = " ".join((info.description or "").split())
-    cells = (f"`{name}`", _type_name(info.annotation, info), default, meaning)
+    cells = (f"`{name}`", _type_name(info.annotation, info), default, " ".join(meaning.split()))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
