@@ -21,8 +21,13 @@ def plan_of(spec: JobSpec, **changes: Any) -> Plan:
     return plan.model_copy(update=changes)
 
 
-def run_trials(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+SHORT_BLOCK_ROWS = 16
+
+
+def run_trials(plans: Sequence[Plan], short_blocks: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Run the plans in order in one worker group; returns their Results as dicts.
+
+    Trials named in `short_blocks` read blocks of 16 rows, so that Ray Data serves even a small one.
 
     Rank 0 also leaves `logits.pt` in each run folder: the engine's own, for the first evaluation rows.
     """
@@ -34,12 +39,15 @@ def run_trials(plans: Sequence[Plan]) -> list[dict[str, Any]]:
     def work(config: dict[str, Any]) -> None:
         import torch
 
+        from orchestrator.data import stream
         from orchestrator.train.trial import Trial
 
+        usual = stream.BLOCK_ROWS
         torch.set_num_threads(1)
         for text in config["plans"]:
             plan = Plan.model_validate_json(text)
             folder = RunFolder(Path(plan.run_dir))
+            stream.BLOCK_ROWS = SHORT_BLOCK_ROWS if folder.name in short_blocks else usual
             trial = Trial(plan, folder)
             result = trial.train()
             logits = None

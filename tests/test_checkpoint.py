@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import faults
@@ -17,6 +18,7 @@ from orchestrator.train.checkpoint import (
     committed,
     damage,
     newest_valid,
+    put_aside_newer,
     remove_uncommitted,
 )
 
@@ -144,6 +146,45 @@ def test_a_folder_that_vanishes_is_told_later_and_not_made_again_on_another_disk
     assert not folder.checkpoints.exists()
     away.rename(folder.checkpoints)
     assert [c.step for c in committed(folder.checkpoints)] == [10]
+
+
+def test_a_damaged_checkpoint_costs_no_later_one_its_place(
+    folder: RunFolder, writers: list[CheckpointWriter]
+) -> None:
+    save(folder.checkpoints, 10, writers)
+    save(folder.checkpoints, 20, writers)
+    broken = faults.damage_newest(folder, faults.flip_bit)
+    found = newest_valid(folder.checkpoints, lambda _: None)
+    put_aside_newer(folder.checkpoints, found)
+    assert [c.step for c in committed(folder.checkpoints)] == [10]
+    assert (folder.checkpoints / f"damaged-{broken.name}").is_dir()
+    again = [CheckpointWriter(folder.checkpoints, rank, 2, 1, "def456") for rank in range(2)]
+    save(folder.checkpoints, 15, again)
+    assert [c.step for c in committed(folder.checkpoints)] == [15]
+    put_aside_newer(folder.checkpoints, None)
+    assert committed(folder.checkpoints) == []
+
+
+def test_where_one_rank_cannot_write_the_others_give_up_at_once(
+    folder: RunFolder, writers: list[CheckpointWriter]
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    save(folder.checkpoints, 10, writers)
+    target = writers[0].save(20, lambda staging: (staging / "a.pt").write_bytes(b"1") and None, {})
+    writers[1].save(20, full, {})
+    writers[0].wait_published()  # its own part is there, and it waits for the other one's
+    with pytest.raises(CheckpointError, match="No space left"):
+        writers[1].wait_published()
+    started = time.monotonic()
+    for writer in writers:
+        writer.abandon()
+    assert time.monotonic() - started < 5
+    assert not (target / COMMIT).exists()
+    assert not any(writer.failed() for writer in writers)
+    save(folder.checkpoints, 30, writers)
+    assert [c.step for c in committed(folder.checkpoints)] == [30, 10]
 
 
 def test_a_failed_write_is_told_later_and_leaves_earlier_checkpoints(

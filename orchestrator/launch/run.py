@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -48,13 +49,16 @@ class Outcome:
 
 
 def plan_job(spec: JobSpec, cluster: Cluster | None = None) -> Plan:
-    """The plan of a job, its data prepared first where it is not: counts in a plan are counts, not guesses."""
-    prepared = find_prepared(spec)
+    """The plan of a job, its data prepared first where it is not: counts in a plan are counts, not guesses.
+
+    Without a `cluster` it is what `train` would run here, a run of that name continued.
+    """
+    prepared, here = find_prepared(spec), this_machine()
     if prepared is None or (cluster is None and attached_address()):
-        with ray_session(this_machine().cpus):
-            prepared = prepare(spec)
-            cluster = cluster or cluster_here()
-    return make_plan(spec, cluster or this_machine(), prepared)
+        with ray_session(here.cpus):
+            prepared, here = prepare(spec), cluster_here()
+    plan = make_plan(spec, cluster or here, prepared)
+    return plan if cluster else at_saved_stage(plan)
 
 
 def cluster_here() -> Cluster:
@@ -122,7 +126,7 @@ def prepared_data(spec: JobSpec, console: Console) -> dict[Split, Prepared]:
             console.print(f"[dim]teacher: {size:,.1f} MiB of outputs, {how}[/]", highlight=False)
         if m.bad_rows:
             console.print(
-                f"[yellow]{m.bad_rows} bad rows skipped; see {one.folder}/manifest.json[/]"
+                f"[yellow]{m.bad_rows} bad rows skipped; see {one.folder}/bad_rows.jsonl[/]"
             )
     return done
 
@@ -132,7 +136,7 @@ def launch(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any]:
 
     Raises TrainingError.
     """
-    folder.outcome.unlink(missing_ok=True)
+    _forget_results(folder)
     append_event(folder.events, "launch", workers=plan.num_workers, total_steps=plan.total_steps)
     fit = _FitThread(plan)
     tracking = plan.spec.tracking
@@ -151,6 +155,13 @@ def launch(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any]:
     return _outcome(plan, folder, fit.error)
 
 
+def _forget_results(folder: RunFolder) -> None:
+    """An earlier launch may have been stopped, and its model exported by `eval` or `predict`."""
+    folder.outcome.unlink(missing_ok=True)
+    folder.teacher.unlink(missing_ok=True)
+    shutil.rmtree(folder.export, ignore_errors=True)
+
+
 def _outcome(plan: Plan, folder: RunFolder, error: BaseException | None) -> dict[str, Any]:
     """How the workers ended; where that is no success, the report is written before the error is raised."""
     outcome: dict[str, Any] | None = read_json(folder.outcome)
@@ -164,7 +175,8 @@ def _outcome(plan: Plan, folder: RunFolder, error: BaseException | None) -> dict
         exported = _export_best(plan, folder, outcome) if outcome["status"] == "diverged" else ""
         with contextlib.suppress(OSError):
             write_report(folder)
-        raise TrainingError(f"{outcome['message']}\n{_last_good(folder)}{exported}") from error
+        how = _how_to_go_on(folder, outcome)
+        raise TrainingError(f"{outcome['message']}\n{how}{exported}") from error
     return outcome
 
 
@@ -236,16 +248,22 @@ def _lost(folder: RunFolder, error: BaseException | None) -> str:
     return f"training failed:\n  {shown}\nLogs: {folder.logs}"
 
 
-def _last_good(folder: RunFolder) -> str:
+def _how_to_go_on(folder: RunFolder, outcome: dict[str, Any]) -> str:
+    """The newest checkpoint that is worth something, and what to do."""
     from orchestrator.train.checkpoint import committed
 
-    found = committed(folder.checkpoints)
-    if not found:
-        return "No checkpoint had been committed."
-    return (
-        f"Last committed checkpoint: step {found[0].step} ({found[0].folder}). "
-        "The same command goes on from there."
+    diverged = outcome["status"] == "diverged"
+    good_until = outcome["facts"]["good_until_step"] if diverged else outcome["step"]
+    found = [c for c in committed(folder.checkpoints) if not diverged or c.step <= good_until]
+    kind = "good" if diverged else "committed"
+    where = (
+        f"Last {kind} checkpoint: step {found[0].step} ({found[0].folder})."
+        if found
+        else (f"No {kind} checkpoint is there.")
     )
+    if diverged:
+        return f"{where} Going on would repeat the same steps: start over with what you change, --fresh or name=…"
+    return f"{where} The same command goes on from there." if found else where
 
 
 def finish(

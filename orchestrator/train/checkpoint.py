@@ -93,6 +93,15 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> Committed | None:
     return None
 
 
+def put_aside_newer(folder: Path, chosen: Committed | None) -> None:
+    """Rename what was passed over for `chosen` to `damaged-…`: among the newest that are kept, each
+    would cost a good one its place. Only safe while nobody writes here."""
+    for checkpoint in committed(folder):
+        if chosen is not None and checkpoint.folder == chosen.folder:
+            return
+        checkpoint.folder.rename(folder / f"damaged-{checkpoint.folder.name}")
+
+
 def remove_uncommitted(folder: Path) -> None:
     """Delete what killed attempts left half-written. Only safe while nobody writes here."""
     for path in folder.glob("step-*"):
@@ -125,6 +134,8 @@ class CheckpointWriter:
         self.keep, self.attempt, self.on_commit = keep, attempt, on_commit
         self.best_step: int | None = None
         self._thread: threading.Thread | None = None
+        self._published, self._abandoned = threading.Event(), threading.Event()
+        self._published.set()
         self._error: BaseException | None = None
         for left in SHARED_MEMORY.glob(f"{self._prefix}*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -150,6 +161,7 @@ class CheckpointWriter:
             shutil.rmtree(staging, ignore_errors=True)
             return target
         facts = {"step": step, "world_size": self.world_size, "time": time.time(), **facts}
+        self._published.clear()
         self._thread = threading.Thread(
             target=self._finish,
             args=(staging, target, facts),
@@ -162,6 +174,20 @@ class CheckpointWriter:
     def failed(self) -> bool:
         """Whether the background part went wrong; `wait` raises it."""
         return self._error is not None
+
+    def wait_published(self) -> None:
+        """Wait until this rank's own files are there; raises CheckpointError where they cannot be."""
+        self._published.wait()
+        if self._error is not None:
+            raise CheckpointError(_cannot_write(self.folder, self._error)) from self._error
+
+    def abandon(self) -> None:
+        """Give up the checkpoint in flight: a rank cannot write its part, and rank 0 would wait for it."""
+        self._abandoned.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = self._error = None
+        self._abandoned.clear()
 
     def wait(self) -> None:
         """Wait until nothing is in flight; raises CheckpointError for a failure since the last call."""
@@ -198,17 +224,21 @@ class CheckpointWriter:
     def _finish(self, staging: Path, target: Path, facts: dict[str, Any]) -> None:
         try:
             publish(staging, target, self.rank)
+            self._published.set()
             if self.rank == 0:
                 self._commit(target, facts)
         except BaseException as error:  # noqa: BLE001, carried to the training thread
             self._error = error
         finally:
+            self._published.set()
             shutil.rmtree(staging, ignore_errors=True)
 
     def _commit(self, target: Path, facts: dict[str, Any]) -> None:
         lists = [target / f"files-{rank:05d}.json" for rank in range(self.world_size)]
         deadline = time.monotonic() + 600
         while not all(path.exists() for path in lists):
+            if self._abandoned.is_set():
+                return
             if time.monotonic() > deadline:
                 raise CheckpointError(f"not all ranks wrote their part of {target.name} in 600 s")
             time.sleep(POLL_S)

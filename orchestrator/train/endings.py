@@ -8,7 +8,7 @@ def divergence(step: int, loss: float, norm: float | None, lr: float) -> str:
     shown = f", gradient norm {norm:.3g}" if norm is not None else ""
     return (
         f"training diverged at step {step}: loss {loss:.4g}{shown}, learning rate {lr:.3g}. "
-        "Lower optimizer.lr, lengthen the warm-up or lower gradient_clipping."
+        "Lower optimizer.lr, lengthen schedule.warmup_steps or lower gradient_clipping."
     )
 
 

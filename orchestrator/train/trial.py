@@ -23,6 +23,7 @@ from orchestrator.train.checkpoint import (
     CheckpointWriter,
     Committed,
     newest_valid,
+    put_aside_newer,
     remove_uncommitted,
 )
 from orchestrator.train.evaluate import Evaluator
@@ -118,6 +119,7 @@ class Trial:
             found = newest_valid(
                 self.folder.checkpoints, lambda text: self.journal.event("warning", text=text)
             )
+            put_aside_newer(self.folder.checkpoints, found)
         return broadcast(found)
 
     def _make_writer(self) -> CheckpointWriter:
@@ -347,7 +349,13 @@ class Trial:
         self.journal.event("save", step=step, stall_s=round(stall_s, 4))
 
     def _check_storage(self) -> None:
-        """Wait for the checkpoint in flight; a failure on any rank is raised on all."""
+        """Wait for the checkpoint in flight; a failure on any rank is raised on all, soon: the commit
+        needs every rank's files."""
+        try:
+            together(self.writer.wait_published)
+        except CheckpointError:
+            self.writer.abandon()
+            raise
         together(self.writer.wait)
 
     def _result(self, status: Status, message: str = "") -> Result:
@@ -363,6 +371,8 @@ class Trial:
             "out_of_time": out_of_time(self.plan, progress)
             and progress.step < self.plan.total_steps,
         }
+        if status == "diverged":  # what the first broken step began from is no good either
+            facts["good_until_step"] = progress.step - max(progress.skipped_in_a_row, 1)
         return Result(status, progress.step, progress.best, progress.last_eval, message, facts)
 
     def _record(
