@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -519,6 +520,48 @@ def test_checkpoints_that_exceed_the_disk_are_refused(spec: JobSpec, sized: Any)
         make_plan(spec, Cluster(source="this machine", nodes=(node,)), prepared())
     described = Cluster(source="described", nodes=(node,))
     assert make_plan(spec, described, prepared()).checkpoint_bytes > 10**13
+
+
+def test_a_run_that_fits_its_disk_fits_it_when_it_goes_on(
+    spec: JobSpec, sized: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sized(10**6)
+    here = Cluster(source="this machine", nodes=(Node(cpus=4, memory_bytes=2**40),))
+    plan = make_plan(changed(spec, f"storage={tmp_path}"), here, prepared())
+    most = plan.spec.checkpoint.keep + 2  # those kept, the best, one being written
+    disk_bytes = most * plan.checkpoint_bytes
+
+    def usage(_: Path) -> Any:
+        held = sum(f.stat().st_size for f in tmp_path.rglob("*.pt"))
+        return SimpleNamespace(free=disk_bytes - held)
+
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", usage)
+    make_plan(plan.spec, here, prepared())
+    for step in range(most - 1):
+        (Path(plan.run_dir) / f"checkpoints/step-{step}").mkdir(parents=True)
+        with open(Path(plan.run_dir) / f"checkpoints/step-{step}/a.pt", "wb") as file:
+            file.truncate(plan.checkpoint_bytes)
+    make_plan(plan.spec, here, prepared())
+    (tmp_path / "other.pt").write_bytes(b"x")
+    with pytest.raises(PlanError, match="checkpoints need up to"):
+        make_plan(plan.spec, here, prepared())
+
+
+def test_checkpoints_at_better_evaluations_are_counted_beside_those_that_are_due(
+    spec: JobSpec,
+) -> None:
+    job = changed(spec, "stop.max_steps=100", "checkpoint.every_steps=10", "data.eval_fraction=0.1")
+    for every, said in (
+        ("25", "10, and up to 2 at better evaluations, ×"),  # at 25 and 75; 50 and 100 are due
+        ("20", "10 ×"),
+        ("end", "10 ×"),
+    ):
+        plan = make_plan(
+            changed(job, f"evaluation.every_steps={every}"), LAPTOP, prepared(eval_rows=9)
+        )
+        console = Console(file=io.StringIO(), width=200)
+        console.print(show_plan(plan))
+        assert said in console.file.getvalue(), every  # type: ignore[attr-defined]
 
 
 # --- precision, optimizer, DeepSpeed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
@@ -38,6 +40,7 @@ def show_plan(plan: Plan) -> RenderableType:
         parts.append(table(title, rows))
         if title == "learning":
             parts.append(schedule_chart(plan))
+    parts += [Text("DeepSpeed", style="bold cyan"), Text(json.dumps(plan.deepspeed), style="dim")]
     parts += [Text(f"warning: {text}", style="yellow") for text in plan.warnings]
     return Group(*parts)
 
@@ -166,11 +169,21 @@ def _memory(plan: Plan) -> Iterator[Row]:
         )
 
 
+def _more_checkpoints(plan: Plan) -> str:
+    """What evaluations add: one with a better value saves too, also where no checkpoint is due."""
+    if not plan.eval_every_steps:
+        return ""
+    before_last = plan.total_steps - 1
+    both = math.lcm(plan.eval_every_steps, plan.checkpoint_every_steps)
+    more = before_last // plan.eval_every_steps - before_last // both
+    return f", and up to {more} at better evaluations," if more else ""
+
+
 def _files(plan: Plan) -> Iterator[Row]:
     count = -(-plan.total_steps // plan.checkpoint_every_steps)
     yield (
         "checkpoints",
-        f"{count} × {plan.checkpoint_bytes / GIB:.2f} GiB",
+        f"{count}{_more_checkpoints(plan)} × {plan.checkpoint_bytes / GIB:.2f} GiB",
         (
             f"every {plan.checkpoint_every_steps:,} steps, {plan.reasons.get('checkpoint_every_steps', 'checkpoint.every_steps')}; "
             f"{plan.spec.checkpoint.keep} newest and the best are kept"
