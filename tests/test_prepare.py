@@ -16,10 +16,11 @@ import pytest
 import tiny
 
 from orchestrator.data import sources
-from orchestrator.data.commit import STALE_S
-from orchestrator.data.manifest import read_manifest, verify_shards
+from orchestrator.data.commit import STALE_S, make_folder
+from orchestrator.data.manifest import Manifest, read_manifest, verify_shards
 from orchestrator.data.prepare import Prepared, find_prepared, prepare
 from orchestrator.data.shards import open_shards
+from orchestrator.data.write import BAD_ROWS, EXAMPLES
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.spec import JobSpec
 
@@ -194,6 +195,20 @@ def test_every_kind_of_bad_row_is_named_by_file_line_and_reason(
     assert [(r.file, r.row) for r in m.bad_row_examples] == [(str(path), n) for n in at]
     kept = [i for i in range(20) if i + 1 not in at and i + 1 != 19]
     assert texts(train, words) == [ROWS[i]["text"] for i in kept]
+
+
+def test_all_bad_rows_are_listed_beside_the_manifest(
+    models: tiny.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [*jsonl_lines(ROWS[:4]), *[b"{"] * 2 * EXAMPLES]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(sources, "PIECE_BYTES", path.stat().st_size // 2)
+    done = prepare(strict(models, path, tmp_path, on_bad_row="skip"))["train"]
+    listed = [json.loads(line) for line in (done.folder / BAD_ROWS).read_text().splitlines()]
+    assert [r["row"] for r in listed] == list(range(5, 5 + 2 * EXAMPLES))
+    assert {r["file"] for r in listed} == {str(path)}
+    assert len(done.manifest.bad_row_examples) == EXAMPLES
 
 
 def test_bad_csv_records_are_named(models: tiny.Tiny, tmp_path: Path) -> None:
@@ -453,6 +468,25 @@ def test_what_killed_runs_left_is_removed_once_it_is_old(models: tiny.Tiny, tmp_
     prepare(spec)
     remaining = {f.name for f in done.parent.iterdir()}
     assert remaining == {done.name, left[1].name, left[2].name, other.name}
+
+
+def test_two_drivers_with_one_process_id_do_not_delete_each_others_work(tmp_path: Path) -> None:
+    """Pids repeat from pod to pod; both prepare into one shared folder."""
+    manifest = Manifest(
+        fingerprint="f", inputs=(), features={}, labels=(), max_length_tokens=1, longest_tokens=1,
+        rows=1, tokens=1, target_tokens=1, input_rows=1, truncated_rows=0, bad_rows=0, shards=(),
+    )  # fmt: skip
+
+    def write(temporary: Path, meanwhile: bool = False) -> Manifest:
+        (temporary / "shard").write_bytes(b"first")
+        if not meanwhile:
+            make_folder(tmp_path / "made", lambda other: write(other, meanwhile=True))
+        assert (temporary / "shard").read_bytes() == b"first"
+        return manifest
+
+    folder, _ = make_folder(tmp_path / "made", write)
+    assert {f.name for f in tmp_path.iterdir()} == {"made"}
+    assert {f.name for f in folder.iterdir()} == {"shard", "manifest.json"}
 
 
 def test_a_folder_that_lost_its_manifest_is_replaced(models: tiny.Tiny, tmp_path: Path) -> None:

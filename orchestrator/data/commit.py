@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def make_folder(folder: Path, write: Callable[[Path], Manifest]) -> tuple[Path, 
     Where somebody else made the same folder in the meantime, theirs is returned.
     """
     _remove_stale(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    # Not the process id: drivers in two pods can have the same.
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     temporary.mkdir(parents=True)
     try:
         manifest = write(temporary)

@@ -23,6 +23,7 @@ from orchestrator.data.patience import patiently
 from orchestrator.data.sources import Piece, SourceFile, find_files, split_into_pieces
 from orchestrator.data.teacher import ask_teacher, teacher_folder
 from orchestrator.data.write import (
+    BAD_ROWS,
     COUNTS,
     EXAMPLES,
     PieceWork,
@@ -170,9 +171,19 @@ def _make(
 
     def write(temporary: Path) -> Manifest:
         work = [PieceWork(spec, p, keep, labels or (), str(temporary)) for p in pieces]
-        return _manifest(spec, folder.name, files, labels or (), _run(work, prepare_piece))
+        done = _run(work, prepare_piece)
+        _join_bad_rows(temporary)
+        return _manifest(spec, folder.name, files, labels or (), done)
 
     return Prepared(*make_folder(folder, write), was_ready=False)
+
+
+def _join_bad_rows(folder: Path) -> None:
+    """One list of all pieces' bad rows, in the order of the input; no file where there are none."""
+    for part in sorted(folder.glob("bad-*.jsonl")):
+        with open(folder / BAD_ROWS, "ab") as whole:
+            whole.write(part.read_bytes())
+        part.unlink()
 
 
 def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
@@ -242,6 +253,6 @@ def _bad_rows_message(count: int, total: int, examples: Sequence[BadRowRecord]) 
     if count > len(examples):
         lines.append(f"  … and {count - len(examples)} more")
     lines.append(
-        "Mend them, or set data.on_bad_row=skip: they are then counted and listed in the manifest."
+        f"Mend them, or set data.on_bad_row=skip: they are then counted, and listed in {BAD_ROWS} beside the shards."
     )
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,8 @@ from orchestrator.tasks import BadRow, EncodedRow
 ENCODE_ROWS = 1024
 """Rows tokenised at a time."""
 EXAMPLES = 20
-"""Bad rows listed by name in errors and manifests."""
+"""Bad rows shown in errors and manifests; all of them are listed in BAD_ROWS."""
+BAD_ROWS = "bad_rows.jsonl"
 COUNTS = ("input_rows", "bad_rows", "truncated", "rows", "tokens", "targets")
 """What is counted per piece and adds up over pieces."""
 
@@ -114,8 +116,7 @@ class ShardWriter:
     def reject(self, number: int, why: str) -> None:
         """Record a row that cannot be used."""
         self.bad_rows += 1
-        if len(self.bad) < EXAMPLES:
-            self.bad.append((number, why))
+        self.bad.append((number, why))
 
     def encode(self, rows: list[dict[str, Any]], numbers: list[int]) -> None:
         """Encode raw rows and write what fills a shard."""
@@ -145,12 +146,16 @@ class ShardWriter:
         first_line = 0  # rows of csv and Parquet files are numbered through already
         if self.bad and piece.start and piece.file.format in ("jsonl", "text"):
             first_line = line_number_at(piece.file, piece.start)
+        bad = [
+            {"file": piece.file.url, "row": first_line + n, "why": w} for n, w in sorted(self.bad)
+        ]
+        if bad:
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
+            file = Path(self.work.folder) / f"bad-{piece.index:05d}.jsonl"
+            file.write_text(lines, encoding="utf-8")
         return {
             "shards": self.shards,
-            "bad": [
-                {"file": piece.file.url, "row": first_line + n, "why": w}
-                for n, w in sorted(self.bad)
-            ],
+            "bad": bad[:EXAMPLES],
             "longest": self.longest,
             "longest_target": self.longest_target,
             **{name: getattr(self, name) for name in COUNTS},

@@ -32,13 +32,14 @@ class DataSpec(Frozen):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Hold out this share of the training rows, chosen by a hash of `seed` and row number."""
     format: Literal["auto", "parquet", "jsonl", "csv", "text"] = "auto"
-    """`auto` goes by the file name's ending."""
+    """`auto` goes by the file name's ending. Blank lines of text, JSONL and CSV separate; they are no rows."""
     max_length_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Longest row in tokens. `auto`: the model's own limit, at most 512."""
     over_long: Literal["truncate", "bad_row"] = "truncate"
     """What happens to longer rows; truncations are counted in the manifest."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """`error` names file and row and stops; `skip` counts and lists them in the manifest."""
+    """`error` names file and row and stops; `skip` counts them in the manifest and lists
+    them all in `bad_rows.jsonl` beside it."""
     order: OrderSpec = OrderSpec()
     """Order of training rows."""
     shard_rows: Annotated[int, Field(ge=1)] = 65_536
