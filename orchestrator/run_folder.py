@@ -41,7 +41,7 @@ def read_json(path: Path) -> Any:
     """The JSON in `path`, or None where the file does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -105,10 +105,14 @@ def train(
         bool,
         typer.Option("--best", help="JOB is a sweep's name: train its best job, on all workers."),
     ] = False,
-    storage: Storage = Path("runs"),
+    storage: Annotated[
+        Path | None, typer.Option(help="Folder of all runs. Default: the job's own.")
+    ] = None,
 ) -> None:
     """Run the job; the same command again goes on where it stopped."""
-    spec = best_job(job, storage, overrides) if best else load_spec(job, overrides or [])
+    elsewhere = [f"storage={storage}"] if storage else []
+    wanted = [*elsewhere, *(overrides or [])]
+    spec = best_job(job, storage or Path("runs"), wanted) if best else load_spec(job, wanted)
     quiet_libraries()
     from orchestrator.api import train as run
 
@@ -156,15 +160,17 @@ def evaluate(
 def predict(run: Run, storage: Storage = Path("runs")) -> None:
     """Predictions for standard input, as JSON lines.
 
-    Each line is a text, or, where the task takes several columns, a JSON object with them.
+    Each line is a text, or, where the task takes several columns, a JSON object with them. The answer to
+    a blank line is `null`, so that the n-th answer is that of the n-th line.
     """
     quiet_libraries()
     from orchestrator.api import find_run
     from orchestrator.api import predict as run_model
 
-    lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for prediction in run_model(find_run(run, storage), lines):
-        print(json.dumps(prediction, ensure_ascii=False))
+    lines = [line.rstrip("\n") for line in sys.stdin]
+    answers = iter(run_model(find_run(run, storage), [line for line in lines if line.strip()]))
+    for line in lines:
+        print(json.dumps(next(answers) if line.strip() else None, ensure_ascii=False))
 
 
 def export(

@@ -68,7 +68,7 @@ def show_sweep_plan(spec: JobSpec, target: Cluster | None, as_json: bool) -> Non
         out.print(show_sweep(made, SweepFolder(Path(made.run_dir))))
 
 
-def best_job(sweep: Path, storage: Path, overrides: list[str] | None) -> JobSpec:
+def best_job(sweep: Path, storage: Path, overrides: list[str]) -> JobSpec:
     """The job of a sweep's best trial, on all workers. Raises OrchestratorError where there is none yet."""
     from orchestrator.run_folder import find_sweep
 
@@ -76,4 +76,4 @@ def best_job(sweep: Path, storage: Path, overrides: list[str] | None) -> JobSpec
     if not folder.best.exists():
         raise OrchestratorError(f"{folder.root}: no trial has reported anything yet.")
     all_workers = ["resources.num_workers=auto", "resources.cpus_per_worker=auto"]
-    return load_spec(folder.best, [*all_workers, *(overrides or [])])
+    return load_spec(folder.best, [*all_workers, *overrides])

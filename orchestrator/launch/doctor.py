@@ -148,8 +148,6 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _compilers() -> Iterator[Finding]:
-    import torch
-
     for tool, why in (
         ("g++", "DeepSpeedCPUAdam"),
         ("ninja", "DeepSpeed's compiled optimizers"),
@@ -158,13 +156,21 @@ def _compilers() -> Iterator[Finding]:
         path = shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
         if path:
             yield Finding(tool, path)
-        elif tool != "nvcc" or torch.cuda.is_available():
+        elif tool != "nvcc" or _has_gpu():
             yield Finding(
                 tool,
                 "not found",
                 "note",
                 f"only needed for {why}; torch's kernels are used instead",
             )
+
+
+def _has_gpu() -> bool:
+    if _version("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _disk(storage: Path) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.data.prepare import prepare_split
 from orchestrator.launch.session import ray_session
+from orchestrator.launch.workers import enter_work_dir
 from orchestrator.plan import Plan, this_machine
 from orchestrator.plan.data import data_facts
 from orchestrator.run_folder import read_json, write_json
@@ -54,6 +55,7 @@ def measure_worker(config: dict[str, Any]) -> None:
     from orchestrator.train.reference import find_reference
 
     plan = Plan.model_validate_json(config["plan"])
+    enter_work_dir(plan)
     torch.set_num_threads(plan.cpus_per_worker)
     device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
     reference = None

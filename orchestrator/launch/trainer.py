@@ -5,17 +5,41 @@ Imported only after `ray_session` has set Ray's variables.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from orchestrator.launch.session import attached_address
 from orchestrator.plan.resources import Workers
+
+
+class Backend(_TorchBackend):
+    """Ray Train's, for a group of which a worker has been killed.
+
+    Ray Train leaves the process group on all workers before it starts them again, and expects some of them
+    to be dead. One that Ray's memory monitor killed answers with another error (OutOfMemoryError), which
+    Ray 2.60 lets through: the run would end, however many restarts it has left.
+    """
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        with contextlib.suppress(RayError):
+            super().on_shutdown(worker_group, backend_config)
+
+
+class GroupConfig(TorchConfig):
+    """Names the backend above."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return Backend
 
 
 class Trainer(TorchTrainer):
@@ -55,7 +79,7 @@ def make_group(
     return Trainer(
         run,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if workers.on_gpu else "gloo"),
+        torch_config=GroupConfig(backend="nccl" if workers.on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             use_gpu=workers.on_gpu,
             resources_per_worker=resources,

@@ -56,10 +56,7 @@ def work(config: dict[str, Any]) -> None:
     plan = Plan.model_validate_json(config["plan"])
     folder = RunFolder(Path(plan.run_dir))
     rank = int(os.environ["RANK"])
-    if Path(
-        plan.work_dir
-    ).is_dir():  # Ray starts workers elsewhere; the job's paths are relative to it
-        os.chdir(plan.work_dir)
+    enter_work_dir(plan)
     if folder.plan.exists():  # else nothing may be made here
         if rank == 0:
             append_event(folder.events, "imports", workers=int(os.environ["WORLD_SIZE"]))
@@ -84,6 +81,12 @@ def work(config: dict[str, Any]) -> None:
         if result.status == "storage_failed":
             folder.reserve.unlink(missing_ok=True)
         write_json(folder.outcome, asdict(result))
+
+
+def enter_work_dir(plan: Plan) -> None:
+    """Ray starts workers elsewhere; the job's paths are relative to where the driver was."""
+    if Path(plan.work_dir).is_dir():
+        os.chdir(plan.work_dir)
 
 
 def must_see(file: Path) -> None:

@@ -1,0 +1,214 @@
+"""The verbs as users call them, on one small run: stopped, gone on, looked at, started over."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from typer.testing import CliRunner, Result
+
+import orchestrator
+from orchestrator.cli import app
+from orchestrator.errors import OrchestratorError
+from orchestrator.run_folder import RunFolder, read_json
+
+ROOT = Path(__file__).parent.parent
+STEPS, ROWS = 4, 40
+
+
+@pytest.fixture(scope="module")
+def home(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory of all that follows, with a job whose paths are relative to it.
+
+    Its adapter stays apart from the model, so that whoever loads the export needs the base as well.
+    """
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "model").symlink_to(models.bert)
+    tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(ROWS))
+    tiny.write_jsonl(folder / "eval.jsonl", tiny.labelled(9, seed=1))
+    tiny.write_jsonl(folder / "new.jsonl", tiny.labelled(31, seed=2))
+    job = {
+        "name": "tiny",
+        "task": {"type": "text_classification"},
+        "model": {"pretrained": "model"},
+        "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
+        "tuning": {"type": "lora", "merge_on_export": False},
+        "batch": {"global_rows": 8},
+        "stop": {"max_steps": STEPS},
+        "evaluation": {"every_steps": "end", "baseline_rows": 20},
+        "resources": {"num_workers": 2},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def call(*words: str, stdin: str | None = None, status: int = 0) -> Result:
+    """Run `orchestrator WORDS…` in this process."""
+    result = CliRunner().invoke(app, list(words), input=stdin)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def early(home: Path) -> dict[str, Any]:
+    """What `predict` leaves of a run that ended after its first step, for want of time."""
+    call("prepare", "job.yaml")
+    call("train", "job.yaml", "stop.max_time_s=0.001")
+    folder = RunFolder(home / "runs" / "tiny")
+    assert read_json(folder.outcome)["step"] < STEPS
+    call("predict", "tiny", stdin="the film was great\n")
+    return read_json(folder.export / "orchestrator.json")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def run(home: Path, early: dict[str, Any]) -> RunFolder:
+    """The same run, gone on to its end."""
+    call("train", "job.yaml")
+    return RunFolder(home / "runs" / "tiny")
+
+
+def test_a_run_that_goes_on_exports_its_last_weights_and_not_those_of_its_pause(
+    early: dict[str, Any], run: RunFolder
+) -> None:
+    assert early["step"] < STEPS
+    assert read_json(run.outcome)["status"] == "finished"
+    assert read_json(run.export / "orchestrator.json")["last_eval"]["step"] == STEPS
+
+
+def test_prepare_finds_what_is_ready(run: RunFolder) -> None:
+    started = time.monotonic()
+    text = call("prepare", "job.yaml").stdout
+    assert f"train ready: {ROWS} rows" in text
+    assert "eval ready: 9 rows" in text
+    assert time.monotonic() - started < 2
+
+
+def test_plan_shows_what_train_ran(run: RunFolder) -> None:
+    text = call("plan", "job.yaml").stdout
+    for words in ("total steps", "ZeRO stage", "memory per worker", "DeepSpeed"):
+        assert words in text
+    shown = json.loads(call("plan", "job.yaml", "--json").stdout)
+    ran = read_json(run.plan)
+    for changing in ("cluster", "memory_limit_bytes", "reasons"):
+        shown.pop(changing), ran.pop(changing)
+    assert shown == ran
+
+
+def test_eval_counts_every_row_once_and_finds_the_jobs_files(run: RunFolder) -> None:
+    metrics = json.loads(call("eval", "tiny", "--data", "new.jsonl").stdout)
+    assert metrics["rows"] == 31
+    assert read_json(run.root / "eval" / "metrics.json") == metrics
+
+
+def test_predict_answers_line_by_line_blank_ones_too(run: RunFolder) -> None:
+    lines = ["the film was great", "", "my lunch was dull"]
+    answers = [
+        json.loads(a) for a in call("predict", "tiny", stdin="\n".join(lines)).stdout.splitlines()
+    ]
+    alone = [json.loads(call("predict", "tiny", stdin=line).stdout) for line in lines if line]
+    assert answers[1] is None
+    assert [answers[0]["label"], answers[2]["label"]] == [a["label"] for a in alone]
+
+
+def test_export_copies_the_model_with_its_card_and_overwrites_nothing(run: RunFolder) -> None:
+    call("export", "tiny", "model-out")
+    card = Path("model-out/README.md").read_text(encoding="utf-8")
+    assert "Held-out figures (9 rows)" in card
+    assert "Baseline (frozen model + logistic regression, 20 training rows)" in card
+    with pytest.raises(OrchestratorError, match="not empty"):
+        call("export", "tiny", "model-out")
+
+
+def test_runs_and_report_show_the_run(run: RunFolder) -> None:
+    row = next(line for line in call("runs").stdout.splitlines() if "tiny" in line)
+    assert f"{STEPS}/{STEPS}" in row
+    run.report.unlink()
+    call("report", "tiny")
+    assert "logistic regression" in run.report.read_text(encoding="utf-8")
+
+
+def test_tensorboard_has_every_step(run: RunFolder) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [s.step for s in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert STEPS in [s.step for s in board.Scalars("eval/accuracy")]
+
+
+def test_python_users_call_the_same_verbs(run: RunFolder) -> None:
+    """README's lines, with this job; packages called like verbs have been imported long since."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
+    found: dict[str, Any] = {}
+    exec(
+        block.replace("jobs/quickstart.yaml", "job.yaml").replace("optimizer.lr=3e-5", "seed=42"),
+        found,
+    )
+    assert found["outcome"].status == "finished"
+    assert found["outcome"].folder == run
+    for name in orchestrator.__all__:
+        assert callable(getattr(orchestrator, name)), name
+
+
+def test_every_function_is_documented_with_its_arguments() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for name in orchestrator.__all__:
+        one = getattr(orchestrator, name)
+        if inspect.isclass(one):
+            assert f"`{name}`" in page, name
+        else:
+            parts = inspect.signature(one).parameters.values()
+            words = [p.name + ("" if p.default is p.empty else f"={p.default!r}") for p in parts]
+            assert f"`{name}({', '.join(words)})`".replace("'", '"') in page, name
+
+
+def test_doctor_says_what_is_here_and_what_is_missing(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.launch import doctor
+
+    found = {f.what: f for f in doctor.examine(home)}
+    assert found["torch"].found.startswith("2.")
+    assert "GiB free" in found[f"disk at {home}"].found
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else version(name))
+    text = call("doctor", status=1).stdout
+    assert re.search(r"problem\s+torch\s+not installed\s+pip install torch", text)
+
+
+def test_fresh_starts_over_and_keeps_the_old_folder(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = read_json(run.outcome)
+    begun: list[bool] = []
+
+    def launch(plan: Any, folder: RunFolder, console: Any) -> dict[str, Any]:
+        begun.append(folder.checkpoints.exists())
+        return {**old, "status": "stopped", "message": "asked to", "best": None}
+
+    monkeypatch.setattr("orchestrator.launch.run.launch", launch)
+    assert "asked to" in call("train", "job.yaml", "--fresh", "seed=1", status=130).stdout
+    assert begun == [False], "nothing of the old run is left in its place"
+    (kept,) = run.root.parent.glob("tiny.before-*")
+    assert read_json(RunFolder(kept).outcome) == old
+    assert any(RunFolder(kept).checkpoints.iterdir())
+
+
+def test_storage_on_the_command_line_is_where_the_run_goes(home: Path) -> None:
+    (home / "elsewhere").write_text("no folder")
+    with pytest.raises(OrchestratorError, match="elsewhere/tiny cannot be written"):
+        call("train", "job.yaml", "--storage", "elsewhere")
