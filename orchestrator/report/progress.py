@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +16,12 @@ from orchestrator.run_folder import RunFolder
 
 PLAIN_EVERY_S = 10.0
 """Seconds between lines where the output is no terminal."""
+PATIENCE_S = 45.0
+"""Seconds after which it is said that no worker has started."""
+NO_WORKERS = (
+    "[yellow]no worker has started yet:[/] the cluster may have no room for the group (`ray status` on a "
+    "cluster; other runs on this machine), or be slow. Waiting; Ctrl-C leaves."
+)
 SMOOTHING = 0.9
 
 
@@ -25,9 +33,11 @@ class ProgressView:
         self._steps, self._evals, self._events = (
             Tail(path, from_end=True) for path in (folder.steps, folder.evals, folder.events)
         )
-        self._step, self._loss, self._rate, self._memory = 0, 0.0, 0.0, 0
+        self._step, self._memory = 0, 0
+        self._loss = self._step_s = self._tokens = math.nan
         self._plain_at = time.monotonic()
         self._starts, self._resizing = 0, False
+        self._wait_until = time.monotonic() + PATIENCE_S
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -70,22 +80,27 @@ class ProgressView:
             self._show_eval(record)
         if steps:
             self._show_step()
+        if not self._starts and time.monotonic() > self._wait_until:
+            self._wait_until = float("inf")
+            self.say(NO_WORKERS)
         return steps
 
     def _absorb(self, record: dict[str, Any]) -> None:
-        first = self._step == 0
         self._step, self._memory = record["step"], record["memory_bytes"]
-        rate = record["tokens"] / max(record["step_s"], 1e-9)
-        keep = 0.0 if first or self._loss != self._loss else SMOOTHING  # NaN is not carried on
-        self._loss = keep * self._loss + (1 - keep) * record["loss"]
-        self._rate = keep * self._rate + (1 - keep) * rate
+        self._loss = _smoothed(self._loss, record["loss"])
+        self._step_s = _smoothed(self._step_s, max(record["step_s"], 1e-9))
+        self._tokens = _smoothed(self._tokens, record["tokens"])
 
     def _show_step(self) -> None:
-        figures = f"loss {self._loss:.4f}  {self._rate:,.0f} tokens/s  {self._memory / 2**30:.1f} GiB/worker"
+        figures = (
+            f"loss {self._loss:.4f}  {1 / self._step_s:,.3g} steps/s  {self._tokens / self._step_s:,.0f} tokens/s  "
+            f"{self._memory / 2**30:.1f} GiB/worker"
+        )
         self._bar.update(self._task, description="training", completed=self._step, figures=figures)
         if not self.console.is_terminal and time.monotonic() - self._plain_at >= PLAIN_EVERY_S:
             self._plain_at = time.monotonic()
-            self.say(f"step {self._step}/{self.total_steps}  {figures}")
+            left = timedelta(seconds=round((self.total_steps - self._step) * self._step_s))
+            self.say(f"step {self._step}/{self.total_steps}  {figures}  {left} left")
 
     def _show_eval(self, record: dict[str, Any]) -> None:
         shown = [self.metric, *(k for k in ("loss", "perplexity") if k != self.metric)]
@@ -115,3 +130,8 @@ class ProgressView:
                 self.say(f"[yellow]warning:[/] {event['text']}")
             case "commit":
                 self.say(f"[dim]checkpoint {event['folder']}[/]")
+
+
+def _smoothed(before: float, new: float) -> float:
+    """The moving average; it begins with the first number, and anew after what is none."""
+    return new if math.isnan(before) else SMOOTHING * before + (1 - SMOOTHING) * new
