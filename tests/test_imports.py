@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,15 @@ def test_light_rooms_and_the_command_line_import_nothing_heavy_when_loaded() -> 
         )
     ]
     assert found == []
+
+
+def test_nobody_outside_the_tasks_asks_for_a_task_by_its_name() -> None:
+    asked = [
+        f"{path.relative_to(PACKAGE)}: {match}"
+        for path in PACKAGE.rglob("*.py")
+        for match in re.findall(r"task\.type (?:[!=]=|in) .*", path.read_text(encoding="utf-8"))
+    ]
+    assert asked == []
 
 
 def test_the_scan_sees_late_and_type_only_imports() -> None:

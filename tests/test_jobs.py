@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import load_spec
@@ -23,6 +27,15 @@ def test_nothing_is_wrong_with_a_shipped_job_but_data_to_be_fetched(
     except SpecError as error:
         problems = error.problems
     assert [p for p in problems if p.why not in ("no such file", "no such folder")] == []
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_editors_find_the_schema_of_a_shipped_job_and_accept_the_job(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    (named,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)$", text, re.M)
+    schema = json.loads((path.parent / named).read_text(encoding="utf-8"))
+    wrong = Draft202012Validator(schema).iter_errors(yaml.safe_load(text))
+    assert [error.message for error in wrong] == []
 
 
 def test_every_shipped_job_says_what_it_teaches() -> None:

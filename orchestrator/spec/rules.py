@@ -164,7 +164,7 @@ def _evaluation(spec: JobSpec) -> Iterator[Problem]:
         yield Problem("evaluation.metric", NO_EVAL_ROWS, GIVE_EVAL_ROWS, metric)
     if baseline_rows is None:
         return
-    if spec.task.type != "text_classification":
+    if not spec.task.has_baseline:
         yield Problem(
             "evaluation.baseline_rows",
             "the frozen-feature baseline exists for text_classification only",

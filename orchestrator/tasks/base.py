@@ -88,6 +88,8 @@ class Task(Frozen):
     """That of new weights, by the model's size."""
     sources: ClassVar[Mapping[str, str]] = {}
     """Field of the task → where its default comes from."""
+    has_baseline: ClassVar[bool] = False
+    """The frozen-feature baseline can be fitted to its rows."""
     required_inputs: ClassVar[tuple[str, ...]] = ()
     """Arguments that the model's forward must take, beyond what every model takes."""
     has_scores: ClassVar[bool] = False

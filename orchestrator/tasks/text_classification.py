@@ -14,4 +14,5 @@ class TextClassification(SingleLabel, SequenceTask):
 
     type: Literal["text_classification"]
 
+    has_baseline: ClassVar[bool] = True
     soft_targets: ClassVar[SoftTargets | None] = "classes"
