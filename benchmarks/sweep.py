@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ from common import (
     report,
     require_data,
     run,
+    run_folder,
     tail,
+    train,
     workspace,
 )
 
 from orchestrator.report.records import read_records, read_steps
+from orchestrator.report.trial_log import open_log
 from orchestrator.run_folder import SweepFolder
 
 SLOTS = 2
@@ -53,8 +57,9 @@ def main() -> None:
         stock = [
             stock_side(folder / f"stock-{i}", folder, points) for i in range(given.repetitions)
         ]
+        same = same_answers(SweepFolder(folder / "ours-0" / "runs" / "sweep"), folder / "alone")
         memory = {s: slot_memory(folder, s, 4 if given.quick else 50) for s in (2, 3)}
-    show(figures_of(ours, stock, memory), given)
+    show({**figures_of(ours, stock, memory), "same_answers": same}, given)
 
 
 def write_rows(folder: Path) -> None:
@@ -115,18 +120,26 @@ def our_side(folder: Path, data: Path, points: list[dict[str, float]]) -> dict[s
     sweep = SweepFolder(folder / "runs" / "sweep")
     ran = sorted(read_records(sweep.slots), key=lambda r: r["began"])
     first = {r["trial"]: first_step(sweep, r["trial"]) for r in ran}
-    overheads, occupied_s, training_s = [], 0.0, 0.0
+    overheads, handovers, occupied_s, training_s = [], [], 0.0, 0.0
+    stopped = {
+        r["trial"]: r["time"] for r in read_records(sweep.log) if r["kind"] == "report" and not r["go_on"]
+    }  # fmt: skip
     for slot in range(SLOTS):
         mine = [r for r in ran if r["slot"] == slot]
         for before, after in itertools.pairwise(mine):
-            steps = read_steps(sweep.trial(after["trial"]).steps)
-            overheads.append(first[after["trial"]] - steps[0]["step_s"] - before["ended"])
+            step = read_steps(sweep.trial(after["trial"]).steps)[0]
+            begins = first[after["trial"]] - worked_s(step)
+            overheads.append(begins - before["ended"])
+            if before["trial"] in stopped:
+                handovers.append(begins - stopped[before["trial"]])
             occupied_s += after["ended"] - before["ended"]
             training_s += trained_s(sweep, after["trial"])
     return {
         "makespan_s": makespan_s,
         "startup_s": min(first.values()) - started,
         "overhead_s": median(overheads) if overheads else math.nan,
+        "handover_s": median(handovers) if handovers else math.nan,
+        "longest_handover_s": max(handovers, default=math.nan),
         "marginal": occupied_s / training_s if training_s else math.nan,
         "steps": sum(read_steps(sweep.trial(r["trial"]).steps)[-1]["step"] for r in ran),
         "trial_s": median([trained_s(sweep, r["trial"]) for r in ran]),
@@ -147,11 +160,33 @@ def first_step(sweep: SweepFolder, trial: str) -> float:
     return float(read_steps(sweep.trial(trial).steps)[0]["time"])
 
 
+def worked_s(step: dict[str, Any]) -> float:
+    """Seconds of a step without the wait for its rows, which is no training."""
+    return float(step["step_s"] - step["wait_s"])
+
+
 def trained_s(sweep: SweepFolder, trial: str) -> float:
     """Seconds of a trial's steps and evaluations alone."""
     folder = sweep.trial(trial)
-    steps = sum(r["step_s"] for r in read_steps(folder.steps))
+    steps = sum(worked_s(r) for r in read_steps(folder.steps))
     return float(steps + sum(r["eval_s"] for r in read_steps(folder.evals)))
+
+
+def same_answers(sweep: SweepFolder, folder: Path) -> dict[str, int]:
+    """Each trial's job trained alone by `orchestrator train`: how many give the trial's figures to the last bit."""
+    folder.mkdir()
+    log, same = open_log(sweep), 0
+    for trial in log.trials.values():
+        job = yaml.safe_load(sweep.trial(trial.id).spec.read_text(encoding="utf-8"))
+        job["evaluation"] = {"every_steps": RUNGS[0]}
+        with suppress(SystemExit):  # one that was stopped early may diverge later on
+            train(folder, job)
+        found = {r["step"]: r for r in read_steps(run_folder(folder, job).evals)}
+        same += all(
+            {name: found.get(step, {}).get(name) for name in figures} == figures
+            for step, figures in trial.reports.items()
+        )
+    return {"trials": len(log.trials), "same": same}
 
 
 def stock_side(folder: Path, data: Path, points: list[dict[str, float]]) -> dict[str, Any]:
@@ -203,6 +238,7 @@ def figures_of(
         "marginal_over_training": round(median([o["marginal"] for o in ours]), 3),
         "startup_s": round(median([o["startup_s"] for o in ours]), 1),
         "overhead_s": median([o["overhead_s"] for o in ours]),
+        "handover_s": median([o["handover_s"] for o in ours]),
         "ours": ours,
         "stock": stock,
         "memory": {str(k): v for k, v in memory.items()},
@@ -223,6 +259,12 @@ def show(figures: dict[str, Any], given: Options) -> None:
         ("times as fast", f"{figures['speedup']:.2f}", "1"),
         ("command → first step, s", f"{figures['startup_s']:.1f}", ""),
         ("slot free → next trial's first step begins, s", f"{figures['overhead_s']:.2f}", ""),
+        ("told to stop → next trial's first step begins, s", f"{figures['handover_s']:.2f}", ""),
+        (
+            "trials that give the same alone, to the bit",
+            f"{figures['same_answers']['same']} of {figures['same_answers']['trials']}",
+            "",
+        ),
         ("one more trial ÷ its own training", f"{figures['marginal_over_training']:.2f}", ""),
     ]
     for stage, used in figures["memory"].items():
