@@ -17,7 +17,8 @@ from orchestrator.plan import Cluster, Plan, this_machine
 from orchestrator.report.runs import write_report_on
 from orchestrator.run_folder import RunFolder, SweepFolder, find_run, read_json
 from orchestrator.spec import JobSpec
-from orchestrator.sweep.run import SweepOutcome, make_sweep_plan, sweep
+from orchestrator.sweep.ending import SweepOutcome
+from orchestrator.sweep.run import make_sweep_plan, sweep
 from orchestrator.train.export import export_run, load_exported, load_plan
 
 __all__ = [

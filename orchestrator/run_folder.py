@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ class _Folder:
         return self.root / "logs"
 
     @property
+    def reserve(self) -> Path:
+        """A megabyte kept back, so that a run on a full disk can still say how it ended."""
+        return self.root / ".reserve"
+
+    @property
     def export(self) -> Path:
         return self.root / "export"
 
@@ -121,11 +127,6 @@ class RunFolder(_Folder):
         return self.root / "HANDOVER"
 
     @property
-    def reserve(self) -> Path:
-        """A megabyte kept back, so that a run on a full disk can still say how it ended."""
-        return self.root / ".reserve"
-
-    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -170,9 +171,31 @@ class SweepFolder(_Folder):
 def find_sweep(run: str | Path, storage: str | Path = "runs") -> SweepFolder:
     """A sweep by name below `storage`, or by path. Raises OrchestratorError where there is none."""
     for root in (Path(storage) / run, Path(run)):
-        if (root / "sweep.json").exists():
+        if _is_sweep(root):
             return SweepFolder(root.absolute())
     raise OrchestratorError(f"{run}: no such sweep below {storage}/.")
+
+
+def _is_sweep(root: Path) -> bool:
+    """One that has begun: its plan comes later than its first event."""
+    return (root / "sweep.json").exists() or (root / "events.jsonl").exists()
+
+
+def in_use(root: Path) -> bool:
+    """Whether a process works in the folder of a run or sweep: whether its lock is held."""
+    try:
+        with open(lock_of(root), encoding="ascii") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def lock_of(root: Path) -> Path:
+    """The file that is locked while a process works in `root`; beside it, so that `--fresh` can move the folder."""
+    return root.with_name(f".{root.name}.lock")
 
 
 def list_runs(storage: Path) -> list[RunFolder]:
@@ -189,7 +212,7 @@ def list_sweeps(storage: Path) -> list[SweepFolder]:
 
 def find_either(run: str | Path, storage: str | Path = "runs") -> RunFolder | SweepFolder:
     """A run or a sweep by name below `storage`, or by path. Raises OrchestratorError where there is none."""
-    is_sweep = any((root / "sweep.json").exists() for root in (Path(storage) / run, Path(run)))
+    is_sweep = any(_is_sweep(root) for root in (Path(storage) / run, Path(run)))
     return find_sweep(run, storage) if is_sweep else find_run(run, storage)
 
 
@@ -198,7 +221,7 @@ def find_run(run: str | Path, storage: str | Path = "runs") -> RunFolder:
     for root in (Path(storage) / run, Path(run)):
         if (root / "plan.json").exists():
             return RunFolder(root.absolute())
-        if (root / "sweep.json").exists():
+        if _is_sweep(root):
             raise OrchestratorError(
                 f"{run} is a sweep. Its trials are runs: {root / 'trials'}/TRIAL. `orchestrator results` lists them."
             )

@@ -115,3 +115,33 @@ def test_a_slot_that_was_lost_at_work_has_not_failed_to_start() -> None:
         assert not await broker.came(0), "since it was asked last"
 
     play(story())
+
+
+def test_a_trial_that_dies_twice_in_the_same_place_is_not_tried_again() -> None:
+    async def story() -> None:
+        broker = a_broker(max_failures=9)
+        await begin(broker, 0)
+        for where in (None, None, "step 3: ValueError in a.py:7", "step 9: ValueError in a.py:7"):
+            await broker.crashed("t0", "Traceback …", where)
+            await broker.lost(0)
+            assert (await broker.next_task(0, 1))["trial"] == "t0", "that may pass"
+        await broker.crashed("t0", "Traceback … out of memory", "step 9: ValueError in a.py:7")
+        await broker.lost(0)
+        _, said = await broker.next_report("t0", 0)
+        assert (said["status"], "out of memory" in said["message"]) == ("failed", True)
+
+    play(story())
+
+
+def test_a_slot_leaves_to_come_back_with_as_many_workers_as_are_wanted() -> None:
+    async def story() -> None:
+        broker = a_broker()
+        await broker.enqueue("t0", "{}", 2)
+        assert (await broker.next_task(0, 1))["kind"] == "leave"
+        assert await broker.wanted() == 2
+        assert (await broker.next_task(0, 2))["trial"] == "t0"
+        await broker.ended(0, "t0", "finished", 4, "")
+        await broker.close()
+        assert await broker.wanted() is None
+
+    play(story())

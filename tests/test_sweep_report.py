@@ -84,7 +84,7 @@ def test_the_best_so_far_is_told_against_all_steps(many: SweepFolder) -> None:
     y = chart.figure["data"][0]["y"]
     assert list(y) == sorted(y)
     assert y[-1] == sweep.best.state.best  # type: ignore[union-attr]
-    assert chart.figure["data"][0]["x"][-1] == sweep.log.steps_total()
+    assert chart.figure["data"][0]["x"][-1] == sweep.log.steps_total
 
 
 def test_slots_time_adds_up_and_idle_time_shows(many: SweepFolder) -> None:
@@ -320,7 +320,7 @@ def test_a_log_read_back_says_what_was_written(tmp_path: Path) -> None:
     assert [t.id for t in again.ranked()] == ["b", "a"]
     assert again.trials["a"].best == 0.7
     assert again.best() is again.trials["b"]
-    assert again.steps_total() == 15 + 4
+    assert again.steps_total == 15 + 4
 
 
 def test_a_torn_last_line_is_passed_over_and_harms_no_later_one(tmp_path: Path) -> None:

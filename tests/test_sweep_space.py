@@ -16,17 +16,10 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.report.trial_log import SweepLog, Verdict
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.expression import Expression, ExpressionError
+from orchestrator.spec.search_space import default_trials, grid, keeps
 from orchestrator.spec.sweep import SweepSpec
 from orchestrator.spec.sweep_rules import with_values
-from orchestrator.sweep.space import (
-    Seen,
-    default_trials,
-    grid,
-    keeps,
-    perturbed,
-    propose,
-    seen_in,
-)
+from orchestrator.sweep.space import Seen, perturbed, propose, seen_in
 
 SPACE: dict[str, Any] = {
     "optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3},
@@ -391,3 +384,48 @@ def test_values_are_set_by_path_and_the_rest_stays_as_written(tmp_path: Path) ->
     assert (trial.seed, trial.sweep) == (7, None)
     assert with_values(spec, {})["seed"] == 7
     assert spec.optimizer.lr != 1e-3
+
+
+def test_sections_are_set_before_their_fields(tmp_path: Path) -> None:
+    spec: JobSpec = parse_spec(job(tmp_path))
+    values = {"optimizer.lr": 0.5, "optimizer": {"type": "sgd"}}
+    assert with_values(spec, values)["optimizer"] == {"type": "sgd", "lr": 0.5}
+
+
+@pytest.mark.parametrize("searcher", [{"type": "random"}, {"type": "tpe"}, {"type": "grid"}])
+def test_a_space_in_which_no_trial_can_run_is_refused_when_the_job_is_read(
+    tmp_path: Path, searcher: dict[str, Any]
+) -> None:
+    choices = {LR: [1e-5, 1e-4]}
+    empty = {"space": choices, "constraints": ["optimizer.lr > 1"], "searcher": searcher}
+    assert "keeps" in str(refused(job(tmp_path, sweep=empty)))
+    wide = {"space": {"batch.micro_rows": [64, 128]}, "searcher": searcher}
+    found = refused(job(tmp_path, batch={"global_rows": 32}, sweep=wide))
+    assert "no trial could run: batch.micro_rows" in found["sweep.space"]
+    some = {"space": {"batch.micro_rows": [8, 128]}, "searcher": searcher}
+    assert parse_spec(job(tmp_path, batch={"global_rows": 32}, sweep=some)).sweep is not None
+
+
+def test_a_job_that_is_wrong_itself_is_not_said_to_be_so_for_its_space(tmp_path: Path) -> None:
+    wrong = {"global_rows": 32, "micro_rows": 64}
+    found = refused(job(tmp_path, batch=wrong, sweep={"space": {LR: [1e-5, 1e-4]}}))
+    assert set(found) == {"batch.micro_rows"}
+
+
+def test_a_trial_that_ended_without_a_number_does_not_stop_the_estimator() -> None:
+    asked = sweep(searcher={"type": "tpe", "startup_trials": 1})
+    values = propose(asked, 0, [], True)
+    assert values is not None
+    nothing = Seen(values, ((5, 0.3), (15, math.nan)), ended=True)
+    good = [seen(values, 0.5)]
+    assert propose(asked, 3, [*good, nothing], True) == propose(asked, 3, good, True)
+
+
+def test_a_grid_is_walked_once_however_many_points_are_asked_for() -> None:
+    import time
+
+    asked = sweep({"seed": list(range(3000)), LR: [0.1, 0.2]}, searcher={"type": "grid"})
+    began = time.perf_counter()
+    rows = [propose(asked, index, [], True) for index in range(0, 6000, 10)]
+    assert [row["seed"] for row in rows if row] == list(range(0, 3000, 5))
+    assert time.perf_counter() - began < 5, "of which the walk takes some tenths"

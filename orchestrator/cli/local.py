@@ -103,7 +103,10 @@ def train(
     resume: Resume = True,
     best: Annotated[
         bool,
-        typer.Option("--best", help="JOB is a sweep's name: train its best job, on all workers."),
+        typer.Option(
+            "--best",
+            help="JOB is a sweep's name: train its best job, on as many workers as `auto` takes.",
+        ),
     ] = False,
     storage: Annotated[
         Path | None, typer.Option(help="Folder of all runs. Default: the job's own.")

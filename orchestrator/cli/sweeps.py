@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
     from orchestrator.plan import Cluster
 
 
-def sweep(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
+def sweep(
+    job: Job, overrides: Overrides = None, resume: Resume = True, storage: Storage = Path("runs")
+) -> None:
     """Run the job's sweep: many trials on warm worker groups; the same command, or its name, goes on."""
-    spec = load_spec(job if job.is_file() else _sweep_job(job), overrides or [])
+    given = overrides or []
+    spec = load_spec(job, given) if job.is_file() else job_of_sweep(job, storage, given)
     quiet_libraries()
     from orchestrator.api import sweep as run
     from orchestrator.report.sweep_view import results_table
@@ -38,11 +42,12 @@ def sweep(job: Job, overrides: Overrides = None, resume: Resume = True) -> None:
         raise typer.Exit(130)
 
 
-def _sweep_job(run: Path) -> Path:
-    """The job file that a sweep of this name left in its folder."""
+def job_of_sweep(run: Path, storage: Path, overrides: list[str]) -> JobSpec:
+    """The job that a sweep of this name, or in this folder, was started with: it goes on in its own folder."""
     from orchestrator.run_folder import find_sweep
 
-    return find_sweep(run).spec
+    folder = find_sweep(run, storage)
+    return load_spec(folder.spec, [f"storage={json.dumps(str(folder.root.parent))}", *overrides])
 
 
 def results(run: Run, storage: Storage = Path("runs")) -> None:
@@ -69,11 +74,15 @@ def show_sweep_plan(spec: JobSpec, target: Cluster | None, as_json: bool) -> Non
 
 
 def best_job(sweep: Path, storage: Path, overrides: list[str]) -> JobSpec:
-    """The job of a sweep's best trial, on all workers. Raises OrchestratorError where there is none yet."""
+    """The job of a sweep's best trial, with as many workers as `auto` takes, not as many as a slot had.
+
+    Raises OrchestratorError where there is none yet.
+    """
     from orchestrator.run_folder import find_sweep
 
     folder = find_sweep(sweep, storage)
     if not folder.best.exists():
         raise OrchestratorError(f"{folder.root}: no trial has reported anything yet.")
-    all_workers = ["resources.num_workers=auto", "resources.cpus_per_worker=auto"]
-    return load_spec(folder.best, [*all_workers, *overrides])
+    names = ("num_workers", "gpus_per_worker", "cpus_per_worker")
+    not_a_slot = [f"resources.{name}=auto" for name in names]
+    return load_spec(folder.best, [*not_a_slot, *overrides])

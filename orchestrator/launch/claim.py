@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError, RunExistsError
 from orchestrator.plan.plan import Plan, at_workers
-from orchestrator.run_folder import RunFolder, read_json, write_atomically, write_json
+from orchestrator.run_folder import RunFolder, lock_of, read_json, write_atomically, write_json
 from orchestrator.spec import dump_spec
 
 MAY_CHANGE = (
@@ -87,8 +87,7 @@ def _make_writable(root: Path) -> None:
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """The lock dies with its process, so a killed driver leaves nothing to clean up."""
-    path = root.with_name(f".{root.name}.lock")
-    with open(path, "w", encoding="ascii") as handle:
+    with open(lock_of(root), "w", encoding="ascii") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -6,6 +6,7 @@ Imported only after `ray_session` has set Ray's variables.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,17 @@ def make_group(
     workers: Workers,
     storage: Path,
     max_failures: int,
+    health_timeout_s: float,
     size: dict[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Trainer:
     """A worker group whose workers each `run(config)`; `fit()` runs it.
 
     `size`: the number of workers in ScalingConfig's words, where it is not fixed. `max_failures`: times
-    that Ray Train starts the group again; -1 for any number.
+    that Ray Train starts the group again; -1 for any number. `health_timeout_s`: a worker that says
+    nothing for so long is taken for dead.
     """
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(health_timeout_s)
     resources = {"CPU": float(workers.cpus)}
     if workers.on_gpu:
         resources["GPU"] = workers.gpus

@@ -23,7 +23,6 @@ def make_trainer(plan: Plan, launch_id: str) -> Any:
     launch, which may be torn, is never read. Ours are the checkpoints that count."""
     from orchestrator.launch.trainer import make_group
 
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(plan.spec.faults.health_timeout_s)
     size, callbacks = _size(plan)
     return make_group(
         f"launch-{launch_id}",
@@ -32,6 +31,7 @@ def make_trainer(plan: Plan, launch_id: str) -> Any:
         plan.workers,
         Path(plan.run_dir) / "ray",
         plan.spec.faults.max_restarts,
+        plan.spec.faults.health_timeout_s,
         size,
         callbacks,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import Field
 from orchestrator.errors import PlanError, Problem, SpecError
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.plan.resources import Workers, check_cpus, places, share_out
+from orchestrator.plan.slots import slots_of
 from orchestrator.spec import JobSpec
 from orchestrator.values import Frozen
 
@@ -46,13 +48,14 @@ class JobRequest(Frozen):
 def make_request(
     spec: JobSpec, job: Path, overrides: Sequence[str], working_dir: str, name: str | None = None
 ) -> JobRequest:
-    """The request that trains `job`, a path relative to the working directory.
+    """The request that trains `job`, or runs its sweep; a path relative to the working directory.
 
     `name`: the submission's id; by default the run's name and six random digits, as the Jobs API
     takes each id once.
     """
     runtime = spec.runtime
-    words = ["python", "-m", "orchestrator", "train", job.as_posix(), *overrides]
+    verb = "train" if spec.sweep is None else "sweep"
+    words = ["python", "-m", "orchestrator", verb, job.as_posix(), *overrides]
     return JobRequest(
         submission_id=name or f"{spec.name}-{secrets.token_hex(3)}",
         run=spec.name,
@@ -86,8 +89,10 @@ def must_fit(spec: JobSpec, cluster: Cluster) -> str:
 
     Raises PlanError. Memory is not looked at: it takes the data, which may be the cluster's alone.
     """
-    workers = share_out(spec, cluster, {})
-    check_cpus(workers, cluster)
+    slots = slots_of(spec, cluster) if spec.sweep is not None else None
+    workers = slots.workers if slots else share_out(spec, cluster, {})
+    everyone = replace(workers, count=workers.count * (slots.count if slots else 1))
+    check_cpus(everyone, cluster)
     runtime = spec.runtime
     if runtime.driver_cpus > max(n.cpus for n in cluster.nodes):
         raise PlanError(
@@ -100,13 +105,14 @@ def must_fit(spec: JobSpec, cluster: Cluster) -> str:
             f"runtime.driver_memory_gib = {runtime.driver_memory_gib:g}: the largest node has {largest / GIB:.1f} GiB. "
             "The job would wait for ever. Lower it."
         )
-    if runtime.driver_cpus and not _fit_beside(workers, runtime.driver_cpus, cluster):
+    if runtime.driver_cpus and not _fit_beside(everyone, runtime.driver_cpus, cluster):
         raise PlanError(
-            f"{workers.count} workers of {workers.cpus} CPUs and runtime.driver_cpus = {runtime.driver_cpus:g} "
+            f"{everyone.count} workers of {workers.cpus} CPUs and runtime.driver_cpus = {runtime.driver_cpus:g} "
             f"do not fit {cluster}. Lower runtime.driver_cpus or resources.cpus_per_worker."
         )
     each = f"{workers.gpus:g} GPU" if workers.on_gpu else f"{workers.cpus} CPU"
-    return f"{workers.count} worker(s) of {each} on {cluster}"
+    groups = f"{slots.count} slot(s) of " if slots else ""
+    return f"{groups}{workers.count} worker(s) of {each} on {cluster}"
 
 
 def _fit_beside(workers: Workers, driver_cpus: float, cluster: Cluster) -> bool:

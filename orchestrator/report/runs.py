@@ -12,7 +12,14 @@ from orchestrator.report.html import write_report
 from orchestrator.report.records import read_steps
 from orchestrator.report.sweep_html import write_sweep_report
 from orchestrator.report.trial_log import open_log
-from orchestrator.run_folder import RunFolder, SweepFolder, list_runs, list_sweeps, read_json
+from orchestrator.run_folder import (
+    RunFolder,
+    SweepFolder,
+    in_use,
+    list_runs,
+    list_sweeps,
+    read_json,
+)
 
 
 def write_report_on(folder: RunFolder | SweepFolder) -> Path:
@@ -39,7 +46,7 @@ def _row(folder: RunFolder) -> tuple[str, ...]:
     outcome: dict[str, Any] = read_json(folder.outcome) or {}
     steps = read_steps(folder.steps)
     step = outcome.get("step") or (steps[-1]["step"] if steps else 0)
-    status = outcome.get("status") or ("unfinished" if steps else "not started")
+    status = outcome.get("status") or _without_end(folder, bool(steps))
     task = plan["spec"]["task"]["type"]
     return (
         folder.name, task, status, f"{step}/{plan['total_steps']}", _best(outcome), _began(folder.spec)
@@ -52,9 +59,15 @@ def _sweep_row(folder: SweepFolder) -> tuple[str, ...]:
     log = open_log(folder)
     best = log.best()
     shown = "" if best is None else f"{log.metric} {best.best:.4f}  ({best.id})"
-    status = outcome.get("status") or ("unfinished" if log.trials else "not started")
+    status = outcome.get("status") or _without_end(folder, bool(log.trials))
     task = f"{plan['spec']['task']['type']}, sweep"
     return folder.name, task, status, f"{len(log.trials)} trials", shown, _began(folder.spec)
+
+
+def _without_end(folder: RunFolder | SweepFolder, begun: bool) -> str:
+    if in_use(folder.root):
+        return "running"
+    return "unfinished" if begun else "not started"
 
 
 def _began(spec: Path) -> str:

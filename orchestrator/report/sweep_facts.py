@@ -16,7 +16,7 @@ from orchestrator.run_folder import RunFolder, SweepFolder
 
 MOST_CURVE_POINTS = 60
 """Points kept of each trial's training loss: there may be thousands of trials."""
-FAILURES = ("diverged", "failed", "storage_failed")
+FAILURES = ("diverged", "failed")
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _trial(
         evals=tuple((s, v) for s, v in sorted(figures.items()) if v is not None),
         losses=_losses([once[step] for step in sorted(once)]),
         last_step=max((*once, *figures), default=0),
-        attempts=_attempts([float(e["time"]) for e in events if e["kind"] == "find"], times),
+        attempts=attempts([float(e["time"]) for e in events if e["kind"] == "find"], times),
         train_s=max(_total(steps, "step_s") - waited, 0.0),
         wait_s=waited,
         eval_s=_total(evals, "eval_s"),
@@ -188,7 +188,8 @@ def _losses(steps: Sequence[Facts]) -> tuple[tuple[float, float | None], ...]:
     return tuple(zip(*thinned(x, y, MOST_CURVE_POINTS), strict=True))
 
 
-def _attempts(starts: list[float], times: list[float]) -> tuple[tuple[float, float], ...]:
+def attempts(starts: list[float], times: list[float]) -> tuple[tuple[float, float], ...]:
+    """(when it began, the last of `times` before the next one began) of each start."""
     bounds = zip(starts, [*starts[1:], math.inf], strict=False)
     return tuple((a, max((t for t in times if a <= t < b), default=a)) for a, b in bounds)
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from orchestrator.report.records import read_records
 from orchestrator.report.trial_log import SweepLog, TrialState
 from orchestrator.report.words import shown
-from orchestrator.run_folder import SweepFolder
+from orchestrator.run_folder import SweepFolder, in_use, read_json
 
 SHOWN_TRIALS = 12
 PLAIN_EVERY_S = 10.0
@@ -29,6 +29,7 @@ class SweepView:
     ) -> None:
         self.folder, self.num_trials, self.slots = folder, num_trials, slots
         self.log, self.console = log, console
+        self._standing = Standing(folder)
         self._started_at = self._drawn_at = time.monotonic()
         self._ended_before = self._ended()
         self._told = len(log.order)
@@ -72,10 +73,12 @@ class SweepView:
         trials = list(self.log.trials.values())
         recent = [t for t in trials if t.status is None] + self.log.ranked()
         shown = list({t.id: t for t in recent}.values())[:SHOWN_TRIALS]
-        return Group(Text(self._summary(), style="bold"), trials_table(self.log, shown))
+        head = Text(self._summary(), style="bold")
+        return Group(head, trials_table(self.log, shown, self._standing))
 
     def _summary(self) -> str:
-        running = sum(t.status is None for t in list(self.log.trials.values()))
+        unended = [t for t in list(self.log.trials.values()) if t.status is None]
+        running = sum(self._standing.of(t) == "running" for t in unended)
         best = self.log.best()
         parts = [f"{self._ended()} of {self.num_trials} trials ended"]
         parts.append(f"{min(running, self.slots)} of {self.slots} slots busy")
@@ -104,11 +107,44 @@ def _line(log: SweepLog, trial: TrialState, kind: str, step: int) -> str:
     return f"{trial.id} step {step}  {log.metric} {log.value(trial, step):.4f}{going}"
 
 
-def trials_table(log: SweepLog, trials: list[TrialState]) -> Table:
+class Standing:
+    """How trials of a sweep stand: what the log does not say of those without an end."""
+
+    def __init__(self, folder: SweepFolder) -> None:
+        self.folder = folder
+        try:
+            self.milestones: list[float] = read_json(folder.plan)["milestones"]
+        except (KeyError, TypeError, ValueError):  # none yet, or a torn one
+            self.milestones = []
+        launches = [r["time"] for r in read_records(folder.events) if r["kind"] == "launch"]
+        self._launched_at = launches[-1] if launches and in_use(folder.root) else None
+
+    def of(self, trial: TrialState) -> str:
+        """Its end; `running`; `waiting` for a slot; `unfinished` where no sweep runs that goes on with it."""
+        if trial.status is not None:
+            return trial.status
+        if self._launched_at is None:
+            return "unfinished"
+        try:
+            written_at = self.folder.trial(trial.id).events.stat().st_mtime
+        except OSError:
+            return "waiting"
+        return "running" if written_at >= self._launched_at else "waiting"
+
+    def rung(self, trial: TrialState) -> str:
+        """Rungs that it has reported at, of how many."""
+        if trial.status == "finished":
+            return "end"
+        far = max(list(trial.keys.values()), default=0.0)
+        passed = sum(far >= milestone for milestone in self.milestones)
+        return f"{passed}/{len(self.milestones) + 1}"
+
+
+def trials_table(log: SweepLog, trials: list[TrialState], standing: Standing) -> Table:
     """One line per trial: values, how far it got, its last and best figure."""
     paths = list(dict.fromkeys(path for t in list(log.trials.values()) for path in t.values))
     table = Table(box=None, pad_edge=False)
-    for name in ("trial", "status", "step", log.metric, "best"):
+    for name in ("trial", "status", "step", "rung", log.metric, "best"):
         table.add_column(name, justify="right" if name not in ("trial", "status") else "left")
     for path in paths:
         table.add_column(path.rpartition(".")[2], justify="right", style="dim")
@@ -118,8 +154,8 @@ def trials_table(log: SweepLog, trials: list[TrialState]) -> Table:
         style = "bold green" if best is not None and trial.id == best.id else ""
         figures = ("" if trial.best is None else f"{trial.best:.4f}",)
         values = (shown(trial.values.get(path)) for path in paths)
-        status = trial.status or "running"
-        table.add_row(trial.id, status, str(trial.step), last, *figures, *values, style=style)
+        known = (trial.id, standing.of(trial), str(trial.step), standing.rung(trial), last)
+        table.add_row(*known, *figures, *values, style=style)
     return table
 
 
@@ -129,4 +165,4 @@ def results_table(log: SweepLog, folder: SweepFolder) -> Group:
     rest = [t for t in log.trials.values() if t.best is None]
     launches = [r for r in read_records(folder.events) if r["kind"] == "launch"]
     title = f"{folder.name}: {len(log.trials)} trials, {len(launches)} launch(es)"
-    return Group(Text(title, style="bold"), trials_table(log, ranked + rest))
+    return Group(Text(title, style="bold"), trials_table(log, ranked + rest, Standing(folder)))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from orchestrator.report.records import read_records
 from orchestrator.run_folder import SweepFolder, read_json
 
-Ended = Literal["finished", "pruned", "diverged", "failed", "storage_failed"]
+Ended = Literal["finished", "pruned", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TrialState:
     @property
     def step(self) -> int:
         """The last step it reported."""
-        return max(self.reports, default=0)
+        return max(list(self.reports), default=0)  # another thread may add one
 
 
 class SweepLog:
@@ -58,6 +59,10 @@ class SweepLog:
         """(kind, trial, step) of every record, in the order of events."""
         self.unreadable = 0
         """Records that were passed over."""
+        self.steps_total = 0
+        """Optimizer steps of all trials together, by their last reports."""
+        self.ended_since_best = 0
+        """Trials that have ended since the best report so far."""
         self._best: TrialState | None = None
         for record in read_records(path):
             try:
@@ -99,11 +104,12 @@ class SweepLog:
         """The trial with the best report so far."""
         return self._best
 
-    def ranked(self) -> list[TrialState]:
-        """Trials that reported anything, best first."""
-        known = [t for t in list(self.trials.values()) if t.best is not None]
+    def ranked(self, among: Iterable[TrialState] | None = None) -> list[TrialState]:
+        """Trials that reported anything, of all or of some, best first."""
+        some = list(self.trials.values()) if among is None else among
+        known = [t for t in some if t.best is not None]
         sign = -1 if self.maximize else 1
-        return sorted(known, key=lambda t: (sign * (t.best or 0.0), t is not self._best))
+        return sorted(known, key=lambda t: (sign * (t.best or 0.0), t is not self._best, t.index))
 
     def is_among_best(self, value: float, trial: TrialState, count: int) -> bool:
         """Whether `value` would put the trial among the `count` best so far."""
@@ -111,11 +117,6 @@ class SweepLog:
             return self.is_better(value, self._best.best if self._best else None)
         others = (t.best for t in self.trials.values() if t.id != trial.id and t.best is not None)
         return sum(not self.is_better(value, other) for other in others) < count
-
-    def steps_total(self) -> int:
-        """Optimizer steps of all trials, by their last reports."""
-        parents = {t.id: t.parent[1] if t.parent else 0 for t in self.trials.values()}
-        return sum(max(t.step - parents[t.id], 0) for t in self.trials.values())
 
     def _append(self, **record: Any) -> None:
         record = {"time": time.time(), **record}
@@ -143,17 +144,20 @@ class SweepLog:
         elif kind == "end":
             state = self.trials[trial]
             state.status, state.message = record["status"], str(record["message"])
+            self.ended_since_best += state is not self._best
         self.order.append((kind, trial, step))
 
     def _reported(
         self, trial: TrialState, step: int, key: float, metrics: dict[str, Any], verdict: Verdict
     ) -> None:
+        before = max(trial.step, trial.parent[1] if trial.parent else 0)
+        self.steps_total += max(step - before, 0)
         trial.reports[step], trial.keys[step], trial.verdicts[step] = metrics, key, verdict
-        value = self.value(trial, step)
+        value, best = self.value(trial, step), self._best.best if self._best else None
         if self.is_better(value, trial.best):
             trial.best = value
-        if self.is_better(value, self._best.best if self._best else None):
-            self._best = trial
+        if self.is_better(value, best):
+            self._best, self.ended_since_best = trial, 0
 
 
 def open_log(folder: SweepFolder) -> SweepLog:

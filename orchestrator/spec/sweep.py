@@ -120,13 +120,13 @@ class MedianScheduler(Rungs):
     """Trials to compare with before any is stopped."""
 
 
-class PbtScheduler(Rungs):
+class PbtScheduler(Frozen):
     """Population-based training (Jaderberg et al., arXiv 1711.09846), in generations: after each, the
     worst take over a checkpoint of the best, and their searched fields with a change."""
 
     type: Literal["pbt"]
     generations: Annotated[int, Field(ge=2)] = 4
-    """Equal parts that training is cut into; `num_trials` is the population. `min` is not used."""
+    """Equal parts that training is cut into; `num_trials` is the population."""
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
     """Share of the population that is replaced, and share that it is replaced from."""
     resample_probability: Annotated[float, Field(ge=0, le=1)] = 0.25
@@ -152,7 +152,8 @@ class BudgetSpec(Frozen):
     """When the sweep ends before all trials have run. The best so far is exported all the same."""
 
     max_time_s: Annotated[float, Field(gt=0)] | None = None
-    """Seconds, restarts of the sweep not counted; running trials commit a checkpoint and leave."""
+    """Seconds of all launches of the sweep together, the time between them not counted. Running trials commit
+    a checkpoint and leave."""
     max_steps_total: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps of all trials together."""
     patience_trials: Annotated[int, Field(ge=1)] | None = None

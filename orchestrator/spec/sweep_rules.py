@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from orchestrator.errors import Problem
+from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.spec.expression import Expression, ExpressionError
+from orchestrator.spec.search_space import Values, grid, random_values
 from orchestrator.spec.sweep import (
     Choice,
     Dimension,
     GridSearch,
-    NoScheduler,
     PbtScheduler,
     SweepSpec,
 )
@@ -30,8 +31,13 @@ FIXED = (
     "faults",
     "evaluation",
     "data.prepared_dir",
+    "resources.cpus_per_worker",
+    "resources.gpus_per_worker",
 )
 """Fields that belong to the run and not to the model: searching them means nothing."""  # fmt: skip
+
+POINTS_TRIED = 20
+"""Points of the space that are read as jobs; `check` says where none of them is one."""
 
 
 OF_THE_STATE = (
@@ -59,13 +65,16 @@ def sweep_rules(spec: JobSpec) -> Iterator[Problem]:
     yield from _searcher(sweep, dimensions)
     for number, text in enumerate(sweep.constraints):
         yield from _constraint(number, text, dimensions)
+    yield from _points(spec, sweep)
 
 
 def with_values(spec: JobSpec, values: dict[str, Any]) -> dict[str, Any]:
     """The job's mapping with fields set by dotted path, and without its sweep section."""
     data = spec.model_dump(mode="json", exclude_unset=True)
     data.pop("sweep", None)
-    for path, value in values.items():
+    for path, value in sorted(
+        values.items(), key=lambda item: item[0].count(".")
+    ):  # sections first
         here = data
         *parents, last = path.split(".")
         for part in parents:
@@ -117,9 +126,10 @@ def _asks_teacher_again(spec: JobSpec, path: str) -> bool:
     if spec.task.soft_targets != "tokens":
         free.add("distillation.temperature")
     section = path.split(".")[0]
+    held_out = ("seed",) if spec.data.eval_fraction is not None else ()
     return (
         spec.distillation is not None
-        and section in ("data", "task", "distillation")
+        and section in ("data", "task", "distillation", *held_out)
         and path not in free
     )
 
@@ -151,8 +161,6 @@ def _searcher(sweep: SweepSpec, dimensions: dict[str, Any]) -> Iterator[Problem]
                 yield Problem(
                     f"sweep.space.{path}", "a grid needs a list of values", "list them, or searcher: {type: random}"
                 )  # fmt: skip
-    elif sweep.num_trials is None and isinstance(sweep.scheduler, NoScheduler):
-        return
     if isinstance(sweep.scheduler, PbtScheduler):
         if isinstance(sweep.searcher, GridSearch):
             yield Problem("sweep.searcher", "PBT draws its population at random", "drop it", "grid")
@@ -186,3 +194,50 @@ def _constraint(number: int, text: str, dimensions: dict[str, Any]) -> Iterator[
         yield Problem(
             field, f"{name!r} is not searched", f"choose from: {', '.join(dimensions)}", text
         )
+
+
+def _points(spec: JobSpec, sweep: SweepSpec) -> Iterator[Problem]:
+    """Whether any trial can run: some point must keep the constraints, and be a job.
+
+    Silent where a field or a constraint is wrong by itself: that has been said.
+    """
+    try:
+        points = list(_some_points(sweep))
+    except (ExpressionError, ValueError):
+        return
+    except OrchestratorError as error:
+        _, _, why = str(error).partition(": ")
+        yield Problem("sweep.constraints", why, "")
+        return
+    if not points:
+        yield Problem("sweep.constraints", "no point of the grid keeps them", "drop one")
+    own = _broken(spec, {}) or []
+    whys = [
+        [problem for problem in found if problem not in own]
+        for values in points
+        if (found := _broken(spec, values)) is not None
+    ]
+    if whys and all(whys):
+        values = ", ".join(f"{path}={value!r}" for path, value in points[0].items())
+        yield Problem(
+            "sweep.space", f"no trial could run: {whys[0][0]}, with {values}, and so on in {len(whys)} points tried",
+            "change the space, or the job's own fields",
+        )  # fmt: skip
+
+
+def _some_points(sweep: SweepSpec) -> Iterator[Values]:
+    """The first points of a grid, or the first draws."""
+    if isinstance(sweep.searcher, GridSearch):
+        yield from itertools.islice(grid(sweep), POINTS_TRIED)
+    else:
+        yield from (random_values(sweep, index) for index in range(POINTS_TRIED))
+
+
+def _broken(spec: JobSpec, values: Values) -> list[Problem] | None:
+    """The rules across fields that the job breaks with these values; None where a field refuses one itself."""
+    from orchestrator.spec.rules import broken_rules
+
+    try:
+        return broken_rules(type(spec).model_validate(with_values(spec, values)), "there")
+    except ValidationError:
+        return None

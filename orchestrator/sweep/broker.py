@@ -31,6 +31,8 @@ class Broker:
         self._held: dict[int, Task] = {}
         self._failures: dict[str, int] = defaultdict(int)
         self._last_words: dict[str, str] = {}
+        self._crashed_at: dict[str, str] = {}
+        self._hopeless: set[str] = set()
         self._said: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._drained: set[int] = set()
         self._came: set[int] = set()
@@ -190,9 +192,14 @@ class Broker:
         """A node of this slot will be taken away: the workers lost with it count against no trial."""
         self._drained.add(slot)
 
-    async def crashed(self, trial: str, message: str) -> None:
-        """What a worker said before it died."""
+    async def crashed(self, trial: str, message: str, where: str | None = None) -> None:
+        """What a worker said before it died. A trial that dies twice at the same place (`where`, None for
+        what may go better next time) is not tried again."""
         self._last_words[trial] = message
+        if where is not None and where == self._crashed_at.get(trial):
+            self._hopeless.add(trial)
+        if where is not None:
+            self._crashed_at[trial] = where
 
     def _take_back(self, slot: int) -> None:
         """Queue what a lost slot held, first in line, unless it has cost too many workers."""
@@ -201,7 +208,7 @@ class Broker:
             return
         self._failures[task.trial] += slot not in self._drained
         self._drained.discard(slot)
-        if self._failures[task.trial] > self._max_failures:
+        if self._failures[task.trial] > self._max_failures or task.trial in self._hopeless:
             self._say(_end(task.trial, "failed", 0, self._lost(task)))
         elif self._cancelled:
             self._say(_end(task.trial, "stopped", 0, ""))

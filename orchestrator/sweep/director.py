@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,17 +21,19 @@ from orchestrator.plan.plan import Plan
 from orchestrator.report.trial_log import SweepLog, TrialState
 from orchestrator.run_folder import RunFolder, SweepFolder, write_atomically, write_json
 from orchestrator.spec import dump_spec
-from orchestrator.spec.sweep import PbtScheduler
-from orchestrator.sweep.plan import SweepPlan, unit_per_step
+from orchestrator.spec.search_space import Values
+from orchestrator.spec.sweep import PbtScheduler, TPESearch
+from orchestrator.sweep.fleet import NO_END
+from orchestrator.sweep.plan import SweepPlan, as_planned, unit_per_step
 from orchestrator.sweep.referee import Referee
-from orchestrator.sweep.space import Values, perturbed, propose, seen_in
+from orchestrator.sweep.space import perturbed, propose, seen_in
 from orchestrator.train.checkpoint import committed, retain
 
 NO_MORE: Final = TrialState("", -1, {})
 """What `next_trial` returns when there will be no further trial."""
 MOST_LOST = 10
 """Light trials that one trial may lose before the sweep is stopped."""
-FAILURES = ("diverged", "failed", "storage_failed")
+FAILURES = ("diverged", "failed")
 
 MakePlan = Callable[[str, Values], Plan]
 
@@ -39,17 +42,25 @@ class Director:
     """One per sweep, in the driver. Called by Tune's loop; plans are made in a thread beside it."""
 
     def __init__(
-        self, plan: SweepPlan, log: SweepLog, broker: Any, folder: SweepFolder, make_plan: MakePlan
+        self,
+        plan: SweepPlan,
+        log: SweepLog,
+        broker: Any,
+        folder: SweepFolder,
+        make_plan: MakePlan,
+        spent_s: float = 0.0,
     ) -> None:
+        """`spent_s`: of `budget.max_time_s`, by earlier launches and by the start of this one."""
         self.plan, self.log, self.broker, self.folder = plan, log, broker, folder
         self.make_plan = make_plan
         self.referee = Referee(plan, log)
-        self.plans: dict[str, Plan] = {}
+        self.per_step: dict[str, float] = {}
+        """What one step is in the scheduler's unit, by trial, until the trial ends."""
         self.stopping: str | None = None
         """Why the sweep ends early, once it does."""
         self.broken = False
         """Whether that is no end that anybody asked for."""
-        self.started_at = time.monotonic()
+        self.started_at = time.monotonic() - spent_s
         self.live: set[str] = set()
         self._adrift: list[str] = []
         self._lost: Counter[str] = Counter()
@@ -85,18 +96,26 @@ class Director:
         verdict = trial.verdicts.get(step)
         if verdict is None:
             value = said["metrics"].get(self.log.metric, math.nan)
-            key = step * unit_per_step(self.plan.sweep, self.plans[trial.id])
+            # Rounded: a rung is a whole number, and step × rows may fall short of it by a float's last bit.
+            key = float(round(step * self.per_step[trial.id]))
             verdict = self.referee.judge(trial, step, key, value, said["last"])
             self.log.report(trial.id, step, key, said["metrics"], verdict)
         self.broker.verdict.remote(trial.id, step, verdict.go_on, verdict.save)
         self.check_budget()
 
     def ended(self, said: dict[str, Any]) -> None:
-        """Log an end. A trial that was asked to stop stays open: a resumed sweep goes on with it."""
+        """Log an end. A trial that was asked to stop stays open: a resumed sweep goes on with it.
+
+        So does one that could not write: the others could not either, so the sweep stops.
+        """
         self.live.discard(said["trial"])
-        if said["status"] == "stopped":
+        if said["status"] == "storage_failed":
+            self.folder.reserve.unlink(missing_ok=True)
+            self.stop(f"{said['trial']}: {said['message']}", broken=True)
+        if said["status"] in NO_END:
             return
         self.log.end(said["trial"], said["status"], said["step"], said["message"])
+        self.per_step.pop(said["trial"], None)
         self.referee.ended(self.log.trials[said["trial"]])
         self._forget_checkpoints()
 
@@ -132,7 +151,9 @@ class Director:
             return self._next_of_population(self.plan.sweep.scheduler, index)
         if index >= self.plan.num_trials:
             return NO_MORE
-        values = propose(self.plan.sweep, index, seen_in(self.log), self.log.maximize)
+        sees = isinstance(self.plan.sweep.searcher, TPESearch)
+        seen = seen_in(self.log) if sees else []
+        values = propose(self.plan.sweep, index, seen, self.log.maximize)
         return NO_MORE if values is None else TrialState(f"t{index:05d}", index, values)
 
     def _next_of_population(self, pbt: PbtScheduler, index: int) -> TrialState | None:
@@ -154,8 +175,7 @@ class Director:
             return NO_MORE
         going = sorted(
             (t for t in alive if t.status != "finished"),  # those ended early, by a rule of the job
-            key=lambda t: self.log.value(t, t.step),
-            reverse=self.log.maximize,
+            key=lambda t: _rank(self.log.value(t, t.step), self.log.maximize),
         )
         if not going:
             return NO_MORE
@@ -199,11 +219,11 @@ class Director:
             folder = RunFolder(Path(plan.run_dir))
             folder.root.mkdir(parents=True, exist_ok=True)
             folder.stop_request.unlink(missing_ok=True)
-            write_atomically(folder.spec, dump_spec(plan.spec))
+            write_atomically(folder.spec, dump_spec(as_planned(plan)))
             write_json(folder.plan, plan.model_dump(mode="json"))
             if trial.parent is not None:
                 self._inherit(folder, trial.parent)
-            self.plans[trial.id] = plan
+            self.per_step[trial.id] = unit_per_step(self.plan.sweep, plan)
         except OrchestratorError as error:
             self.broker.fail.remote(trial.id, str(error))
             return
@@ -236,31 +256,30 @@ class Director:
             return
         if budget.max_time_s is not None and spent >= budget.max_time_s:
             self.stop(f"sweep.budget.max_time_s = {budget.max_time_s:g} is used up")
-        elif (
-            budget.max_steps_total is not None and self.log.steps_total() >= budget.max_steps_total
-        ):
+        elif budget.max_steps_total is not None and self.log.steps_total >= budget.max_steps_total:
             self.stop(f"sweep.budget.max_steps_total = {budget.max_steps_total:,} are used up")
-        elif budget.patience_trials is not None and self._stale() >= budget.patience_trials:
-            self.stop(f"the best has not improved for {self._stale()} trials")
-
-    def _stale(self) -> int:
-        """Ended trials since the one that holds the best value was proposed."""
-        best = self.log.best()
-        ended = [t for t in self.log.trials.values() if t.status is not None]
-        return len([t for t in ended if best is not None and t.index > best.index])
+        elif budget.patience_trials is not None and self.log.best() is not None:
+            stale = self.log.ended_since_best
+            if stale >= budget.patience_trials:
+                self.stop(f"the best has not improved for {stale} trials")
 
     def _forget_checkpoints(self) -> None:
         """Delete checkpoints of ended trials that are not among the best."""
-        kept = {t.id for t in self.log.ranked()[: self.plan.sweep.keep_trials]}
+        ranked = self.log.ranked([self.log.trials[t] for t in self._with_checkpoints])
+        kept = {t.id for t in ranked[: self.plan.sweep.keep_trials]}
         if isinstance(self.plan.sweep.scheduler, PbtScheduler):  # the next generation's parents
-            parents = 2 * self.plan.num_trials
-            kept |= set(list(self.log.trials)[-parents:])
+            kept |= set(islice(reversed(self.log.trials), 2 * self.plan.num_trials))
         for trial in [t for t in self._with_checkpoints if t not in kept]:
             if self.log.trials[trial].status is not None:
                 folder = self.folder.trial(trial).checkpoints
                 retain(folder, 0, None)
                 shutil.rmtree(folder, ignore_errors=True)
                 self._with_checkpoints.discard(trial)
+
+
+def _rank(value: float, maximize: bool) -> float:
+    """Sorts the best first, and what is not a number last."""
+    return math.inf if math.isnan(value) else -value if maximize else value
 
 
 def _link(source: str, target: str) -> None:

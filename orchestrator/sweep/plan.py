@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import count, takewhile
 from pathlib import Path
 
 from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import PlanError, SpecError
 from orchestrator.plan import Cluster, Plan, make_plan
-from orchestrator.plan.resources import Workers, share_out
+from orchestrator.plan.slots import fitting, slots_of
 from orchestrator.spec import JobSpec, parse_spec
+from orchestrator.spec.search_space import Values, default_trials
 from orchestrator.spec.sweep import (
     AshaScheduler,
     MedianScheduler,
@@ -20,7 +20,6 @@ from orchestrator.spec.sweep import (
     SweepSpec,
 )
 from orchestrator.spec.sweep_rules import with_values
-from orchestrator.sweep.space import Values, default_trials
 from orchestrator.values import Frozen
 
 TRIALS = "trials"
@@ -38,12 +37,20 @@ class SweepPlan(Frozen):
     num_trials: int
     rungs: tuple[int, ...]
     """Steps of the base job at which trials are compared; the last one is its end."""
+    milestones: tuple[float, ...]
+    """The same but for the last one, in the scheduler's unit."""
     expected: tuple[float, ...]
     """Trials expected to reach each rung."""
     expected_steps: int
     """Optimizer steps of all trials together, as expected."""
     reasons: dict[str, str]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def planned_trials(self) -> int:
+        """Trials there will be; in population-based training each generation of a member is one."""
+        generations = len(self.rungs) if isinstance(self.sweep.scheduler, PbtScheduler) else 1
+        return self.num_trials * generations
 
     @property
     def sweep(self) -> SweepSpec:
@@ -62,51 +69,31 @@ def plan_sweep(
     sweep = spec.sweep
     if sweep is None:
         raise PlanError(f"{spec.name}: no `sweep:` section. `orchestrator train` runs single jobs.")
-    reasons: dict[str, str] = {}
-    num_trials = default_trials(sweep)
-    slots = _slots(spec, sweep, cluster, num_trials, reasons)
+    slots, num_trials = slots_of(spec, cluster), default_trials(sweep)
+    reasons = {"slots": slots.reason}
     work_dir = work_dir or Path.cwd()
     root = work_dir / spec.storage / spec.name
     one = parse_spec(with_values(spec, {}))
-    with _fitting(slots):
-        base = make_plan(one, cluster.divided(slots), prepared, work_dir)
-    rungs = rungs_of(sweep, base, base.total_steps, reasons)
-    expected = expected_at(sweep, num_trials, rungs, slots)
+    with fitting(slots.count):
+        base = make_plan(one, slots.share, prepared, work_dir)
+    rungs = rungs_of(sweep, base, base, reasons)
+    expected = expected_at(sweep, num_trials, rungs)
     return SweepPlan(
         spec=spec,
         cluster=cluster,
         base=base,
         run_dir=str(root),
-        slots=slots,
+        slots=slots.count,
         num_trials=num_trials,
         rungs=rungs,
+        milestones=_milestones(sweep, base, base),
         expected=expected,
         expected_steps=round(
             sum(n * (b - a) for n, a, b in zip(expected, (0, *rungs), rungs, strict=False))
         ),
         reasons=reasons,
-        warnings=tuple(_warnings(sweep, num_trials, slots)),
+        warnings=tuple(_warnings(sweep, num_trials, slots.count)),
     )
-
-
-def slots_of(spec: JobSpec, cluster: Cluster) -> tuple[int, Workers]:
-    """(slots, the workers of each): what can be started before there are rows to plan with.
-
-    Raises PlanError where one trial does not fit a slot.
-    """
-    assert spec.sweep is not None
-    slots = _slots(spec, spec.sweep, cluster, default_trials(spec.sweep), {})
-    with _fitting(slots):
-        return slots, share_out(spec, cluster.divided(slots), {})
-
-
-@contextmanager
-def _fitting(slots: int) -> Iterator[None]:
-    """Says of what does not fit that a slot is what it has to fit."""
-    try:
-        yield
-    except PlanError as error:
-        raise PlanError(f"a trial does not fit one of {slots} slots: {error}") from error
 
 
 def plan_trial(
@@ -120,10 +107,27 @@ def plan_trial(
     data = with_values(plan.spec, {**values, "name": trial, "storage": storage})
     spec = parse_spec(data, trial)
     work_dir = Path(plan.base.work_dir)
-    made = make_plan(spec, plan.cluster.divided(plan.slots), prepared, work_dir)
+    made = make_plan(spec, plan.base.cluster, prepared, work_dir)
     if made.eval_data is None:
         raise SpecError([], trial)
-    return made.model_copy(update={"rungs": rungs_of(plan.sweep, made, made.total_steps, {})})
+    return made.model_copy(update={"rungs": rungs_of(plan.sweep, plan.base, made, {})})
+
+
+def as_planned(plan: Plan) -> JobSpec:
+    """A trial's job with what its slot decided written out: it gives the same anywhere, to the bit."""
+    spec, auto = plan.spec, plan.workers
+    resources = {
+        "num_workers": auto.count,
+        "gpus_per_worker": auto.gpus,
+        "cpus_per_worker": auto.cpus,
+    }
+    return spec.model_copy(
+        update={
+            "resources": spec.resources.model_copy(update=resources),
+            "batch": spec.batch.model_copy(update={"micro_rows": plan.micro_rows}),
+            "zero": spec.zero.model_copy(update={"stage": plan.stage}),
+        }
+    )
 
 
 def unit_per_step(sweep: SweepSpec, plan: Plan) -> float:
@@ -137,44 +141,49 @@ def unit_per_step(sweep: SweepSpec, plan: Plan) -> float:
             return 1.0
 
 
-def rungs_of(
-    sweep: SweepSpec, plan: Plan, total_steps: int, reasons: dict[str, str]
-) -> tuple[int, ...]:
-    """Steps at which a trial of this plan is compared, the last one its end."""
-    per_step = unit_per_step(sweep, plan)
+def rungs_of(sweep: SweepSpec, base: Plan, plan: Plan, reasons: dict[str, str]) -> tuple[int, ...]:
+    """Steps at which a trial of this plan is compared, the last one its end.
+
+    The rungs are those of `base`, in the scheduler's unit: trials of other lengths meet at the same ones.
+    """
     match sweep.scheduler:
-        case NoScheduler():
-            return (total_steps,)
-        case PbtScheduler(generations=count):
-            return tuple(sorted({math.ceil(total_steps * (g + 1) / count) for g in range(count)}))
         case MedianScheduler():
-            first = max(1, math.ceil(first_rung(sweep, plan) / per_step))
             reasons["rungs"] = "median stopping compares at every evaluation from the first rung on"
-            return tuple(sorted({min(first, total_steps), total_steps}))
         case AshaScheduler(reduction_factor=factor):
-            rung, out = first_rung(sweep, plan), []
-            while math.ceil(rung / per_step) < total_steps:
-                out.append(max(1, math.ceil(rung / per_step)))
-                rung *= factor
             reasons["rungs"] = (
                 f"each {factor} times as far as the one before; one in {factor} goes on"
             )
-            return (*dict.fromkeys(out), total_steps)
+    per_step = unit_per_step(sweep, plan)
+    steps = [max(1, math.ceil(rung / per_step)) for rung in _milestones(sweep, base, plan)]
+    return (*dict.fromkeys(s for s in steps if s < plan.total_steps), plan.total_steps)
 
 
-def first_rung(sweep: SweepSpec, plan: Plan) -> float:
-    """The first rung, in the scheduler's unit."""
-    scheduler, per_step = sweep.scheduler, unit_per_step(sweep, plan)
+def _milestones(sweep: SweepSpec, base: Plan, plan: Plan) -> tuple[float, ...]:
+    """How far a trial of `plan` has come, in the scheduler's unit, when it is compared before its end."""
+    end = plan.total_steps * unit_per_step(sweep, plan)
+    match sweep.scheduler:
+        case NoScheduler():
+            return ()
+        case PbtScheduler(generations=parts):
+            return tuple(math.ceil(end * g / parts) for g in range(1, parts))
+        case MedianScheduler():
+            return (first_rung(sweep, base),)
+        case AshaScheduler(reduction_factor=factor):
+            first = first_rung(sweep, base)
+            return tuple(takewhile(lambda rung: rung < end, (first * factor**k for k in count())))
+
+
+def first_rung(sweep: SweepSpec, base: Plan) -> int:
+    """The first rung, in the scheduler's unit; whole, so that multiples of it are exact."""
+    scheduler, per_step = sweep.scheduler, unit_per_step(sweep, base)
     assert isinstance(scheduler, AshaScheduler | MedianScheduler)
     if scheduler.min != "auto":
         return scheduler.min
     factor = scheduler.reduction_factor if isinstance(scheduler, AshaScheduler) else 3
-    return max(math.ceil(plan.total_steps / factor**2), 1) * per_step
+    return max(1, math.floor(max(math.ceil(base.total_steps / factor**2), 1) * per_step))
 
 
-def expected_at(
-    sweep: SweepSpec, num_trials: int, rungs: tuple[int, ...], slots: int
-) -> tuple[float, ...]:
+def expected_at(sweep: SweepSpec, num_trials: int, rungs: tuple[int, ...]) -> tuple[float, ...]:
     """Trials expected to train up to each rung.
 
     Under ASHA the first to arrive at a rung always goes on, and of k arrivals about k/factor do.
@@ -191,26 +200,6 @@ def expected_at(
             case _:
                 pass
     return tuple(round(n, 1) for n in reach)
-
-
-def _slots(
-    spec: JobSpec, sweep: SweepSpec, cluster: Cluster, num_trials: int, reasons: dict[str, str]
-) -> int:
-    if sweep.slots != "auto":
-        return sweep.slots
-    wanted, asked = spec.resources, spec.resources.num_workers
-    workers = asked if isinstance(asked, int) else 1
-    on_gpu = cluster.gpus > 0 and wanted.gpus_per_worker != 0
-    if on_gpu:
-        share = 1.0 if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
-        room = int(sum(n.gpus // share for n in cluster.nodes) // workers)
-        what = f"{cluster.gpus:g} GPUs, {workers} × {share:g} GPU per trial"
-    else:
-        cpus = 1 if wanted.cpus_per_worker == "auto" else wanted.cpus_per_worker
-        room = int(cluster.cpus // (workers * cpus))
-        what = f"{cluster.cpus:g} CPUs, {workers} × {cpus} per trial"
-    reasons["slots"] = what + (f"; no more than {num_trials} trials" if num_trials < room else "")
-    return max(1, min(room, num_trials))
 
 
 def _warnings(sweep: SweepSpec, num_trials: int, slots: int) -> list[str]:

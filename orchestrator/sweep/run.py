@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
-from orchestrator.errors import TrainingError
-from orchestrator.launch.claim import MAY_CHANGE, another_job, claimed_folder, differences
+from orchestrator.launch.claim import (
+    MAY_CHANGE,
+    another_job,
+    at_saved_stage,
+    claimed_folder,
+    differences,
+)
 from orchestrator.launch.run import (
     cluster_here,
     must_have_secrets,
@@ -24,19 +29,20 @@ from orchestrator.launch.run import (
 )
 from orchestrator.launch.session import ray_session, send_chatter_to
 from orchestrator.plan import Cluster, Plan, this_machine
-from orchestrator.plan.resources import Workers
-from orchestrator.report.records import append_event
-from orchestrator.report.sweep_html import write_sweep_report
+from orchestrator.plan.slots import Slots, slots_of
+from orchestrator.report.records import append_event, read_records
+from orchestrator.report.sweep_facts import attempts
 from orchestrator.report.sweep_view import SweepView
-from orchestrator.report.trial_log import SweepLog, TrialState
+from orchestrator.report.trial_log import SweepLog
 from orchestrator.run_folder import SweepFolder, read_json, write_atomically, write_json
 from orchestrator.spec import JobSpec, dump_spec, parse_spec
+from orchestrator.spec.search_space import Values
 from orchestrator.spec.sweep_rules import with_values
-from orchestrator.sweep.plan import SweepPlan, plan_sweep, plan_trial, slots_of
-from orchestrator.sweep.space import Values
+from orchestrator.sweep.ending import SweepOutcome, finish
+from orchestrator.sweep.plan import SweepPlan, plan_sweep, plan_trial
 
 if TYPE_CHECKING:
-    from orchestrator.sweep.director import Director
+    from orchestrator.sweep.director import Director, MakePlan
     from orchestrator.sweep.fleet import Fleet
 
 POLL_S = 0.2
@@ -46,20 +52,6 @@ MAY_CHANGE_IN_SWEEP = (
     *MAY_CHANGE, "sweep.num_trials", "sweep.slots", "sweep.budget", "sweep.keep_trials",
     "sweep.max_trial_failures",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SweepOutcome:
-    """What a sweep left behind. `status`: `finished`, `budget` or `stopped`."""
-
-    folder: SweepFolder
-    plan: SweepPlan
-    status: str
-    message: str
-    best: TrialState | None
-    trials: int
-    export: Path | None
-    report: Path
 
 
 def make_sweep_plan(spec: JobSpec, cluster: Cluster | None = None) -> SweepPlan:
@@ -83,14 +75,15 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     with ray_session(machine.cpus, machine.gpus):
         cluster = cluster_here()
         folder = SweepFolder(Path.cwd() / spec.storage / spec.name)
-        slots, workers = slots_of(spec, cluster)
+        slots = slots_of(spec, cluster)
         if spec.distillation is not None:
             prepare(spec)  # its teacher takes what the slots would hold
-        with _claimed(spec, folder, fresh), _fleet(spec, slots, workers, folder) as fleet:
+        with _claimed(spec, folder, fresh), _fleet(spec, slots, folder) as fleet:
             prepared = prepared_data(spec, console)
             plan = plan_sweep(spec, cluster, prepared)
-            write_atomically(folder.spec, dump_spec(spec))
+            _must_have_the_same_rows(folder, plan)
             write_json(folder.plan, plan.model_dump(mode="json"))
+            folder.outcome.unlink(missing_ok=True)
             send_chatter_to(folder.logs / "driver.log")
             status, message = _run(plan, folder, fleet, prepared, console)
             return finish(plan, folder, status, message)
@@ -100,7 +93,8 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
 def _claimed(spec: JobSpec, folder: SweepFolder, fresh: bool) -> Iterator[None]:
     """The sweep's folder, for this process alone.
 
-    Raises RunExistsError, before anything is started or written, for a folder of another job.
+    Raises RunExistsError, before anything is started or written, for a folder of another job. The job is
+    written first of all: by the sweep's name it goes on from there, however early it was killed.
     """
     with claimed_folder(folder.root, fresh):
         old = read_json(folder.plan)
@@ -108,11 +102,31 @@ def _claimed(spec: JobSpec, folder: SweepFolder, fresh: bool) -> Iterator[None]:
             changed = differences(old["spec"], spec.model_dump(mode="json"), MAY_CHANGE_IN_SWEEP)
             if changed:
                 raise another_job(folder.root, changed)
+        write_atomically(folder.spec, dump_spec(spec))
         yield
 
 
+def _must_have_the_same_rows(folder: SweepFolder, plan: SweepPlan) -> None:
+    """Raises RunExistsError where trials of an earlier launch were trained or compared on other rows."""
+    old = (read_json(folder.plan) or {}).get("base")
+    new = plan.base.model_dump(mode="json")
+    changed = [
+        f"the content of {what}"
+        for what, part, name in (
+            ("the training data", "train_data", "folder"),
+            ("the evaluation data", "eval_data", "folder"),
+            ("the teacher", "train_data", "teacher_folder"),
+        )
+        if old
+        and Path((old[part] or {}).get(name) or "").name
+        != Path((new[part] or {}).get(name) or "").name
+    ]
+    if changed:
+        raise another_job(folder.root, changed)
+
+
 @contextmanager
-def _fleet(spec: JobSpec, slots: int, workers: Workers, folder: SweepFolder) -> Iterator[Fleet]:
+def _fleet(spec: JobSpec, slots: Slots, folder: SweepFolder) -> Iterator[Fleet]:
     """The slots, started before there is a plan: their workers import while it is made.
 
     At the end of the block they are waited for; an error in it does not wait.
@@ -123,13 +137,15 @@ def _fleet(spec: JobSpec, slots: int, workers: Workers, folder: SweepFolder) -> 
     from orchestrator.sweep.fleet import Fleet
 
     assert spec.sweep is not None
-    append_event(folder.events, "launch", slots=slots)
+    append_event(folder.events, "launch", slots=slots.count)
     name = f"broker-{uuid.uuid4().hex[:8]}"
     actor: Any = ray.remote(Broker)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # others may go
     options = {"name": name, "num_cpus": 0, "max_concurrency": 1000, "label_selector": here}
     broker: Any = actor.options(**options).remote(spec.sweep.max_trial_failures)
-    fleet = Fleet(workers, slots, folder.root, broker, name)
+    fleet = Fleet(
+        slots.workers, slots.count, folder.root, broker, name, spec.faults.health_timeout_s
+    )
     fleet.start()
     try:
         yield fleet
@@ -155,7 +171,7 @@ def _run(
     log = SweepLog(folder.log, plan.base.metric, plan.base.higher_is_better)
     broker = fleet.broker
     ray.get(broker.remember.remote(_spoken(log)))
-    director = Director(plan, log, broker, folder, _planner(plan, prepared))
+    director = Director(plan, log, broker, folder, _planner(plan, prepared), _spent_s(folder))
     tuner = make_tuner(director, fleet.broker_name, folder.root / "ray", plan.slots + 1)
     director.begin(plan.slots + 1)
 
@@ -166,7 +182,7 @@ def _run(
 
     tuning = _Background(tune)
     with (
-        SweepView(folder, plan.num_trials, plan.slots, log, console) as view,
+        SweepView(folder, plan.planned_trials, plan.slots, log, console) as view,
         stop_on_signals(lambda: _ask_to_stop(director), view.say),
     ):
         tuning.start()
@@ -178,18 +194,26 @@ def _run(
             time.sleep(POLL_S)
         view.update()
     if tuning.error is not None:
-        director.stop("Ray Tune failed")
+        director.stop(f"Ray Tune failed: {tuning.error}", broken=True)
         ray.get(broker.release.remote())
     director.close()
     ray.get(broker.close.remote())  # the slots leave while the best model is exported
-    append_event(folder.events, "end", trials=len(log.trials))
-    if tuning.error is not None:
-        raise tuning.error
+    with suppress(OSError):  # a full disk must not hide what happened
+        append_event(folder.events, "end", trials=len(log.trials))
     if director.broken or (fleet.errors and not log.best()):
-        raise TrainingError(_broken(director, fleet, folder))
+        return "failed", _broken(director, fleet, folder)
     if director.stopping is None:
         return "finished", ""
     return ("stopped" if director.stopping == STOPPED else "budget"), director.stopping
+
+
+def _spent_s(folder: SweepFolder) -> float:
+    """Seconds of all launches so far, this one's included; not the time between them."""
+    events = read_records(folder.events)
+    times = [float(r["time"]) for r in (*events, *read_records(folder.log))]
+    starts = [float(e["time"]) for e in events if e["kind"] == "launch"]
+    before = attempts(starts, times)[:-1]
+    return sum(last - began for began, last in before) + time.time() - starts[-1]
 
 
 STOPPED = "stopped on request; the same command goes on"
@@ -210,14 +234,24 @@ def _spoken(log: SweepLog) -> dict[str, dict[int, tuple[bool, bool]]]:
     }
 
 
-def _planner(plan: SweepPlan, prepared: dict[Split, Prepared]) -> Any:
-    """Plans trials; rows are prepared anew where a searched field changes their fingerprint."""
+def _planner(plan: SweepPlan, prepared: dict[Split, Prepared]) -> MakePlan:
+    """Plans trials; rows are prepared anew, once per value, where a searched field changes what they are."""
+    sections = {"data", "task", "model"}
+    if plan.spec.data.eval_fraction is not None:  # the seed says which rows are held out
+        sections.add("seed")
+    found: dict[str, dict[Split, Prepared]] = {}
+
+    def rows(values: Values) -> dict[Split, Prepared]:
+        own = {path: v for path, v in values.items() if path.split(".")[0] in sections}
+        if not own:
+            return prepared
+        key = json.dumps(own, sort_keys=True, default=str)
+        if key not in found:
+            found[key] = prepare(parse_spec(with_values(plan.spec, values)))
+        return found[key]
 
     def make_plan(trial: str, values: Values) -> Plan:
-        mine = prepared
-        if any(path.split(".")[0] in ("data", "task", "model") for path in values):
-            mine = prepare(parse_spec(with_values(plan.spec, values)))
-        return plan_trial(plan, trial, values, mine)
+        return at_saved_stage(plan_trial(plan, trial, values, rows(values)))
 
     return make_plan
 
@@ -242,41 +276,3 @@ def _broken(director: Director, fleet: Fleet, folder: SweepFolder) -> str:
     last = str(fleet.errors[-1]).strip().splitlines()[-12:] if fleet.errors else []
     why = "\n  ".join([f"{director.stopping or 'slots failed'}:", *last])
     return f"{why}\nLogs: {folder.logs}\nThe same command goes on."
-
-
-def finish(plan: SweepPlan, folder: SweepFolder, status: str, message: str) -> SweepOutcome:
-    """Best job, its exported model, report."""
-    log = SweepLog(folder.log, plan.base.metric, plan.base.higher_is_better)
-    best = log.best()
-    if best is None and status == "finished":
-        why = next((t.message for t in log.trials.values() if t.message), "")
-        raise TrainingError(
-            f"no trial reported anything. The first one said: {why}\nLogs: {folder.logs}"
-        )
-    exported = _export_best(plan, folder, best) if best is not None else None
-    outcome = {
-        "status": status, "message": message, "best": best.id if best else None,
-        "value": best.best if best else None, "trials": len(log.trials),
-    }  # fmt: skip
-    write_json(folder.outcome, outcome)
-    report = write_sweep_report(folder)
-    return SweepOutcome(folder, plan, status, message, best, len(log.trials), exported, report)
-
-
-def _export_best(plan: SweepPlan, folder: SweepFolder, best: TrialState) -> Path | None:
-    from orchestrator.train.checkpoint import committed
-    from orchestrator.train.export import export_run, load_plan
-
-    write_atomically(folder.best, best_job(plan, best))
-    mine = folder.trial(best.id)
-    if not committed(mine.checkpoints):
-        return folder.export if folder.export.exists() else None
-    step = max(s for s in best.reports if best.reports[s][plan.base.metric] == best.best)
-    figures = {"best": {"step": step, **best.reports[step]}}
-    return export_run(load_plan(mine), mine, folder.export, figures)
-
-
-def best_job(plan: SweepPlan, best: TrialState) -> str:
-    """The job with the best trial's values, as YAML that `train` takes."""
-    data = with_values(plan.spec, {**best.values, "name": f"{plan.spec.name}-best"})
-    return dump_spec(parse_spec(data))

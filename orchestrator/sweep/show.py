@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
@@ -10,10 +11,14 @@ from rich.text import Text
 
 from orchestrator.plan.show import Row, show_plan, table
 from orchestrator.report.records import read_records, read_steps
+from orchestrator.report.trial_log import open_log
 from orchestrator.report.words import duration
 from orchestrator.run_folder import SweepFolder
 from orchestrator.spec.sweep import Choice, DimensionSpec
 from orchestrator.sweep.plan import SweepPlan
+
+REBUILD_S = 6.3
+"""Until new workers have started and imported what they need; benchmarks/recovery.py, the first two phases."""
 
 
 def show_sweep(plan: SweepPlan, folder: SweepFolder) -> RenderableType:
@@ -53,6 +58,8 @@ def _compute(plan: SweepPlan, folder: SweepFolder) -> Iterator[Row]:
     base = plan.base
     device = f"{base.gpus_per_worker:g} GPU" if base.on_gpu else f"{base.cpus_per_worker} CPUs"
     yield "slots", str(plan.slots), plan.reasons.get("slots", "sweep.slots")
+    flight = f"{plan.slots + 1}", "one more than slots, planned and waiting"
+    yield "trials in flight", *flight
     yield "workers per trial", f"{base.num_workers} × {device}", base.reasons.get("num_workers", "")
     full = plan.num_trials * base.total_steps
     saved = f"; all trials to their end would take {full:,}" if plan.expected_steps < full else ""
@@ -66,26 +73,20 @@ def _compute(plan: SweepPlan, folder: SweepFolder) -> Iterator[Row]:
     yield from _slot_changes(plan)
     step_s = measured_step_s(folder)
     if step_s is not None:
-        done = sum(max(r.get("step", 0) for r in group) for group in _reports(folder).values())
-        left = max(plan.expected_steps - done, 0) * step_s / plan.slots
-        yield "expected time left", duration(left), f"{step_s:.2f} s a step, as measured so far"
+        done = open_log(folder).steps_total
+        left_s = max(plan.expected_steps - done, 0) * step_s / plan.slots
+        end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left_s))
+        yield "expected time left", duration(left_s), f"{step_s:.2f} s a step, as measured so far"
+        yield "expected end", end, "if it runs from now on"
 
 
 def _slot_changes(plan: SweepPlan) -> Iterator[Row]:
     if "resources.num_workers" in plan.sweep.space:
         yield (
             "worker counts differ",
-            "slots are rebuilt",
-            "a rebuilt slot starts its processes anew",
+            f"up to {plan.num_trials - 1} times a slot is rebuilt",
+            f"new processes and imports: {REBUILD_S:g} s each time where it was measured (2 cores)",
         )
-
-
-def _reports(folder: SweepFolder) -> dict[str, list[dict[str, int]]]:
-    found: dict[str, list[dict[str, int]]] = {}
-    for record in read_records(folder.log):
-        if record.get("kind") == "report":
-            found.setdefault(record["trial"], []).append(record)
-    return found
 
 
 def measured_step_s(folder: SweepFolder) -> float | None:

@@ -5,18 +5,17 @@ Nothing is kept between calls, so a resumed sweep proposes what the uninterrupte
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from orchestrator.errors import OrchestratorError
 from orchestrator.report.importance import optuna_trial
 from orchestrator.report.trial_log import SweepLog
-from orchestrator.spec.expression import Expression
+from orchestrator.spec.search_space import Values, drawn, grid, kept, random_values, walk
 from orchestrator.spec.sweep import (
     Choice,
     DimensionSpec,
@@ -29,10 +28,6 @@ from orchestrator.spec.sweep import (
     Uniform,
 )
 
-Values = dict[str, Any]
-"""Dotted path → value."""
-MOST_DRAWS = 1000
-"""Draws that may break the constraints before the space is taken for empty."""
 CHANGES = (0.8, 1.2)
 """Factors by which population-based training moves a value (Jaderberg et al., arXiv 1711.09846)."""
 
@@ -60,19 +55,6 @@ def seen_in(log: SweepLog) -> list[Seen]:
     ]
 
 
-class Draw(Protocol):
-    """One random value of a dimension."""
-
-    def __call__(self, path: str, dimension: DimensionSpec) -> Any: ...
-
-
-def default_trials(sweep: SweepSpec) -> int:
-    """Trials to run where the job does not say."""
-    if sweep.num_trials is not None:
-        return sweep.num_trials
-    return sum(1 for _ in grid(sweep)) if isinstance(sweep.searcher, GridSearch) else 20
-
-
 def propose(sweep: SweepSpec, index: int, seen: Sequence[Seen], maximize: bool) -> Values | None:
     """The values of trial `index`; None where a grid has no more.
 
@@ -80,43 +62,19 @@ def propose(sweep: SweepSpec, index: int, seen: Sequence[Seen], maximize: bool) 
     """
     match sweep.searcher:
         case GridSearch():
-            return next(itertools.islice(grid(sweep), index, None), None)
+            cells = _cells(sweep.model_dump_json())
+            return dict(cells[index]) if index < len(cells) else None
         case RandomSearch():
-            return _kept(sweep, lambda attempt: _random(sweep, index, attempt))
+            return random_values(sweep, index)
         case TPESearch() as tpe:
             ask = _Estimator(sweep, tpe, seen, maximize)
-            return _kept(sweep, lambda attempt: ask(index, attempt))
+            return kept(sweep, lambda attempt: ask(index, attempt))
 
 
-def grid(sweep: SweepSpec) -> Iterator[Values]:
-    """Every combination that keeps the constraints, the last field fastest, none twice."""
-    dimensions = sweep.dimensions()
-    choices = [d.values for d in dimensions.values() if isinstance(d, Choice)]
-    given: list[Values] = []
-    for combination in itertools.product(*choices):
-        by_path = dict(zip(dimensions, combination, strict=True))
-        values = walk(dimensions, lambda path, _, row=by_path: row[path])  # type: ignore[misc]
-        if keeps(sweep, values) and values not in given:
-            given.append(values)
-            yield values
-
-
-def walk(dimensions: Mapping[str, DimensionSpec], draw: Draw) -> Values:
-    """A value for every dimension whose `when` holds; those it names come first."""
-    values: Values = {}
-    waiting = dict(dimensions)
-    while waiting:
-        ready = [p for p, d in waiting.items() if not d.when.keys() & waiting.keys()]
-        for path in ready or list(waiting):  # a circle of conditions: none of them holds
-            dimension = waiting.pop(path)
-            if ready and all(values.get(k) == v for k, v in dimension.when.items()):
-                values[path] = draw(path, dimension)
-    return {path: values[path] for path in dimensions if path in values}
-
-
-def keeps(sweep: SweepSpec, values: Values) -> bool:
-    """Whether the values keep every constraint."""
-    return all(Expression(text).holds(values) for text in sweep.constraints)
+@lru_cache(maxsize=4)
+def _cells(sweep: str) -> tuple[Values, ...]:
+    """All points of a grid, by the sweep's JSON: made once, not for every proposal."""
+    return tuple(grid(SweepSpec.model_validate_json(sweep)))
 
 
 def perturbed(sweep: SweepSpec, values: Values, resample: float, *key: int) -> Values:
@@ -127,12 +85,12 @@ def perturbed(sweep: SweepSpec, values: Values, resample: float, *key: int) -> V
 
         def draw(path: str, dimension: DimensionSpec) -> Any:
             if path not in values or generator.random() < resample:
-                return _drawn(generator, dimension)
+                return drawn(generator, dimension)
             return _moved(generator, dimension, values[path])
 
         return walk(sweep.dimensions(), draw)
 
-    return _kept(sweep, neighbour)
+    return kept(sweep, neighbour)
 
 
 def _moved(generator: np.random.Generator, dimension: DimensionSpec, value: Any) -> Any:
@@ -146,34 +104,6 @@ def _moved(generator: np.random.Generator, dimension: DimensionSpec, value: Any)
             return float(min(max(value * generator.choice(CHANGES), low), high))
 
 
-def _kept(sweep: SweepSpec, draw: Any) -> Values:
-    for attempt in range(MOST_DRAWS):
-        values: Values = draw(attempt)
-        if keeps(sweep, values):
-            return values
-    raise OrchestratorError(
-        f"sweep.constraints: none of {MOST_DRAWS} draws keeps {list(sweep.constraints)}. "
-        "Widen the space or drop a constraint."
-    )
-
-
-def _random(sweep: SweepSpec, index: int, attempt: int) -> Values:
-    generator = np.random.default_rng([sweep.seed, index, attempt])
-    return walk(sweep.dimensions(), lambda _, dimension: _drawn(generator, dimension))
-
-
-def _drawn(generator: np.random.Generator, dimension: DimensionSpec) -> Any:
-    match dimension:
-        case Choice(values=choices):
-            return choices[int(generator.integers(len(choices)))]
-        case IntUniform(low=low, high=high):
-            return int(generator.integers(low, high + 1))
-        case Uniform(low=low, high=high):
-            return float(generator.uniform(low, high))
-        case LogUniform(low=low, high=high):
-            return float(math.exp(generator.uniform(math.log(low), math.log(high))))
-
-
 class _Estimator:
     """Optuna's TPE over everything seen so far; a study is filled anew for every proposal."""
 
@@ -182,7 +112,7 @@ class _Estimator:
     ) -> None:
         self.sweep, self.tpe = sweep, tpe
         self.direction: Any = "maximize" if maximize else "minimize"
-        self.seen = [t for t in seen if t.ended and t.reports and not t.failed]
+        self.seen = [t for t in seen if t.ended and not t.failed and _has_value(t)]
 
     def __call__(self, index: int, attempt: int) -> Values:
         study, dimensions = self._study(index, attempt), self.sweep.dimensions()
@@ -199,6 +129,11 @@ class _Estimator:
         dimensions = {p: d.model_dump() for p, d in self.sweep.dimensions().items()}
         study.add_trials([optuna_trial(dimensions, t.values, t.reports) for t in self.seen])
         return study
+
+
+def _has_value(trial: Seen) -> bool:
+    """Whether its last report is a number; Optuna refuses trials that have ended with another one."""
+    return bool(trial.reports) and math.isfinite(trial.reports[-1][1])
 
 
 def _suggested(trial: Any, path: str, dimension: DimensionSpec) -> Any:

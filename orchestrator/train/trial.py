@@ -101,10 +101,20 @@ class Trial:
         self.resumed_at_s = self.progress.elapsed_s
         self.writer = self._make_writer()
         self.stream = self._open_stream()
+        self.engine: Any = None
+        try:
+            self._set_up(found)
+        except OrchestratorError:  # the same on all ranks
+            self.close()
+            raise
+
+    def _set_up(self, found: Committed | None) -> None:
+        """Model, engine and evaluation rows, in the state of the checkpoint that was found."""
+        plan = self.plan
         self.engine = self._build()
         self.reference = self._refer(plan.train_data, "train")
         if plan.eval_data:
-            kept = warm.eval_rows if warm else None
+            kept = self.warm.eval_rows if self.warm else None
             self.evaluate = Evaluator(plan, kept, self._refer(plan.eval_data, "eval"))
         if found is not None:
             self._load(found)
@@ -257,7 +267,8 @@ class Trial:
         """Give back everything the trial held."""
         self.stream.close()
         self.journal.flush()
-        zero.close_engine(self.engine)
+        if self.engine is not None:
+            zero.close_engine(self.engine)
 
     def _pulse(self, losses: tuple[float, float], tokens: int) -> Pulse:
         """Sum over ranks, once per step: the loss, and every reason to stop."""
