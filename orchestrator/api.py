@@ -13,7 +13,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.launch.measure import evaluate_export
 from orchestrator.launch.run import Outcome, plan_job, train
 from orchestrator.launch.session import ray_session
-from orchestrator.plan import Cluster, Plan, this_machine
+from orchestrator.plan import Cluster, Plan
 from orchestrator.report.runs import write_report_on
 from orchestrator.run_folder import RunFolder, SweepFolder, find_run, read_json
 from orchestrator.spec import JobSpec
@@ -41,7 +41,7 @@ def prepare(spec: JobSpec) -> dict[Split, Prepared]:
     ready = find_prepared(spec)
     if ready is not None:
         return ready
-    with ray_session(this_machine().cpus):
+    with ray_session():
         return _prepare(spec)
 
 

@@ -21,14 +21,13 @@ def evaluate_export(
 
     Raises DataError for rows that cannot be used.
     """
-    machine = this_machine()
-    with ray_session(machine.cpus, machine.gpus):
+    with ray_session():
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         prepared = prepare_split(plan.spec, "eval", plan.labels, paths=data)
         plan = plan.model_copy(update={"eval_data": data_facts(prepared)})
-        on_gpu = plan.on_gpu and machine.gpus > 0
+        on_gpu = plan.on_gpu and this_machine().gpus > 0
         TorchTrainer(
             measure_worker,
             train_loop_config={

@@ -55,7 +55,7 @@ def plan_job(spec: JobSpec, cluster: Cluster | None = None) -> Plan:
     """
     prepared, here = find_prepared(spec), this_machine()
     if prepared is None or (cluster is None and attached_address()):
-        with ray_session(here.cpus):
+        with ray_session():
             prepared, here = prepare(spec), cluster_here()
     plan = make_plan(spec, cluster or here, prepared)
     return plan if cluster else at_saved_stage(plan)
@@ -73,9 +73,8 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     and TrainingError where training diverged, storage failed or restarts ran out.
     """
     console = console or Console(quiet=True)
-    machine = this_machine()
     must_have_secrets(spec)
-    with ray_session(machine.cpus, machine.gpus):
+    with ray_session():
         prepared = prepared_data(spec, console)
         plan = make_plan(spec, cluster_here(), prepared)
         if not fresh:

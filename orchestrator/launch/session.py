@@ -6,11 +6,14 @@ import importlib
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from orchestrator.launch.forks import fork_server
 
 EXTRA_CPUS = 2
 """Logical CPUs a local Ray gets beyond the machine's: reads and actors run beside the workers."""
@@ -28,10 +31,19 @@ TRAIN_SETTINGS = {
     "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).parent / "ray_data_logging.yaml"),
 }
 
+MEMORY_SETTINGS = {
+    # glibc (2.35 or later) reads this when a worker starts: large blocks lie in huge pages where the kernel has them.
+    # A step takes and frees such blocks all the time, and the kernel fills each page with zeros at its first touch.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
 LOCAL_SETTINGS = {
     # Each is a process, or work in one, that a Ray of our own on one machine has no use for.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Workers are forked when they are wanted; those that Ray starts ahead would stay unused.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 
@@ -41,48 +53,71 @@ def attached_address() -> str | None:
 
 
 @contextmanager
-def ray_session(cpus: float, gpus: float = 0) -> Iterator[Any]:
+def ray_session(cpus: int | None = None) -> Iterator[Any]:
     """A connected `ray` module.
 
     Inside a Ray job, or with RAY_ADDRESS set, this attaches to that cluster; otherwise a Ray of our
-    own starts on this machine and ends with the block. `ray.init()` alone would attach to any Ray
-    that happens to run here. A session that is already open is used and left open.
+    own starts on this machine, with `cpus` (default: all) and its GPUs, and ends with the block.
+    `ray.init()` alone would attach to any Ray that happens to run here. A session that is already
+    open is used and left open.
     """
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    loaded: Any = sys.modules.get("ray")
+    if loaded is not None and loaded.is_initialized():
+        yield loaded
+        return
+    with _attached() if attached_address() else _own(cpus or len(os.sched_getaffinity(0))) as ray:
+        send_chatter_to(None)
+        yield ray
+
+
+@contextmanager
+def _attached() -> Iterator[Any]:
+    """A connection to the cluster that this process belongs to."""
     import ray
 
-    if ray.is_initialized():
-        yield ray
-        return
-    set_here: list[str] = []
-    if attached_address():
-        settings = {
-            "env_vars": {k: os.environ[k] for k in TRAIN_SETTINGS if k not in _job_variables()}
-        }
-        ray.init(
-            address="auto", runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR
-        )
-    else:
-        set_here = [name for name in LOCAL_SETTINGS if name not in os.environ]
-        os.environ.update({name: LOCAL_SETTINGS[name] for name in set_here})
-        # Workers inherit the settings from this process. A runtime_env would do as well, but Ray's
-        # prestarted worker processes have none and would stay unused: every start would be cold.
-        with _importing(("torch", "transformers.modeling_utils")):
-            ray.init(
-                address="local",
-                num_cpus=int(cpus) + EXTRA_CPUS,
-                num_gpus=int(gpus),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    send_chatter_to(None)
+    wanted = {**MEMORY_SETTINGS, **{name: os.environ[name] for name in TRAIN_SETTINGS}}
+    settings = {k: v for k, v in wanted.items() if k not in _job_variables()}
+    ray.init(
+        address="auto",
+        runtime_env={"env_vars": settings},
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own(cpus: int) -> Iterator[Any]:
+    """A Ray on this machine that ends with the block."""
+    set_here = [name for name in LOCAL_SETTINGS if name not in os.environ]
+    os.environ.update({name: LOCAL_SETTINGS[name] for name in set_here})
+    try:
+        with fork_server(
+            **MEMORY_SETTINGS
+        ) as python:  # first of all: whatever starts, waits for it
+            import ray
+
+            # Workers inherit the settings from this process.
+            with _importing(("torch", "transformers.modeling_utils")):
+                ray.init(
+                    address="local",
+                    num_cpus=cpus + EXTRA_CPUS,
+                    runtime_env={"py_executable": python},
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            try:
+                yield ray
+            finally:
+                ray.shutdown()
+    finally:
         for name in set_here:
             del os.environ[name]
 

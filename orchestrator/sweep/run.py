@@ -58,7 +58,7 @@ def make_sweep_plan(spec: JobSpec, cluster: Cluster | None = None) -> SweepPlan:
     """The plan of a sweep, its data prepared first where it is not. Raises what plan_sweep raises."""
     prepared = find_prepared(spec)
     if prepared is None:
-        with ray_session(this_machine().cpus):
+        with ray_session():
             prepared = prepare(spec)
     return plan_sweep(spec, cluster or this_machine(), prepared)
 
@@ -70,9 +70,8 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     TrainingError where no trial could report anything.
     """
     console = console or Console(quiet=True)
-    machine = this_machine()
     must_have_secrets(spec)
-    with ray_session(machine.cpus, machine.gpus):
+    with ray_session():
         cluster = cluster_here()
         folder = SweepFolder(Path.cwd() / spec.storage / spec.name)
         slots = slots_of(spec, cluster)

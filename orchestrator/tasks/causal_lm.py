@@ -220,10 +220,15 @@ class CausalLM(Task):
 def _shifted(
     model: torch.nn.Module, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (rows × (length−1), vocabulary) in fp32 and the tokens they predict."""
+    """Logits (rows × length, vocabulary) in fp32 and the tokens they predict; a row's last predicts none.
+
+    Labels are moved, not logits cut: a copy of the logits, and of their gradient, is not made.
+    """
+    import torch.nn.functional as functional
+
     logits = model(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
     ).logits
     logits = of_tokens(logits, batch)
-    predicting = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    return predicting, batch["labels"][:, 1:].reshape(-1)
+    following = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    return logits.flatten(0, 1).float(), following.flatten()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import random
 from collections.abc import Iterator
@@ -284,5 +282,3 @@ def close_engine(engine: Any) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # no glibc: then nothing can be given back
-        ctypes.CDLL(None).malloc_trim(0)
