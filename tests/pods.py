@@ -182,6 +182,12 @@ class Pods:
         self.all[number] = Pod(self, number, arguments)
         return self.all[number]
 
+    def start_driver(self, number: int) -> Pod:
+        """A node for drivers alone, as `render` makes one where the head may be lost."""
+        arguments = [f"--address={self.gcs}", "--num-cpus=0", '--resources={"driver": 100}']
+        self.all[number] = Pod(self, number, arguments)
+        return self.all[number]
+
     def wait_for(self, nodes: int, timeout_s: float = START_S) -> None:
         """Until the head counts so many living nodes."""
         deadline = time.monotonic() + timeout_s

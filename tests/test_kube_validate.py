@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pods import until
 from test_render import EVERYTHING, job
 from typer.testing import CliRunner
 
@@ -464,10 +469,61 @@ def test_a_pod_drains_its_own_node_and_no_other(
     assert gcs.drained == drained
 
 
+def run_hook(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """The hook, as a pod runs it."""
+    monkeypatch.setattr("sys.argv", ["drain", *words])
+    drain.main()
+
+
+def test_the_pod_with_the_driver_has_it_commit_and_leave(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nothing but drivers is asked, and they get the time they need, no more than there is."""
+    script = (
+        "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(0.3), sys.exit(130)))\n"
+    )
+    script += "open(sys.argv[-1], 'w').close(); time.sleep(60)"
+    place = [tmp_path / name for name in ("driver", "other")]
+    words = (["-m", "orchestrator", "train"], ["-m", "orchestrator", "plan"])
+    commands = [
+        [sys.executable, "-c", script, *w, str(p)] for w, p in zip(words, place, strict=True)
+    ]
+    driver, other = (subprocess.Popen(command) for command in commands)
+    reaper = threading.Thread(target=driver.wait)  # as the job's supervisor does
+    reaper.start()
+    try:
+        until(lambda: all(p.exists() for p in place), "both are up", 30)
+        mine = {p.pid: psutil.Process(p.pid) for p in (driver, other)}
+        for process in mine.values():
+            process.info = {"cmdline": process.cmdline()}
+        monkeypatch.setattr("psutil.process_iter", lambda fields: list(mine.values()))
+        run_hook(monkeypatch, "--deadline-s", "20", "--head")
+        assert driver.poll() == 130
+        assert other.poll() is None
+        assert "1 driver(s) asked" in capsys.readouterr().err
+    finally:
+        for process in (driver, other):
+            process.kill()
+            process.wait(10)
+
+
+def test_a_head_without_a_driver_stays_until_the_other_nodes_are_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gcs = FakeGcs()
+    monkeypatch.setattr("psutil.process_iter", lambda fields: [])
+    monkeypatch.setattr("ray._raylet.GcsClient", lambda address: gcs)
+    monkeypatch.setattr(drain, "_own_address", lambda _: "10.0.0.1")
+    monkeypatch.setattr(drain, "POLL_S", 0.01)
+    run_hook(monkeypatch, "--deadline-s", "0.1", "--head", "--address", "head:6379")
+    assert "still here after 0.1 s" in capsys.readouterr().err
+    gcs.drained = b"b".hex()
+    run_hook(monkeypatch, "--deadline-s", "20", "--head", "--address", "head:6379")
+    assert "no other node is left" in capsys.readouterr().err
+
+
 def test_a_pod_whose_head_is_gone_ends_without_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["drain", "--deadline-s", "30", "--address", "127.0.0.1:1"]
-    monkeypatch.setattr("sys.argv", command)
-    drain.main()
+    run_hook(monkeypatch, "--deadline-s", "30", "--address", "127.0.0.1:1")
     assert "not drained" in capsys.readouterr().err

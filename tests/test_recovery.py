@@ -215,16 +215,81 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
         while filler.write(bytes(4096)):
             pass
+    broken_at = time.monotonic(), run.step()
+    ends_in_words(run, "disk full", *broken_at)
+    (small_disk / "filler").unlink()
+    goes_on(run, spec, uninterrupted[2])
+
+
+def ends_in_words(run: faults.LiveRun, what: str, broken_at_s: float, step: int) -> None:
+    """The run ends by itself, and says what it could not write and what is left."""
     assert run.finish() == 1, run.output()
     text = " ".join(run.output().split())
     assert "a checkpoint could not be written" in text
     assert "Last committed checkpoint: step" in text
-    (small_disk / "filler").unlink()
-    again = faults.LiveRun(spec)
+    print(f"| {what} | {step} | {time.monotonic() - broken_at_s:.1f} |", end="", flush=True)
+
+
+def goes_on(run: faults.LiveRun, spec: JobSpec, want: dict[str, Any]) -> None:
+    """The same command, storage being mended, goes on from the newest checkpoint to the same end."""
+    newest = committed(run.folder.checkpoints)[0].step
+    began, again = time.monotonic(), faults.LiveRun(spec)
+    starts = len(again.events("first_step"))
+    again.wait_until(lambda: len(again.events("first_step")) > starts)
+    print(f" {newest} | {time.monotonic() - began:.1f} |", flush=True)
     assert again.finish() == 0, again.output()
-    assert again.events("stream")[-1]["step"] > 0
-    got = faults.final_state(again.folder)
-    faults.assert_identical(got["files"], uninterrupted[2]["files"])
+    assert again.events("stream")[-1]["step"] == newest
+    faults.assert_identical(faults.final_state(again.folder)["files"], want["files"])
+
+
+def shell(*words: str) -> bool:
+    """Whether a command ended well."""
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.chaos
+def test_a_folder_that_turns_read_only_ends_the_run_and_it_goes_on_when_mended(
+    models: tiny.Tiny, tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]
+) -> None:
+    spec = job(models, tmp_path, 2)
+    run = faults.LiveRun(spec)
+    run.wait_until(lambda: bool(committed(run.folder.checkpoints)))
+    folder = str(run.folder.checkpoints)
+    if not shell("chattr", "+i", folder):  # a mode is nothing to root
+        run.kill_everything()
+        pytest.skip("needs chattr, and the right to it")
+    try:
+        ends_in_words(run, "folder read-only", time.monotonic(), run.step())
+    finally:
+        shell("chattr", "-i", folder)
+    goes_on(run, spec, uninterrupted[2])
+
+
+@pytest.mark.chaos
+def test_a_shared_folder_that_vanishes_ends_the_run_and_it_goes_on_when_it_is_back(
+    models: tiny.Tiny, tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]
+) -> None:
+    server, shared = tmp_path / "server", tmp_path / "shared"
+    server.mkdir()
+    shared.mkdir()
+    mount = ("mount", "--bind", str(server), str(shared))
+    if not shell(*mount):
+        pytest.skip("mounting is not allowed here")
+    try:
+        spec = job(models, tmp_path, 2, storage=str(shared))
+        run = faults.LiveRun(spec)
+        run.wait_until(lambda: bool(committed(run.folder.checkpoints)))
+        last = run.step()
+        assert shell("umount", "--lazy", str(shared))
+        broken_at = time.monotonic()
+        assert run.finish() == 1, run.output()
+        assert "could not be written" in " ".join(run.output().split())
+        print(f"| folder gone | {last} | {time.monotonic() - broken_at:.1f} |", end="", flush=True)
+        assert not run.folder.checkpoints.exists(), "made anew on this machine's own disk"
+        assert shell(*mount)
+        goes_on(run, spec, uninterrupted[2])
+    finally:
+        shell("umount", "--lazy", str(shared))
 
 
 @pytest.mark.chaos

@@ -96,6 +96,21 @@ EVERYTHING = {
     "active_deadline_s": 86400, "pre_running_deadline_s": 3600, "backoff_limit": 2,
     "head": {"cpus": 8, "memory_gib": 64, "node_selector": {"pool": "cpu"}},
     "worker": {"spot": True, "tolerations": [{"key": "team", "operator": "Equal", "value": "nlp"}]},
+    "submitter": {"pod": {"metadata": {"annotations": {"sidecar.istio.io/inject": "false"}}}},
+}  # fmt: skip
+RULES = {
+    "cleanup": {"type": "rules", "rules": [
+        {"on": "SUCCEEDED", "policy": "DeleteCluster", "after_s": 60},
+        {"on": "FAILED", "policy": "DeleteWorkers", "after_s": 60},
+        {"on": "FAILED", "policy": "DeleteSelf", "after_s": 86400},
+    ]},
+    "submission_mode": "HTTPMode",
+    "head": {"pod": {"spec": {"containers": [
+        {"name": "ray-head", "env": [{"name": "RAY_health_check_period_ms", "value": "1000"}]}]}}},
+    "gcs_fault_tolerance": {
+        "redis": "redis://redis:6379",
+        "driver_pod": {"spec": {"priorityClassName": "drivers"}},
+    },
 }  # fmt: skip
 RUNTIME = {
     "env_vars": {"NCCL_DEBUG": "WARN"}, "secrets": ["HF_TOKEN"], "pip": ["sacrebleu==2.5.1"],
@@ -104,6 +119,7 @@ RUNTIME = {
 CASES: dict[str, tuple[JobSpec, bool]] = {
     "rayjob-gpu": (job(), False),
     "rayjob-everything": (job({"num_workers": 12}, RUNTIME, **EVERYTHING), False),
+    "rayjob-rules": (job({"num_workers": 8}, **RULES), False),
     "rayjob-elastic": (job({"num_workers": {"min": 8, "max": 32}}, idle_timeout_s=120), False),
     "raycluster-cpu": (job(cluster="16cpux2", head={"cpus": 2, "memory_gib": 8}), True),
 }
@@ -241,20 +257,49 @@ def test_shared_memory_is_counted_once() -> None:
 def test_no_container_runs_as_root_or_gains_rights() -> None:
     documents = render(job(**EVERYTHING))
     pods = yaml.safe_dump(documents)
-    assert len(containers(documents)) == 3
+    assert len(containers(documents)) == 4, "head, worker, driver, submitter"
     for container in containers(documents):
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]},
         }  # fmt: skip
-    assert pods.count("runAsNonRoot: true") == 3
+    assert pods.count("runAsNonRoot: true") == 4
     assert "runAsUser: 0" not in pods
 
 
 def test_a_worker_pod_drains_its_node_and_has_the_time_for_it() -> None:
     pod = worker_group(job(drain_s=90))["template"]["spec"]
-    hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    assert hook == ["python", "-m", "orchestrator.kube.drain", "--deadline-s", "90"]
+    assert hook(pod) == ["--deadline-s", "90"]
     assert pod["terminationGracePeriodSeconds"] > 90
+
+
+def hook(pod: dict[str, Any]) -> list[str]:
+    """The words of a pod's preStop hook, without the program's."""
+    words: list[str] = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert words[:3] == ["python", "-m", "orchestrator.kube.drain"]
+    return words[3:]
+
+
+def test_where_the_head_may_be_lost_the_driver_and_its_job_are_elsewhere() -> None:
+    redis = {"gcs_fault_tolerance": {"redis": "redis://redis:6379"}}
+    lost, kept = (ray_job(job(drain_s=90, **k))["spec"] for k in (redis, {}))
+    head, kept_head = (
+        one["rayClusterSpec"]["headGroupSpec"]["template"]["spec"] for one in (lost, kept)
+    )
+    group = lost["rayClusterSpec"]["workerGroupSpecs"][1]
+    driver, params = group["template"]["spec"], group["rayStartParams"]
+    assert [group[n] for n in ("replicas", "minReplicas", "maxReplicas")] == [1, 1, 1]
+    given = shlex.split(f"ray start --resources={params['resources']}")[-1]  # as KubeRay writes it
+    assert given == '--resources={"driver": 100}'
+    assert lost["entrypointResources"] == '{"driver": 1}'
+    assert params["num-cpus"] == "0", "no worker lies on it"
+    assert "entrypointResources" not in kept
+    jobs = [[v["name"] for v in pod["volumes"]].count("job") for pod in (head, driver, kept_head)]
+    assert jobs == [0, 1, 1]
+    hooks = [hook(pod) for pod in (head, driver, kept_head)]
+    assert hooks == [["--deadline-s", "90", role] for role in ("--head", "--driver", "--head")]
+    assert all(pod["terminationGracePeriodSeconds"] > 90 for pod in (head, driver))
+    plan = size_of(job(drain_s=90, **redis))
+    assert plan.cluster == size_of(job()).cluster, "the workers' pods are what they were"
 
 
 def test_spot_is_for_workers_only() -> None:

@@ -1,16 +1,22 @@
-"""A worker pod's last act: tell Ray that its node goes, so that training commits a checkpoint in time.
+"""A pod's last act, so that training commits a checkpoint in time; it never fails the pod's end.
 
-KubeRay turns no pod's end into a drain, so the pod's preStop hook runs `python -m orchestrator.kube.drain`.
-It is the same request as `ray drain-node` makes, for the node of this pod. It never fails the pod's end.
+KubeRay turns no pod's end into a drain, so the pods' preStop hooks run `python -m orchestrator.kube.drain`.
+
+- A worker tells Ray that its node goes: the same request as `ray drain-node` makes, for the node of this pod.
+- The pod with the driver (`--driver`) asks it to commit and leave, as SIGTERM does anywhere.
+- The head (`--head`) does the same where the driver is with it. Where it is not, the head stays until the
+  other nodes have gone: they end together where a whole cluster does, and need it for their drain.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 POLL_S = 0.5
@@ -46,6 +52,51 @@ def drain(address: str, deadline_s: float) -> str:
     return f"still busy after {deadline_s:g} s"
 
 
+def stop_drivers(timeout_s: float) -> int:
+    """Ask the drivers in this pod to commit and leave, and wait for them; returns how many there were."""
+    import psutil
+
+    found = [p for p in psutil.process_iter(["cmdline"]) if _is_driver(p.info["cmdline"] or [])]
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    psutil.wait_procs(found, timeout=timeout_s)
+    return len(found)
+
+
+def _is_driver(words: list[str]) -> bool:
+    """`orchestrator train …` and `python -m orchestrator train …`, but not the shell around it."""
+    return any(
+        before.rpartition("/")[2] == "orchestrator" and verb in ("train", "sweep")
+        for before, verb in pairwise(words)
+    )
+
+
+def wait_for_others(address: str, timeout_s: float) -> str:
+    """Until no node but this one is left; returns what happened. Raises as `drain` does."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    own_address, end = _own_address(address), time.time() + timeout_s
+    client = GcsClient(address=address)
+    while any(node.node_manager_address != own_address for node in _alive(client).values()):
+        if time.time() > end:
+            return f"other nodes are still here after {timeout_s:g} s"
+        time.sleep(POLL_S)
+    return "no other node is left"
+
+
+def last_act(given: argparse.Namespace) -> str:
+    """What a pod of this kind does before it ends; returns what happened."""
+    if given.driver or given.head:
+        stopped = stop_drivers(given.deadline_s)
+        if stopped or given.driver:
+            return f"{stopped} driver(s) asked to leave"
+    if not given.address:
+        return "RAY_ADDRESS is not set"
+    act = wait_for_others if given.head else drain
+    return act(given.address, given.deadline_s)
+
+
 def _alive(client: Any) -> dict[str, Any]:
     """Node id (hex) → what GCS knows of it, for nodes that are up."""
     from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
@@ -78,9 +129,11 @@ def main() -> None:
         "--deadline-s", type=float, required=True, help="Seconds until the pod ends."
     )
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), help="GCS's host:port.")
+    parser.add_argument("--driver", action="store_true", help="The pod holds a job's driver.")
+    parser.add_argument("--head", action="store_true", help="The pod is the head.")
     given = parser.parse_args()
     try:
-        said = drain(given.address, given.deadline_s) if given.address else "RAY_ADDRESS is not set"
+        said = last_act(given)
     except Exception as error:  # noqa: BLE001, whatever happened: the pod ends anyway
         said = f"not drained: {error}"
     print(f"drain: {said}", file=sys.stderr)

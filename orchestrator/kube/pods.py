@@ -55,25 +55,44 @@ SPOT_LABELS = {
 
 
 def head_template(spec: JobSpec, size: PodSize, with_job: str | None, elastic: bool) -> PodTemplate:
-    """The head. `with_job` names the ConfigMap with the job, which only the head reads."""
+    """The head. `with_job` names the ConfigMap with the job, where its driver runs here."""
+    pod = _pod_with_job(spec, "ray-head", size, with_job, "--head")
+    if elastic:  # the autoscaler beside it talks to Kubernetes; nothing else does
+        pod = pod.model_copy(update={"automount_service_account_token": None})
+    return _template(spec, pod)
+
+
+def driver_template(spec: JobSpec, size: PodSize, with_job: str | None) -> PodTemplate:
+    """A Ray node for the driver alone, where the head may be lost. To KubeRay it is a worker."""
+    return _template(spec, _pod_with_job(spec, "ray-worker", size, with_job, "--driver"))
+
+
+def _pod_with_job(spec: JobSpec, name: str, size: PodSize, with_job: str | None, role: str) -> Pod:
     k = spec.kubernetes
-    container = _container(spec, "ray-head", size, with_job is not None)
+    container = _container(spec, name, size, with_job is not None)
     volumes = _volumes(spec, size)
     if with_job:
         volumes.append(Volume(name="job", config_map=ConfigMapVolume(name=with_job)))
-    pod = _pod(spec, k.head, container, volumes)
-    if not elastic:  # the autoscaler beside an elastic head talks to Kubernetes; nothing else does
-        pod = pod.model_copy(update={"automount_service_account_token": False})
-    return _template(spec, pod)
+    pod = _pod(spec, k.head, container.model_copy(update=_last_act(spec, role)), volumes)
+    more = {
+        "automount_service_account_token": False,
+        "termination_grace_period_seconds": k.drain_s + LAST_WORDS_S,
+    }
+    return pod.model_copy(update=more)
+
+
+def _last_act(spec: JobSpec, *role: str) -> dict[str, Lifecycle]:
+    """The container's preStop hook."""
+    seconds = str(spec.kubernetes.drain_s)
+    words = ["python", "-m", "orchestrator.kube.drain", "--deadline-s", seconds, *role]
+    return {"lifecycle": Lifecycle(pre_stop=Handler(exec=Exec(command=words)))}
 
 
 def worker_template(spec: JobSpec, size: Size) -> PodTemplate:
     """A worker pod, which drains its Ray node before it goes."""
     k = spec.kubernetes
-    drain = ["python", "-m", "orchestrator.kube.drain", "--deadline-s", str(k.drain_s)]
-    container = _container(spec, "ray-worker", size.pod, False).model_copy(
-        update={"lifecycle": Lifecycle(pre_stop=Handler(exec=Exec(command=drain)))}
-    )
+    container = _container(spec, "ray-worker", size.pod, False)
+    container = container.model_copy(update=_last_act(spec))
     tolerations = [*_tolerations(k.worker), *_usual_tolerations(k.worker, size.pod)]
     more = {
         "automount_service_account_token": False,

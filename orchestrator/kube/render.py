@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from orchestrator.kube.pods import (
     JOB_FOLDER,
     S3_VARIABLES,
     container_security,
+    driver_template,
     head_size,
     head_template,
     labels,
@@ -43,6 +45,9 @@ from orchestrator.kube.validate import problems_of
 from orchestrator.spec import JobSpec, dump_spec
 from orchestrator.spec.kubernetes import DeletionRules, KubernetesSpec, Shutdown
 
+DRIVER = "driver"
+"""The Ray resource of the node that only drivers run on; each takes one."""
+MOST_DRIVERS = 100
 SUBMITTER_RETRIES = 10
 """The operator's default of 2 fails healthy jobs whose head is slow to answer (KubeRay issues 2317, 4760)."""
 
@@ -109,11 +114,13 @@ def _ray_job(spec: JobSpec, size: Size) -> list[dict[str, Any]]:
         "pre_running_deadline_seconds": k.pre_running_deadline_s,
         "backoff_limit": k.backoff_limit or None,
         "suspend": True if k.kueue else None,
+        "entrypoint_resources": json.dumps({DRIVER: 1}) if k.gcs_fault_tolerance else None,
         **_cleanup(k),
     }
     if k.submission_mode == "K8sJobMode":
         optional["submitter_config"] = SubmitterConfig(backoff_limit=SUBMITTER_RETRIES)
-        optional["submitter_pod_template"] = submitter_template(spec).dump()
+        template = merged(submitter_template(spec).dump(), k.submitter.pod)
+        optional["submitter_pod_template"] = template
     job = RayJobSpec(
         submission_mode=k.submission_mode,
         entrypoint=_entrypoint(spec),
@@ -185,7 +192,7 @@ def _cleanup(k: KubernetesSpec) -> dict[str, Any]:
 
 def _cluster_spec(spec: JobSpec, size: Size, job: str | None) -> RayClusterSpec:
     k = spec.kubernetes
-    head = head_size(spec)
+    head, on_head = head_size(spec), job if k.gcs_fault_tolerance is None else None
     optional: dict[str, Any] = {}
     if size.elastic:
         optional["enable_in_tree_autoscaling"] = True
@@ -204,7 +211,7 @@ def _cluster_spec(spec: JobSpec, size: Size, job: str | None) -> RayClusterSpec:
         head_group_spec=HeadGroupSpec(
             # No CPUs on offer: Ray places no worker and no read task here.
             ray_start_params={"dashboard-host": "0.0.0.0", "num-cpus": "0", **_ray_memory(head)},
-            template=merged(head_template(spec, head, job, size.elastic).dump(), k.head.pod),
+            template=merged(head_template(spec, head, on_head, size.elastic).dump(), k.head.pod),
         ),
         worker_group_specs=[
             WorkerGroupSpec(
@@ -214,9 +221,32 @@ def _cluster_spec(spec: JobSpec, size: Size, job: str | None) -> RayClusterSpec:
                 max_replicas=size.max_pods,
                 ray_start_params=_ray_memory(size.pod),
                 template=merged(worker_template(spec, size).dump(), k.worker.pod),
-            )
+            ),
+            *_driver_group(spec, job),
         ],
     )
+
+
+def _driver_group(spec: JobSpec, job: str | None) -> list[WorkerGroupSpec]:
+    """One pod for the driver where the head may be lost: Ray would run it on the head, and it would go along.
+
+    It offers no CPU either, so no worker lies on it, and DRIVER, so that the job's entrypoint does.
+    """
+    wanted, size = spec.kubernetes.gcs_fault_tolerance, head_size(spec)
+    if wanted is None:
+        return []
+    # KubeRay writes the value into a shell's command line as it is.
+    resources = '"' + json.dumps({DRIVER: MOST_DRIVERS}).replace('"', '\\"') + '"'
+    return [
+        WorkerGroupSpec(
+            group_name="driver",
+            replicas=1,
+            min_replicas=1,
+            max_replicas=1,
+            ray_start_params={"num-cpus": "0", "resources": resources, **_ray_memory(size)},
+            template=merged(driver_template(spec, size, job).dump(), wanted.driver_pod),
+        )
+    ]
 
 
 def _ray_memory(size: PodSize) -> dict[str, str]:

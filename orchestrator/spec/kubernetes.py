@@ -68,6 +68,13 @@ class WorkerPod(Frozen):
     """Merged into the pod template, as in `head.pod`. The Ray container is `ray-worker`."""
 
 
+class SubmitterPod(Frozen):
+    """The pod that hands a RayJob to Ray in K8sJobMode."""
+
+    pod: dict[str, Any] = {}
+    """Merged into the pod template, as in `head.pod`. The container is `ray-job-submitter`."""
+
+
 class StorageClaim(Frozen):
     """The shared folder that runs, prepared data and the model cache lie on."""
 
@@ -91,12 +98,16 @@ class S3Access(Frozen):
 
 
 class GcsFaultTolerance(Frozen):
-    """Ray's control state in Redis, so that a lost head comes back with it."""
+    """Ray's control state in Redis, so that a lost head comes back with it and training goes on meanwhile. The
+    driver gets a pod of its own, as large as the head and placed as it is, with the Ray resource `driver`: a job
+    that is submitted to such a cluster runs there with `runtime.driver_resources: {driver: 1}`."""
 
     redis: str
     """`redis://host:port` or `rediss://host:port`, without a password."""
     password: SecretKey | None = None
     """Where the password is kept."""
+    driver_pod: dict[str, Any] = {}
+    """Merged into the driver's pod, as in `head.pod`. Its Ray container is `ray-worker`."""
 
 
 class Kueue(Frozen):
@@ -177,6 +188,8 @@ class KubernetesSpec(Frozen):
     """The head pod."""
     worker: WorkerPod = WorkerPod()
     """The worker pods."""
+    submitter: SubmitterPod = SubmitterPod()
+    """The submitter's pod."""
     storage: StorageClaim = StorageClaim()
     """Shared storage."""
     s3: S3Access | None = None
@@ -188,10 +201,12 @@ class KubernetesSpec(Frozen):
     token_auth: bool = True
     """Ray's token authentication; the operator makes the token."""
     gcs_fault_tolerance: GcsFaultTolerance | None = None
-    """Survive the loss of the head."""
+    """Survive the loss of the head. Without it, and where the driver's own pod is lost, the run ends, and resumes when
+    the job is submitted again: by `backoff_limit`, or by hand."""
     drain_s: PositiveSeconds = 30
-    """Seconds between a worker pod's notice and its end; training commits a checkpoint in them. Spot machines
-    give 120 s on AWS, 30 s or less on GKE and Azure."""
+    """Seconds between a pod's notice and its end; training commits a checkpoint in them, also where the whole cluster
+    goes: deleted, suspended by Kueue, or over `active_deadline_s`. Spot machines give 120 s on AWS, 30 s or less
+    on GKE and Azure."""
     idle_timeout_s: PositiveSeconds = 60
     """With an elastic worker range: idle seconds after which the autoscaler takes a pod away."""
     kueue: Kueue | None = None
