@@ -24,7 +24,8 @@ WORKER_PORTS = 200
 class LocalHead:
     """`ray start --head` on the loopback, reachable with a token only."""
 
-    def __init__(self, cpus: int = 4) -> None:
+    def __init__(self, cpus: int = 4, **more: str) -> None:
+        """`more` is added to the environment of the head and its jobs, as a Secret is to a container's."""
         # Ray's sockets lie below it, and their paths may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
         self.token = secrets.token_hex(32)
@@ -48,7 +49,12 @@ class LocalHead:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**plain_environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token},
+                env={
+                    **plain_environment(),
+                    **more,
+                    "RAY_AUTH_MODE": "token",
+                    "RAY_AUTH_TOKEN": self.token,
+                },
                 start_new_session=True,
                 cwd=self.folder,
             )

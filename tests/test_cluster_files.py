@@ -62,6 +62,23 @@ def test_every_overlay_builds_and_is_valid(folder: Path, tmp_path: Path) -> None
         assert container["resources"]["limits"]["memory"]
 
 
+def test_an_overlay_s_image_is_the_one_its_pods_get(tmp_path: Path) -> None:
+    """kustomize knows no RayCluster: that it looks for images there too is not a matter of course."""
+    copied = tmp_path / "cluster"
+    shutil.copytree(CLUSTER, copied)
+    for folder in (copied / "overlays").iterdir():
+        file = folder / "kustomization.yaml"
+        text = file.read_text(encoding="utf-8")
+        assert "newTag: 0.1.0" in text
+        mine = text.replace(
+            "newName: orchestrator, newTag: 0.1.0", "newName: mine/image, newTag: '7'"
+        )
+        file.write_text(mine, encoding="utf-8")
+        images = {c["image"] for c in containers(list(yaml.safe_load_all(built(folder))))}
+        assert "mine/image:7" in images, folder.name
+        assert not any(image.startswith("orchestrator:") for image in images), folder.name
+
+
 def test_no_secret_and_no_privilege_is_written_anywhere() -> None:
     text = "\n".join(p.read_text(encoding="utf-8") for p in CLUSTER.rglob("*") if p.is_file())
     for word in ("kind: Secret", "stringData", "privileged: true", "hostPath", "cluster-admin"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,14 +14,21 @@ import pytest
 import tiny
 import yaml
 from head import LocalHead
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
+from orchestrator.errors import PlanError
+from orchestrator.plan import describe_cluster
 from orchestrator.remote.head import Head
+from orchestrator.remote.request import plan_from_here
 from orchestrator.report.records import read_records, read_steps
 from orchestrator.run_folder import RunFolder, read_json
+from orchestrator.spec import load_spec
 from orchestrator.train.checkpoint import committed
 
 STEPS = 400
 WAIT_S = 120
+PLANTED = "s3cr3t-PLANTED-55d"
 SLOW_TO_LEAVE = (
     "import signal, sys, time; "
     'signal.signal(signal.SIGTERM, lambda *_: (time.sleep(5), print("left after 5 s"), sys.exit())); '
@@ -31,7 +39,7 @@ SLOW_TO_LEAVE = (
 @pytest.fixture(scope="module")
 def head() -> Iterator[LocalHead]:
     """One head for all tests of this file."""
-    one = LocalHead()
+    one = LocalHead(HUB_KEY=PLANTED)
     yield one
     one.close()
 
@@ -54,6 +62,7 @@ def place(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "checkpoint": {"every_steps": 50},
         "resources": {"num_workers": 2, "cpus_per_worker": 1},
         "storage": str(folder / "runs"),
+        "runtime": {"secrets": ["HUB_KEY"], "env_vars": {"NCCL_DEBUG": "WARN"}},
     }
     (here / "job.yaml").write_text(yaml.safe_dump(job))
     return here
@@ -143,6 +152,10 @@ def test_a_stopped_job_commits_and_the_next_submission_goes_on_from_there(
     name = shell.submit("checkpoint.every_steps=1000")
     follower = shell.start("logs", name, "--follow")
     until(lambda: step(run) >= 5, "the first steps")
+    for title in ("-m orchestrator train job.yaml", "RayTrainWorker"):
+        found = shell.head.processes(title)[-1].environ()
+        assert found["NCCL_DEBUG"] == "WARN", title
+        assert found["HUB_KEY"] == PLANTED, "the job's own, from the head's environment"
     status, out = shell.run("stop", name)
     assert status == 0, out
     assert out.strip() == f"{name}: STOPPED"
@@ -180,15 +193,42 @@ def test_a_stopped_job_commits_and_the_next_submission_goes_on_from_there(
     status, out = shell.run("submit", "job.yaml", "--name", "third")
     assert status == 0, out
     assert "tiny: finished" in out
+    assert f"{STEPS} steps; " in out, "the rows are prepared by now: all could be planned"
     starts = [e["step"] for e in read_records(run.events) if e["kind"] == "stream"]
     assert starts[0] == 0
     assert starts[1] == checkpoint.step
     assert starts[2] >= reached
     assert read_json(run.outcome)["status"] == "finished"
     assert [r["step"] for r in read_steps(run.steps)] == list(range(1, STEPS + 1))
-    status, out = shell.run("status", "third", "--json")
-    assert '"status": "SUCCEEDED"' in out
-    assert '"exit_code": 0' in out
+    status, shown = shell.run("status", "third", "--json")
+    assert '"status": "SUCCEEDED"' in shown
+    assert '"exit_code": 0' in shown
+
+    # What was said and written holds no secret that the job had, and no token.
+    text = "".join([said, out, shown, *(shell.run("logs", j)[1] for j in (name, "by-hand"))])
+    files = {f: f.read_bytes() for f in run.root.rglob("*") if f.is_file()}
+    assert {"plan.json", "report.html", "driver.log", "job.yaml"} <= {f.name for f in files}
+    for secret in (PLANTED, shell.head.token):
+        assert secret not in text
+        assert [f for f, data in files.items() if secret.encode() in data] == []
+
+
+def test_with_prepared_rows_a_live_cluster_is_planned_for_to_the_last_byte(
+    shell: Shell, place: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the jobs above: their rows lie where this machine sees them."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", shell.head.token)
+    done = CliRunner().invoke(app, ["plan", "job.yaml", "--json", "--address", shell.head.address])
+    assert done.exit_code == 0, done.output
+    cluster = json.loads(done.stdout)["cluster"]
+    assert cluster["source"] == f"Ray cluster at {shell.head.address}"
+    assert [node["cpus"] for node in cluster["nodes"]] == [4]
+    spec = load_spec("job.yaml", files="packed")
+    with pytest.raises(PlanError, match=r"GiB"):
+        plan_from_here(spec, describe_cluster("4cpux1:memory_gib=0.01"))
+    unprepared = load_spec("job.yaml", ["data.max_length_tokens=9"], files="packed")
+    assert plan_from_here(unprepared, describe_cluster("4cpux1")) is None
 
 
 def test_a_job_that_fails_exits_as_its_driver_did(shell: Shell, run: RunFolder) -> None:

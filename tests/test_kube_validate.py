@@ -70,7 +70,13 @@ GROUP = "spec.rayClusterSpec.workerGroupSpecs.0"
 CLUSTER = "spec.rayClusterSpec"
 REDIS = {"redisAddress": "redis://r:6379"}
 POD = {"spec": {"containers": [{"name": "x", "image": "y"}]}}
+ENV = f"{HEAD}.template.spec.containers.0.env"
 RULE = {"policy": "DeleteCluster", "condition": {"jobStatus": "FAILED"}}
+
+
+def groups(*names: str) -> list[dict[str, Any]]:
+    """Worker groups of these names."""
+    return [{"groupName": name, "replicas": 1, "maxReplicas": 1, "template": POD} for name in names]
 
 
 def rule(policy: str, seconds: int = 0, status: str = "FAILED") -> dict[str, Any]:
@@ -140,6 +146,14 @@ def rule(policy: str, seconds: int = 0, status: str = "FAILED") -> dict[str, Any
         ({f"{HEAD}.rayStartParams.labels": "a=b"}, f"{HEAD}.rayStartParams.labels"),
         ({f"{GROUP}.labels": {"a b": "c"}}, "spec.rayClusterSpec.workerGroupSpecs[0].labels.a b"),
         ({f"{GROUP}.minReplicas": 9}, "spec.rayClusterSpec.workerGroupSpecs[0].minReplicas"),
+        ({f"{GROUP}.minReplicas": -1}, "spec.rayClusterSpec.workerGroupSpecs[0].minReplicas"),
+        ({f"{GROUP}.numOfHosts": 0}, "spec.rayClusterSpec.workerGroupSpecs[0].numOfHosts"),
+        ({f"{CLUSTER}.workerGroupSpecs": groups("a", "b", "a")},
+         "spec.rayClusterSpec.workerGroupSpecs[2].groupName"),
+        ({"spec.deletionStrategy": {"onSuccess": {"policy": "DeleteCluster"},
+                                    "onFailure": {"policy": "DeleteSelf"}},
+          "spec.clusterSelector": {"ray.io/cluster": "x"}, "spec.shutdownAfterJobFinishes": False},
+         "spec.deletionStrategy.onSuccess.policy"),
         ({f"{CLUSTER}.rayVersion": "2.40.0"}, f"{CLUSTER}.rayVersion"),
         ({f"{CLUSTER}.rayVersion": ...}, f"{CLUSTER}.rayVersion"),
         # Redis
@@ -148,13 +162,32 @@ def rule(policy: str, seconds: int = 0, status: str = "FAILED") -> dict[str, Any
         ({"metadata.annotations": {"ray.io/ft-enabled": "true"},
           f"{CLUSTER}.gcsFaultToleranceOptions": REDIS}, "metadata.annotations.ray.io/ft-enabled"),
         ({f"{HEAD}.rayStartParams.redis-username": "x"}, HEAD),
+        ({ENV: [{"name": "REDIS_USERNAME", "value": "x"}]}, HEAD),
+        ({ENV: [{"name": "RAY_REDIS_ADDRESS", "value": "x"}]}, f"{HEAD}…env.RAY_REDIS_ADDRESS"),
+        ({ENV: [{"name": "RAY_REDIS_ADDRESS", "value": "x"}],
+          f"{CLUSTER}.gcsFaultToleranceOptions": REDIS}, f"{HEAD}…env.RAY_REDIS_ADDRESS"),
+        ({ENV: [{"name": "REDIS_PASSWORD", "value": "x"}],
+          f"{CLUSTER}.gcsFaultToleranceOptions": REDIS}, f"{HEAD}…env.REDIS_PASSWORD"),
+        ({"metadata.annotations": {"ray.io/external-storage-namespace": "x"},
+          f"{CLUSTER}.gcsFaultToleranceOptions": REDIS},
+         "metadata.annotations.ray.io/external-storage-namespace"),
         # the autoscaler
         ({f"{CLUSTER}.enableInTreeAutoscaling": True, f"{CLUSTER}.autoscalerOptions": {"version": "v2"},
           f"{GROUP}.template.spec.restartPolicy": "Always"},
          "spec.rayClusterSpec.workerGroupSpecs[0].template.spec.restartPolicy"),
         ({f"{CLUSTER}.enableInTreeAutoscaling": True, f"{GROUP}.suspend": True},
          "spec.rayClusterSpec.workerGroupSpecs[0].suspend"),
+        ({ENV: [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]},
+         f"{HEAD}…env.RAY_enable_autoscaler_v2"),
+        ({ENV: [{"name": "RAY_enable_autoscaler_v2", "value": "1"}],
+          f"{CLUSTER}.enableInTreeAutoscaling": True, f"{CLUSTER}.autoscalerOptions": {"version": "v2"}},
+         f"{CLUSTER}.autoscalerOptions.version"),
+        ({ENV: [{"name": "RAY_enable_autoscaler_v2", "value": "true"}],
+          f"{CLUSTER}.enableInTreeAutoscaling": True, f"{HEAD}.template.spec.restartPolicy": "Always"},
+         f"{HEAD}.template.spec.restartPolicy"),
         # Kueue
+        ({"metadata.labels": {"kueue.x-k8s.io/queue-name": "q"},
+          f"{CLUSTER}.workerGroupSpecs": groups(*"abcdefgh")}, f"{CLUSTER}.workerGroupSpecs"),
         ({"metadata.labels": {"kueue.x-k8s.io/queue-name": "q"}, f"{CLUSTER}.enableInTreeAutoscaling": True},
          f"{CLUSTER}.enableInTreeAutoscaling"),
         ({"metadata.labels": {"kueue.x-k8s.io/queue-name": "q"}, "spec.shutdownAfterJobFinishes": False},
@@ -202,6 +235,32 @@ def test_what_kuberay_accepts_is_accepted(ray_job: dict[str, Any], changes: dict
     for path, value in changes.items():
         ray_job = changed(ray_job, path, value)
     assert problems_of(ray_job) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"metadata.name": "a" * 37}, "metadata.name"),
+        ({"spec.schedule": "often"}, "spec.schedule"),
+        ({"spec.schedule": ...}, "spec.schedule"),
+        ({"spec.jobTemplate.backoffLimit": -1}, "spec.jobTemplate.backoffLimit"),
+        ({"spec.jobTemplate.rayClusterSpec.rayVersion": "2.40.0"},
+         "spec.jobTemplate.rayClusterSpec.rayVersion"),
+        ({"spec.jobTemplate.entrypont": "x"}, "spec.jobTemplate.entrypont"),
+    ],
+)  # fmt: skip
+def test_a_job_on_a_schedule_keeps_the_same_rules(
+    ray_job: dict[str, Any], changes: dict[str, Any], field: str
+) -> None:
+    cron: dict[str, Any] = {
+        "apiVersion": "ray.io/v1", "kind": "RayCronJob", "metadata": {"name": "a" * 36},
+        "spec": {"schedule": "0 3 * * *", "jobTemplate": ray_job["spec"]},
+    }  # fmt: skip
+    assert problems_of(cron) == []
+    assert problems_of(changed(cron, "spec.schedule", "@daily")) == []
+    for path, value in changes.items():
+        cron = changed(cron, path, value)
+    assert field in [problem.field for problem in problems_of(cron)]
 
 
 NONSENSE: list[Any] = [None, True, -1, 1.5, "", "x", [], {}, [1], [{}], {"a": 1}, 2**40]
@@ -498,7 +557,8 @@ def test_the_pod_with_the_driver_has_it_commit_and_leave(
             process.info = {"cmdline": process.cmdline()}
         monkeypatch.setattr("psutil.process_iter", lambda fields: list(mine.values()))
         run_hook(monkeypatch, "--deadline-s", "20", "--head")
-        assert driver.poll() == 130
+        reaper.join(10)
+        assert driver.returncode == 130
         assert other.poll() is None
         assert "1 driver(s) asked" in capsys.readouterr().err
     finally:

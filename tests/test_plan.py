@@ -257,6 +257,11 @@ def test_a_cluster_that_is_not_understood_is_refused(text: str) -> None:
         describe_cluster(text)
 
 
+def test_a_cluster_without_a_living_node_is_said_to_be_one() -> None:
+    with pytest.raises(PlanError, match="Ray cluster at x has no living node"):
+        ray_cluster("Ray cluster at x", [])
+
+
 def test_this_machine_is_a_cluster_of_one(spec: JobSpec) -> None:
     here = this_machine()
     assert len(here.nodes) == 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from test_render import containers
 
 from orchestrator.data import patience
 from orchestrator.data.patience import patiently
@@ -18,6 +19,7 @@ from orchestrator.data.prepare import _patiently
 from orchestrator.data.sources import find_files, split_into_pieces
 from orchestrator.data.write import PieceWork, prepare_piece
 from orchestrator.errors import DataError
+from orchestrator.kube.render import render
 
 OUTAGE_S = 7.0
 """Longer than Arrow's own retries."""
@@ -98,6 +100,31 @@ def test_an_outage_is_waited_out_at_every_step_of_preparing(
     assert done["rows"] == 40
     local = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.labelled(40))
     assert find_files(str(local), "auto")[0].digest == file.digest
+
+
+def test_pods_reach_the_store_that_their_manifest_names(
+    endpoint: Endpoint,
+    rows: str,
+    models: tiny.Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`kubernetes.s3` becomes variables of the pods; a job's URLs say nothing of the endpoint then."""
+    url = "s3://bucket/train.jsonl"
+    store = {
+        "endpoint_url": f"http://127.0.0.1:{endpoint.server.server_port}",
+        "region": "us-east-1",
+    }
+    section = {"cluster": "16cpux1", "image": "registry.example/x:1", "s3": store}
+    spec = tiny.job(models.bert, url, tmp_path, kubernetes=section)
+    (head, *_) = containers(render(spec, cluster_only=True))
+    for one in head["env"]:
+        if one["name"].startswith("AWS_"):
+            monkeypatch.setenv(one["name"], one["value"])
+    (file,) = find_files(url, "auto")
+    (piece,) = split_into_pieces([file])
+    done = _patiently(prepare_piece, PieceWork(spec, piece, None, ("good", "bad"), str(tmp_path)))
+    assert done["rows"] == 40
 
 
 def test_what_does_not_pass_is_said_at_once_and_an_outage_without_end_in_the_end(

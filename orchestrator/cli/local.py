@@ -55,6 +55,8 @@ def plan(
     from orchestrator.plan.show import show_plan
     from orchestrator.remote.head import Head
 
+    if cluster and address:
+        raise typer.BadParameter("--cluster and --address name two clusters: give one of them")
     target = describe_cluster(cluster) if cluster else None
     target = Head(address).cluster() if address else target
     if spec.sweep is not None:

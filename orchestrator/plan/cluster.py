@@ -105,7 +105,12 @@ def live_cluster() -> Cluster:
 
 
 def ray_cluster(source: str, nodes: Sequence[dict[str, float]]) -> Cluster:
-    """A live cluster by its nodes' resources. Nodes that offer no CPU, such as a head, hold no workers."""
+    """A live cluster by its nodes' resources. Nodes that offer no CPU, such as a head, hold no workers.
+
+    Raises PlanError where there is no node at all.
+    """
+    if not nodes:
+        raise PlanError(f"{source} has no living node. Wait until it is up, or look at its head.")
     offering = [resources for resources in nodes if resources.get("CPU", 0) > 0]
     return Cluster(source=source, nodes=tuple(map(ray_node, offering or nodes)))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.remote.head import Head, RemoteError, UnreachableError
 from orchestrator.remote.package import files_to_pack, pack
-from orchestrator.remote.request import JobRequest, job_in, make_request, must_fit
+from orchestrator.remote.request import JobRequest, job_in, make_request, must_fit, plan_from_here
 from orchestrator.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ def submit(
     """
     root = Path.cwd()
     inside = job_in(root, job)
-    say(must_fit(spec, head.cluster()))
+    cluster = head.cluster()
+    say(must_fit(spec, cluster))
+    if spec.sweep is None and (plan := plan_from_here(spec, cluster)) is not None:
+        filled = f"{_gib(sum(plan.memory_bytes.values()))} of {_gib(plan.memory_limit_bytes)}"
+        say(f"{plan.total_steps} steps; {filled} per worker")
     with tempfile.TemporaryDirectory() as folder:
         files = files_to_pack(root, spec, inside)
         package = pack(root, files, Path(folder) / "package.zip")
@@ -52,6 +56,10 @@ def submit(
         request = make_request(spec, inside, overrides, str(package), name)
         head.submit(request)
     return request
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
 
 
 def follow(head: Head, submission_id: str, write: Callable[[str], Any]) -> JobDetails:

@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import Field
 
-from orchestrator.errors import PlanError, Problem, SpecError
+from orchestrator.data.prepare import find_prepared
+from orchestrator.errors import OrchestratorError, PlanError, Problem, SpecError
+from orchestrator.plan import Plan, make_plan
 from orchestrator.plan.cluster import GIB, Cluster
 from orchestrator.plan.resources import Workers, check_cpus, places, share_out
 from orchestrator.plan.slots import slots_of
@@ -87,7 +89,7 @@ def job_in(root: Path, job: Path) -> Path:
 def must_fit(spec: JobSpec, cluster: Cluster) -> str:
     """Whether the cluster can ever give what the job asks; returns the workers in words.
 
-    Raises PlanError. Memory is not looked at: it takes the data, which may be the cluster's alone.
+    Raises PlanError. Memory is not looked at: that takes rows and model (`plan_from_here`).
     """
     slots = slots_of(spec, cluster) if spec.sweep is not None else None
     workers = slots.workers if slots else share_out(spec, cluster, {})
@@ -113,6 +115,23 @@ def must_fit(spec: JobSpec, cluster: Cluster) -> str:
     each = f"{workers.gpus:g} GPU" if workers.on_gpu else f"{workers.cpus} CPU"
     groups = f"{slots.count} slot(s) of " if slots else ""
     return f"{groups}{workers.count} worker(s) of {each} on {cluster}"
+
+
+def plan_from_here(spec: JobSpec, cluster: Cluster) -> Plan | None:
+    """The whole plan, memory and all, where prepared rows and model lie on paths that this machine sees too.
+
+    None where they do not: the driver makes the plan on the cluster then. Raises PlanError.
+    """
+    try:
+        prepared = find_prepared(spec)
+        return make_plan(spec, cluster, prepared) if prepared else None
+    except PlanError:
+        raise
+    except (
+        OrchestratorError,
+        OSError,
+    ):  # the cluster's own, or so broken that its driver will say it
+        return None
 
 
 def _fit_beside(workers: Workers, driver_cpus: float, cluster: Cluster) -> bool:
