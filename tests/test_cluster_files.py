@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from test_render import containers
 
 from orchestrator.kube.overlays import OVERLAYS, overlay
 from orchestrator.kube.validate import validate
 from orchestrator.launch.session import TRAIN_SETTINGS
 from orchestrator.report import gauges
+from orchestrator.report.sweep_view import SweepView
+from orchestrator.report.trial_log import SweepLog, Verdict
+from orchestrator.run_folder import SweepFolder
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
@@ -121,6 +125,33 @@ def test_a_cluster_is_told_the_newest_figures(monkeypatch: pytest.MonkeyPatch) -
     }
 
 
+def test_a_cluster_is_told_how_a_sweep_stands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    FakeGauge.told = {}
+    monkeypatch.setattr("ray.util.metrics.Gauge", FakeGauge)
+    folder = SweepFolder(tmp_path / "search")
+    folder.root.mkdir()
+    log = SweepLog(folder.log, "accuracy", maximize=True)
+    with SweepView(folder, 3, 2, log, Console(quiet=True), on_cluster=True) as view:
+        for index in range(3):
+            log.trial(f"t{index}", index, {"optimizer.lr": 1.0}, None)
+        log.report("t0", 4, 4, {"accuracy": 0.75}, Verdict(True, True))
+        log.end("t0", "finished", 4, "")
+        log.end("t1", "failed", 0, "its workers were lost")
+        view.update()
+        FakeGauge.told = {name: value for (name, _), value in FakeGauge.told.items()}
+        told, FakeGauge.told = FakeGauge.told, {}
+        view.update()
+        assert FakeGauge.told == {}, "nothing is new"
+    assert told == {
+        "orchestrator_trials_ended": 2,
+        "orchestrator_trials_running": 1,
+        "orchestrator_trials_failed": 1,
+        "orchestrator_best_trial": 0.75,
+    }
+
+
 def test_dashboards_and_alerts_name_metrics_that_exist() -> None:
     folder = CLUSTER / "monitoring"
     shown = (folder / "orchestrator.json").read_text(encoding="utf-8")
@@ -169,3 +200,8 @@ def test_the_cluster_launcher_reads_the_machines() -> None:
         wanted: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
         assert [e.message for e in Draft7Validator(schema).iter_errors(wanted)] == []
         assert wanted["available_node_types"]["head"]["resources"] == {"CPU": 0}
+        for role in ("head", "worker"):
+            (start,) = (c for c in wanted[f"{role}_start_ray_commands"] if "ray start" in c)
+            assert start.startswith("cd /mnt/orchestrator; ")
+            assert "RAY_AUTH_MODE=token ray start" in start
+        assert "/home/ray/.ray/auth_token" in wanted["file_mounts"]

@@ -124,10 +124,14 @@ def render(
     kueue: Annotated[str | None, typer.Option(metavar="QUEUE", help="Queue in Kueue.")] = None,
     spot: Annotated[bool, typer.Option("--spot", help="Workers on spot machines.")] = False,
     gcs_ft: Annotated[
-        str | None, typer.Option(metavar="redis://HOST:PORT", help="Survive a lost head.")
+        str | None,
+        typer.Option(
+            metavar="redis://HOST:PORT",
+            help="Survive a lost head: Ray's state in Redis, the driver in a pod of its own.",
+        ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As [key=value].")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As \\[key=value].")
     ] = None,
     validate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Check manifests instead of writing them.")

@@ -1,8 +1,10 @@
-"""A run's latest figures as Ray metrics, which Ray's agents offer to Prometheus under `ray_…`."""
+"""A run's or sweep's latest figures as Ray metrics, which Ray's agents offer to Prometheus under `ray_…`."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from orchestrator.report.trial_log import SweepLog
 
 STEP_GAUGES = {
     "step": ("orchestrator_step", "Optimizer steps done."),
@@ -20,11 +22,18 @@ STEP_GAUGES = {
 TOKENS_GAUGE = ("orchestrator_tokens_per_second", "Useful tokens of the last step per second.")
 EVAL_GAUGE = ("orchestrator_evaluation", "Latest evaluation; the label `metric` says of what.")
 
+SWEEP_GAUGES = {
+    "ended": ("orchestrator_trials_ended", "Trials of the sweep that have ended."),
+    "running": ("orchestrator_trials_running", "Trials that have begun and not ended."),
+    "failed": ("orchestrator_trials_failed", "Trials that ended without a result."),
+    "best": ("orchestrator_best_trial", "The sweep's metric, of its best trial so far."),
+}
+
 
 def metric_names() -> set[str]:
     """As Prometheus sees them."""
-    ours = [name for name, _ in STEP_GAUGES.values()] + [TOKENS_GAUGE[0], EVAL_GAUGE[0]]
-    return {f"ray_{name}" for name in ours}
+    ours = [name for name, _ in (*STEP_GAUGES.values(), *SWEEP_GAUGES.values())]
+    return {f"ray_{name}" for name in (*ours, TOKENS_GAUGE[0], EVAL_GAUGE[0])}
 
 
 class Gauges:
@@ -53,3 +62,29 @@ class Gauges:
         """An evaluation's metrics by name."""
         for name, value in figures.items():
             self._evals.set(value, tags={**self._run, "metric": name})
+
+
+class SweepGauges:
+    """The same for a sweep: `run` is its name."""
+
+    def __init__(self, sweep: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._sweep = {"run": sweep}
+        self._gauges = {
+            figure: Gauge(name, description=meaning, tag_keys=("run",))
+            for figure, (name, meaning) in SWEEP_GAUGES.items()
+        }
+
+    def told(self, log: SweepLog) -> None:
+        """What the log says now."""
+        statuses = [trial.status for trial in list(log.trials.values())]
+        figures = {
+            "ended": sum(status is not None for status in statuses),
+            "running": statuses.count(None),
+            "failed": sum(status in ("failed", "diverged") for status in statuses),
+        }
+        best = log.best()
+        for figure, value in {**figures, **({"best": best.best} if best else {})}.items():
+            if value is not None:
+                self._gauges[figure].set(value, tags=self._sweep)

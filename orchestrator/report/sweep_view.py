@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.report.gauges import SweepGauges
 from orchestrator.report.records import read_records
 from orchestrator.report.trial_log import SweepLog, TrialState
 from orchestrator.report.words import shown
@@ -25,14 +26,23 @@ class SweepView:
     """Follows the log of a sweep; `update` is called a few times a second."""
 
     def __init__(
-        self, folder: SweepFolder, num_trials: int, slots: int, log: SweepLog, console: Console
+        self,
+        folder: SweepFolder,
+        num_trials: int,
+        slots: int,
+        log: SweepLog,
+        console: Console,
+        on_cluster: bool = False,
     ) -> None:
+        """`on_cluster`: also tell the cluster's metrics."""
         self.folder, self.num_trials, self.slots = folder, num_trials, slots
         self.log, self.console = log, console
         self._standing = Standing(folder)
         self._started_at = self._drawn_at = time.monotonic()
         self._ended_before = self._ended()
         self._told = len(log.order)
+        self._gauges = SweepGauges(folder.name) if on_cluster else None
+        self._measured = -1
         self._live = Live(console=console, auto_refresh=False, transient=False)
 
     def __enter__(self) -> SweepView:
@@ -56,6 +66,9 @@ class SweepView:
 
     def update(self, at_once: bool = False) -> None:
         """Show what is new."""
+        if self._gauges and self._measured != len(self.log.order):
+            self._measured = len(self.log.order)
+            self._gauges.told(self.log)
         if self.console.is_terminal:
             if at_once or time.monotonic() - self._drawn_at >= REFRESH_S:
                 self._drawn_at = time.monotonic()

@@ -12,8 +12,8 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class RuntimeSpec(Frozen):
-    """What `orchestrator submit` asks of the cluster for the job's processes; `train` on this machine
-    does not read it."""
+    """What `orchestrator submit` asks of the cluster for the job's processes, and `render` writes into manifests,
+    where the driver has its own pod or the head's and reserves nothing. `train` on this machine does not read it."""
 
     pip: tuple[str, ...] = ()
     """Packages that Ray installs on every node before the job starts, as `pip install` takes them."""

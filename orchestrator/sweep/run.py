@@ -27,7 +27,7 @@ from orchestrator.launch.run import (
     prepared_data,
     stop_on_signals,
 )
-from orchestrator.launch.session import ray_session, send_chatter_to
+from orchestrator.launch.session import attached_address, ray_session, send_chatter_to
 from orchestrator.plan import Cluster, Plan, this_machine
 from orchestrator.plan.slots import Slots, slots_of
 from orchestrator.report.records import append_event, read_records
@@ -181,7 +181,9 @@ def _run(
 
     tuning = _Background(tune)
     with (
-        SweepView(folder, plan.planned_trials, plan.slots, log, console) as view,
+        SweepView(
+            folder, plan.planned_trials, plan.slots, log, console, attached_address() is not None
+        ) as view,
         stop_on_signals(lambda: _ask_to_stop(director), view.say),
     ):
         tuning.start()
