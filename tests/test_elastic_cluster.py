@@ -66,28 +66,37 @@ def started(run: faults.LiveRun, workers: int, times: int) -> bool:
     )
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_shrinks_when_a_node_leaves_and_grows_without_losing_a_step_when_it_comes_back(
-    stage: int, models: tiny.Tiny, tmp_path: Path, cluster: Any
+@pytest.mark.parametrize(
+    ("stage", "most", "story"),
+    [(2, 2, ("lost", "back")), (3, 2, ("lost", "back")), (1, 3, ("back", "lost"))],
+    ids=["zero2: 2, 1, 2", "zero3: 2, 1, 2", "zero1: 2, 3, 2"],
+)
+def test_a_run_shrinks_when_a_node_leaves_and_grows_without_losing_a_step_when_one_comes(
+    stage: int, most: int, story: tuple[str, ...], models: tiny.Tiny, tmp_path: Path, cluster: Any
 ) -> None:
-    cluster.add_node(**NODE)
-    second = cluster.add_node(**NODE)
-    run = faults.LiveRun(job(models, tmp_path, stage), address=cluster.address)
+    nodes = [cluster.add_node(**NODE) for _ in range(2)]
+    resources = {"num_workers": {"min": 1, "max": most, "grow_every_s": 5}, "cpus_per_worker": 2}
+    run = faults.LiveRun(job(models, tmp_path, stage, resources=resources), address=cluster.address)
     run.wait_until(lambda: bool(run.events("first_step")) and started(run, 2, 1))
     run.wait_until(lambda: len(committed(run.folder.checkpoints)) > 0)
-
-    cluster.remove_node(second, allow_graceful=False)
-    lost_at, lost_step = time.monotonic(), run.step()
-    run.wait_until(lambda: started(run, 1, 1), 240)
-    print(f"| {stage} | node lost at step {lost_step} | {time.monotonic() - lost_at:.1f} s |")
-    assert run.events("stream")[-1]["step"] >= max(lost_step - 20, 1)
-
-    cluster.add_node(**NODE)
-    back_at = time.monotonic()
-    run.wait_until(lambda: started(run, 2, 2), 240)
-    print(f"| {stage} | node back | {time.monotonic() - back_at:.1f} s |")
-    handover = run.events("handover")[-1]
-    assert run.events("stream")[-1]["step"] == handover["step"]  # not a step was lost
+    for event in story:
+        if event == "lost":
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+        else:
+            nodes.append(cluster.add_node(**NODE))
+        at_s, step, workers = time.monotonic(), run.step(), len(nodes)
+        times = [g["workers"] for g in run.events("find")].count(workers) + 1
+        run.wait_until(lambda w=workers, t=times: started(run, w, t), 240)
+        resumed = run.events("stream")[-1]["step"]
+        print(
+            f"| {stage} | {event} at step {step}, {workers} worker(s) from step {resumed} | "
+            f"{time.monotonic() - at_s:.1f} s |",
+            flush=True,
+        )
+        if event == "lost":
+            assert resumed >= max(step - 20, 1)
+        else:
+            assert resumed == run.events("handover")[-1]["step"], "a step was lost"
 
     run.signal(signal.SIGINT)
     assert run.finish(180) == 130, run.output()
