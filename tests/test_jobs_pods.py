@@ -27,7 +27,7 @@ def cluster(tmp_path: Path) -> Iterator[Pods]:
     """A head without CPUs that wants a token, and two nodes with room for one worker each."""
     if not (ROOT / "jobs" / "data" / "minilm").exists():
         pytest.skip("needs the quickstart's model and data: python jobs/fetch.py quickstart")
-    with pods(tmp_path / "pods") as one:
+    with pods(tmp_path / "pods", needed=True) as one:
         one.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         one.start_head(0)
         for number in (2, 3):

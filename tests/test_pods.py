@@ -120,7 +120,7 @@ def test_lost_workers_raylets_pods_and_links_change_nothing(
     cluster.watch()
     run = start(job(models, tmp_path, 2), cluster)
     spare = 5
-    for kind in ("worker", "raylet", "pod", "link"):
+    for kind in cluster.kinds:
         reached = run.step()
         run.wait_until(lambda s=reached: run.step() >= s + EVERY + 3, START_S)
         pod = cluster.all[max(cluster.where("RayTrainWorker"))]
@@ -175,7 +175,9 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_no_step_is_lost(
     said = cluster.folder / "hook.log"
     with open(said, "wb") as log:  # what a pod's preStop hook runs, in the pod
         ending = subprocess.Popen(
-            [*pod.inside(), sys.executable, *hook], env=cluster.environment, stderr=log
+            [*pod.inside(), sys.executable, *hook],
+            env={**cluster.environment, **pod.identity},
+            stderr=log,
         )
     run.wait_until(lambda: bool(run.events("notice")), START_S)
     noticed_s = time.monotonic() - drained
