@@ -16,7 +16,7 @@ from orchestrator.plan import describe_cluster
 from orchestrator.remote import package
 from orchestrator.remote.head import RemoteError, find_token
 from orchestrator.remote.jobs import exit_code
-from orchestrator.remote.request import job_in, make_request, must_fit
+from orchestrator.remote.request import job_in, make_request, must_fit, must_offer
 from orchestrator.spec import JobSpec, load_spec, parse_spec
 
 KEPT = {"storage": "/shared/runs"}
@@ -192,6 +192,14 @@ def test_a_job_file_outside_the_working_directory_is_refused(here: Path) -> None
 def test_a_request_that_can_never_be_met_is_refused(fields: dict[str, Any], why: str) -> None:
     with pytest.raises(PlanError, match=why):
         must_fit(spec(**fields), describe_cluster("4cpux2"))
+
+
+def test_a_driver_s_resource_that_no_node_has_is_refused() -> None:
+    nodes = [{"CPU": 4.0, "node:10.0.0.1": 1.0}, {"CPU": 0.0, "driver": 100.0, "memory": 2.0**30}]
+    must_offer(spec(), nodes)
+    must_offer(spec(runtime={"driver_resources": {"driver": 1}}), nodes)
+    with pytest.raises(PlanError, match=r"\{big: 1\}: no node has that.* own resources: driver\."):
+        must_offer(spec(runtime={"driver_resources": {"big": 1}}), nodes)
 
 
 def test_driver_and_workers_have_to_find_places_on_nodes_not_just_enough_cpus() -> None:

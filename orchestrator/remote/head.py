@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import os
 from collections.abc import Iterator
@@ -47,17 +48,20 @@ class Head:
             )
 
     def cluster(self) -> Cluster:
-        """What its living nodes have."""
+        """What its living nodes have, as a plan counts it."""
+        return ray_cluster(f"Ray cluster at {self.address}", self.resources())
+
+    def resources(self) -> builtins.list[dict[str, float]]:
+        """What each living node has, by Ray's names."""
         from ray.util.state.api import StateApiClient
         from ray.util.state.common import ListApiOptions, StateResource
 
         with self.in_words(), _without(RAY_OVERRIDES):
             client = StateApiClient(self.address, headers=dict(self.headers))
-            nodes: list[Any] = client.list(
+            nodes: builtins.list[Any] = client.list(
                 StateResource.NODES, ListApiOptions(limit=10_000), raise_on_missing_output=False
             )
-        alive = [n["resources_total"] for n in nodes if n["state"] == "ALIVE"]
-        return ray_cluster(f"Ray cluster at {self.address}", alive)
+        return [n["resources_total"] for n in nodes if n["state"] == "ALIVE"]
 
     def submit(self, request: JobRequest) -> str:
         """Upload the package and submit; returns the submission's id."""

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.remote.head import Head, RemoteError, UnreachableError
 from orchestrator.remote.package import files_to_pack, pack
-from orchestrator.remote.request import JobRequest, job_in, make_request, must_fit, plan_from_here
+from orchestrator.remote.request import (
+    JobRequest,
+    job_in,
+    make_request,
+    must_fit,
+    must_offer,
+    plan_from_here,
+)
 from orchestrator.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -44,6 +51,7 @@ def submit(
     """
     root = Path.cwd()
     inside = job_in(root, job)
+    must_offer(spec, head.resources())
     cluster = head.cluster()
     say(must_fit(spec, cluster))
     if spec.sweep is None and (plan := plan_from_here(spec, cluster)) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,19 @@ def must_fit(spec: JobSpec, cluster: Cluster) -> str:
     return f"{groups}{workers.count} worker(s) of {each} on {cluster}"
 
 
+def must_offer(spec: JobSpec, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises PlanError where no node has the resources that the driver asks for: it would wait for ever."""
+    wanted = spec.runtime.driver_resources
+    if wanted and not any(all(n.get(r, 0) >= wanted[r] for r in wanted) for n in nodes):
+        asked = ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items())
+        usual = {"CPU", "GPU", "memory", "object_store_memory"}
+        theirs = {name for n in nodes for name in n if name not in usual and ":" not in name}
+        raise PlanError(
+            f"runtime.driver_resources = {{{asked}}}: no node has that, and the job would wait for ever. "
+            f"The cluster's own resources: {', '.join(sorted(theirs)) or 'none'}."
+        )
+
+
 def plan_from_here(spec: JobSpec, cluster: Cluster) -> Plan | None:
     """The whole plan, memory and all, where prepared rows and model lie on paths that this machine sees too.
 
@@ -127,10 +140,8 @@ def plan_from_here(spec: JobSpec, cluster: Cluster) -> Plan | None:
         return make_plan(spec, cluster, prepared) if prepared else None
     except PlanError:
         raise
-    except (
-        OrchestratorError,
-        OSError,
-    ):  # the cluster's own, or so broken that its driver will say it
+    except (OrchestratorError, OSError):
+        # They are the cluster's own, or so broken that the driver will say it.
         return None
 
 
