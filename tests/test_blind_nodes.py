@@ -78,7 +78,7 @@ def test_a_slot_on_such_a_node_takes_no_trial_and_is_given_up_with_the_reason(
             groups.append(1)
             serve(config)
 
-    fleet = Fleet(Workers(1, 0, 1), 1, root, broker, "broker")
+    fleet = Fleet(Workers(1, 0, 1), 1, root, broker, "broker", health_timeout_s=60)
     monkeypatch.setattr(fleet, "_trainer", lambda slot, workers: Group())
     fleet.start()
     fleet.join(30)
