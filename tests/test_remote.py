@@ -10,7 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.errors import OrchestratorError, PlanError, SpecError
 from orchestrator.plan import describe_cluster
 from orchestrator.remote import package
@@ -211,6 +213,13 @@ def test_driver_and_workers_have_to_find_places_on_nodes_not_just_enough_cpus() 
         else:
             with pytest.raises(PlanError, match=r"driver_cpus = 2 do not fit"):
                 must_fit(job, describe_cluster("4cpux2"))
+
+
+def test_a_plan_is_for_one_cluster() -> None:
+    words = ["plan", "job.yaml", "--cluster", "4cpux1", "--address", "http://head:8265"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert "name two clusters" in done.output
 
 
 def test_the_token_is_looked_for_where_ray_looks(

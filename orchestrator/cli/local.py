@@ -48,6 +48,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What would run: each number with its reason. Prepares the data if it is not ready."""
+    if cluster and address:
+        raise typer.BadParameter("--cluster and --address name two clusters: give one of them")
     spec = load_spec(job, overrides or [])
     quiet_libraries()
     from orchestrator.api import make_plan
@@ -55,8 +57,6 @@ def plan(
     from orchestrator.plan.show import show_plan
     from orchestrator.remote.head import Head
 
-    if cluster and address:
-        raise typer.BadParameter("--cluster and --address name two clusters: give one of them")
     target = describe_cluster(cluster) if cluster else None
     target = Head(address).cluster() if address else target
     if spec.sweep is not None:
