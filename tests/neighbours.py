@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from pods import SETTINGS, Pods, command_line
+from pods import Pods, command_line, environment_of_nodes
 
 STORE = {"object_store_memory": 100_000_000}
 
@@ -67,10 +67,8 @@ class Neighbours(Pods):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        tied = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-        plain = {k: v for k, v in os.environ.items() if k not in tied}
-        settings = {k: v for k, v in SETTINGS.items() if k != "GLOO_SOCKET_IFNAME"}
-        self.environment = {**plain, **settings}
+        self.environment = environment_of_nodes()
+        del self.environment["GLOO_SOCKET_IFNAME"]  # names a pod's link
         self.all: dict[int, Any] = {}
         self.clusters: list[Any] = []
         self.watcher: subprocess.Popen[bytes] | None = None

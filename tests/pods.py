@@ -146,10 +146,7 @@ class Pods:
         self.hub = f"{self.name}-hub"
         self.temporary = Path(f"/tmp/{self.name}")
         self.temporary.mkdir(exist_ok=True)
-        tied = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-        plain = {k: v for k, v in os.environ.items() if k not in tied}
-        path = os.pathsep.join((str(Path(sys.executable).parent), plain.get("PATH", "")))
-        self.environment = {**plain, **SETTINGS, "PATH": path, "RAY_TMPDIR": str(self.temporary)}
+        self.environment = {**environment_of_nodes(), "RAY_TMPDIR": str(self.temporary)}
         self.all: dict[int, Pod] = {}
         self.redis: subprocess.Popen[bytes] | None = None
         self.watcher: subprocess.Popen[bytes] | None = None
@@ -300,6 +297,14 @@ def pods(folder: Path, needed: bool = False) -> Iterator[Pods]:
         yield cluster
     finally:
         cluster.close()
+
+
+def environment_of_nodes() -> dict[str, str]:
+    """This process's environment with SETTINGS, and without what ties it to another Ray."""
+    tied = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    plain = {k: v for k, v in os.environ.items() if k not in tied}
+    path = os.pathsep.join((str(Path(sys.executable).parent), plain.get("PATH", "")))
+    return {**plain, **SETTINGS, "PATH": path}
 
 
 def impossible() -> str:
