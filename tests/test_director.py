@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from orchestrator.cli import app
 from orchestrator.cli.sweeps import best_job, job_of_sweep
 from orchestrator.errors import CheckpointError, RunExistsError, TrainingError
 from orchestrator.launch.claim import claimed_folder
+from orchestrator.plan.resources import Workers
 from orchestrator.report.records import append_event
 from orchestrator.report.runs import runs_table
 from orchestrator.report.sweep_view import Standing, SweepView, results_table
@@ -31,6 +33,7 @@ from orchestrator.spec import JobSpec, dump_spec, load_spec
 from orchestrator.sweep import ending
 from orchestrator.sweep import run as run_module
 from orchestrator.sweep.director import Director
+from orchestrator.sweep.fleet import Fleet
 from orchestrator.sweep.plan import SweepPlan, first_rung, plan_sweep, plan_trial, rungs_of
 from orchestrator.sweep.run import _claimed, _must_have_the_same_rows, _planner, _spent_s
 from orchestrator.sweep.show import show_sweep
@@ -303,6 +306,14 @@ def test_a_sweep_that_fails_still_leaves_its_outcome_and_report(
         outcome = read_json(folder.outcome)
         assert (outcome["status"], outcome["best"]) == ("failed", "t00000")
         assert folder.report.exists()
+
+
+def test_a_worker_that_hangs_is_taken_for_dead_after_the_job_s_time_in_a_slot_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "600")
+    Fleet(Workers(1, 0, 1), 1, tmp_path, None, "broker", 7.5)._trainer(0, 1)
+    assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "7.5"
 
 
 # --- what people see

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from orchestrator.report.records import read_records, read_steps
 from orchestrator.report.trial_log import SweepLog, open_log
 from orchestrator.run_folder import RunFolder, SweepFolder, read_json
 from orchestrator.spec import JobSpec, load_spec
-from orchestrator.sweep.run import SweepOutcome, sweep
+from orchestrator.sweep.ending import SweepOutcome
+from orchestrator.sweep.run import sweep
+from orchestrator.train.checkpoint import committed, newest_valid
 from orchestrator.train.export import load_exported, load_plan
 
 STEPS = 36
@@ -105,6 +108,34 @@ def test_the_best_trial_is_exported_and_its_job_can_be_trained(done: SweepOutcom
     assert kept == [done.best.id]
 
 
+def test_a_slot_leaks_nothing_from_trial_to_trial_and_is_rebuilt_for_another_number_of_workers(
+    ray: Any, models: tiny.Tiny, tmp_path: Path
+) -> None:
+    """20 trials that differ in a field that changes nothing, the last two on two workers."""
+    search = {
+        "space": {"resources.num_workers": [1, 2], "stop.max_epochs": list(range(20, 38))},
+        "constraints": ["resources.num_workers == 1 or stop.max_epochs < 22"],
+        "searcher": {"type": "grid"},
+        "scheduler": {"type": "none"},
+        "slots": 1,
+    }
+    spec = job(models, tmp_path, "twenty", search, stop={"max_steps": 4})
+    outcome = sweep(spec)
+    log = open_log(outcome.folder)
+    by_workers: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for trial in log.trials.values():
+        assert trial.status == "finished", trial.message
+        by_workers[load_plan(outcome.folder.trial(trial.id)).num_workers].append(trial.reports)
+    assert (len(by_workers[1]), len(by_workers[2])) == (18, 2)
+    for reports in by_workers.values():
+        assert all(other == reports[0] for other in reports)
+    one, two = (reports[0][4]["loss"] for reports in by_workers.values())
+    assert one == pytest.approx(two, rel=0.2), "the same batches, other dropout"
+    events = [e for t in log.trials for e in read_records(outcome.folder.trial(t).events)]
+    began = [e["workers"] for e in events if e["kind"] == "find"]
+    assert began == [1] * 18 + [2] * 2
+
+
 def test_pbt_hands_checkpoints_of_winners_to_losers(
     ray: Any, models: tiny.Tiny, tmp_path: Path
 ) -> None:
@@ -177,15 +208,20 @@ def test_killed_at_random_moments_a_sweep_decides_what_it_would_have_decided(
     run = faults.LiveRun(spec, "sweep")
     run.wait_until(lambda: ended(folder) >= 1)
     run.kill_worker(0)
-    target = 1 + random.Random().randrange(1, 4)
+    target = 1 + random.Random().randrange(1, 3)
     run.wait_until(lambda: ended(folder) >= target)
+    time.sleep(random.Random().random())  # anywhere between two things that are written
     run.kill_everything()
+    before = ended(folder)
+    left = {t.id: starts(folder, t.id) for t in open_log(folder).trials.values() if not t.status}
+    committed_at = {trial: newest_step(folder, trial) for trial in left}
     again = faults.LiveRun(spec, "sweep")
-    again.wait_until(lambda: ended(folder) > target)
-    lost = again.processes("LightTrial")
-    assert lost, "nobody follows the trials"
-    for process in lost:
-        process.kill()
+    if before < len(want) - 2:
+        again.wait_until(lambda: ended(folder) > before)
+        lost = again.processes("LightTrial")
+        assert lost, "nobody follows the trials"
+        for process in lost:
+            process.kill()
     assert again.finish() == 0, again.output()
     log = open_log(folder)
     got = facts(log)
@@ -195,6 +231,21 @@ def test_killed_at_random_moments_a_sweep_decides_what_it_would_have_decided(
     ran = [r["trial"] for r in read_records(folder.log) if r["kind"] == "end"]
     assert sorted(ran) == sorted(set(ran)), "a finished trial ran again"
     assert read_json(folder.outcome)["status"] == "finished"
+    for trial, earlier in left.items():
+        went_on_at = starts(folder, trial)[len(earlier) :]
+        assert went_on_at[:1] in ([], [committed_at[trial]]), "from its newest checkpoint"
+
+
+def starts(folder: SweepFolder, trial: str) -> list[int]:
+    """The step of each start of a trial."""
+    events = read_records(folder.trial(trial).events)
+    return [e["step"] for e in events if e["kind"] == "stream"]
+
+
+def newest_step(folder: SweepFolder, trial: str) -> int:
+    """The step that a trial must go on from."""
+    found = newest_valid(folder.trial(trial).checkpoints, lambda _: None)
+    return found.step if found else 0
 
 
 @pytest.mark.timeout(400)
@@ -224,3 +275,8 @@ def test_a_sweep_that_is_asked_to_stop_keeps_everything_and_goes_on_by_name(
     assert folder.export.exists()
     streams = [e for e in read_records(folder.trial("t00001").events) if e["kind"] == "stream"]
     assert [e["step"] > 0 for e in streams] == [False, True], "the stopped trial began anew"
+    with_checkpoints = [p.parent.name for p in (folder.root / "trials").glob("*/checkpoints")]
+    assert with_checkpoints
+    for trial in with_checkpoints:
+        valid = newest_valid(folder.trial(trial).checkpoints, lambda _: None)
+        assert valid == committed(folder.trial(trial).checkpoints)[0], "every checkpoint is valid"
