@@ -32,9 +32,9 @@ TRAIN_SETTINGS = {
 }
 
 MEMORY_SETTINGS = {
-    # glibc reads this when a worker starts: memory that is freed stays with the process and is used again, whole. By
-    # itself glibc maps each block of over 32 MiB anew, and the kernel fills its pages one by one at their first touch; a
-    # step takes and frees such blocks all the time. Chunks kept per thread would split what is freed.
+    # glibc reads this when a worker starts: freed memory stays with the process and is used again, whole. By itself
+    # it maps each block of over 32 MiB anew, and the kernel fills its pages one by one at their first touch; a step
+    # takes and frees such blocks all the time. Chunks kept per thread would split what is freed.
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=1099511627776"
     ":glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0",
 }
