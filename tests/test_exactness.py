@@ -20,7 +20,6 @@ from orchestrator.data.stream import FIRST_BLOCKS, unpack_rows
 from orchestrator.errors import TrainingError
 from orchestrator.launch.run import _outcome
 from orchestrator.model.build import build_model
-from orchestrator.model.parts import parameter_groups
 from orchestrator.plan import Plan
 from orchestrator.plan.schedule import lr_factor
 from orchestrator.report.records import read_records
@@ -28,9 +27,25 @@ from orchestrator.run_folder import RunFolder, write_json
 from orchestrator.spec import JobSpec
 from orchestrator.train.checkpoint import committed, newest_valid
 from orchestrator.train.export import best_checkpoint, export_run, load_exported
+from orchestrator.train.optimizer import make_optimizer
 
 STEPS = 30
 ROWS = 203  # no multiple of anything: every epoch ends in a partial batch
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "plain-sgd-zero3": {
+        "optimizer": {"type": "sgd", "momentum": 0, "lr": 0.5},
+        "zero": {"stage": 3},
+    },
+    "adam-zero2": {
+        "optimizer": {"type": "adam", "weight_decay": 0.1, "lr": 3e-3, "layer_decay": 0.5},
+        "zero": {"stage": 2},
+    },
+    "rmsprop-zero1": {"optimizer": {"type": "rmsprop", "lr": 1e-3}, "zero": {"stage": 1}},
+    "lion-zero2": {"optimizer": {"type": "lion", "lr": 1e-3}, "zero": {"stage": 2}},
+    "adafactor-zero0": {"optimizer": {"type": "adafactor", "lr": 1e-2}},
+}
 
 
 def job(models: tiny.Tiny, folder: Path, name: str, **fields: Any) -> JobSpec:
@@ -77,8 +92,7 @@ def plain_loop(plan: Plan, before: Callable[[Any, int], None] | None = None) -> 
     )
     model = build_model(spec, plan.labels)
     model.train()
-    groups = parameter_groups(model, spec, plan.learning_rate)
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = make_optimizer(plan, model)
     out = []
     for step in range(plan.total_steps):
         if before:
@@ -91,7 +105,8 @@ def plain_loop(plan: Plan, before: Callable[[Any, int], None] | None = None) -> 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec.gradient_clipping or 1e9)
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * lr_factor(spec.schedule, step, plan.total_steps)
+            factor = lr_factor(spec.schedule, step, plan.total_steps)
+            group["lr"] = plan.learning_rate * group["lr_scale"] * factor
         optimizer.step()
         optimizer.zero_grad()
         out.append(float(loss.detach()))
@@ -108,6 +123,8 @@ def pair(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) 
     plans["accumulating"] = plan_of(
         job(models, folder, "accumulating", batch={"global_rows": 8, "micro_rows": 2})
     )
+    for name, fields in OPTIMIZERS.items():
+        plans[name] = plan_of(job(models, folder, name, stop={"max_steps": 6}, **fields))
     plans["lora"] = plan_of(job(models, folder, "lora", tuning={"type": "lora"}, zero={"stage": 3}))
     plans["one-row"] = plan_of(
         job(
@@ -131,6 +148,15 @@ def pair(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def reference(pair: dict[str, Plan]) -> list[float]:
     return plain_loop(pair["zero0"])
+
+
+@pytest.mark.parametrize("trial", OPTIMIZERS)
+def test_every_optimizer_under_zero_follows_itself_in_a_plain_loop(
+    trial: str, pair: dict[str, Plan]
+) -> None:
+    got, alone = losses(pair[trial]), plain_loop(pair[trial])
+    assert got[0] > 1.01 * min(got), "it learns"
+    np.testing.assert_allclose(got, alone, rtol=1e-3)
 
 
 @pytest.mark.parametrize("trial", ["zero0", "zero1", "zero2", "zero3", "accumulating"])

@@ -50,7 +50,8 @@ KNOBS: dict[str, dict[str, Any]] = {
         }
         for stage in (0, 2, 3)
     },
-    "adam-swa-bf16": {
+    "adam-swa-bf16-zero2": {
+        "zero": {"stage": 2},
         "optimizer": {"type": "adam", "lr": 1e-3},
         "regularisation": {"averaging": {"type": "swa", "start_ratio": 0.2, "every_steps": 2}},
         "precision": "bf16",
@@ -86,7 +87,15 @@ KNOBS: dict[str, dict[str, Any]] = {
             ("dora-zero3", {"type": "lora", "use_dora": True}, {"zero": {"stage": 3}}),
             ("ia3-zero2", {"type": "ia3"}, {"zero": {"stage": 2}}),
             ("prompt-zero3", {"type": "prompt", "num_virtual_tokens": 3}, {"zero": {"stage": 3}}),
+            ("prefix-zero3", {"type": "prefix", "num_virtual_tokens": 3}, {"zero": {"stage": 3}}),
         )
+    },
+    "lora-ema-bf16-zero2": {
+        "tuning": {"type": "lora"},
+        "optimizer": {"lr": 0.02},
+        "regularisation": {"averaging": {"type": "ema", "decay": 0.7}},
+        "precision": "bf16",
+        "zero": {"stage": 2},
     },
     **{
         f"unfreezing-zero{stage}": {
@@ -100,7 +109,7 @@ KNOBS: dict[str, dict[str, Any]] = {
         for stage in (2, 3)
     },
 }  # fmt: skip
-ADAPTERS = [name for name in KNOBS if "tuning" in KNOBS[name] and "type" in KNOBS[name]["tuning"]]
+ADAPTERS = [n for n, k in KNOBS.items() if "type" in k.get("tuning", {}) and "precision" not in k]
 
 
 def plans(models: tiny.Tiny, folder: Path) -> dict[str, Plan]:

@@ -96,6 +96,36 @@ TASKS: dict[str, dict[str, Any]] = {
             }
         },
     },
+    "image_classification_convnext": {
+        "model": "bert",  # not used: the model comes from its config
+        "rows": lambda r: {
+            "image": picture(200 if r["label"] == "good" else 50),
+            "label": r["label"],
+        },
+        "task": {
+            "type": "image_classification",
+            "size_pixels": 8,
+            "channels": 1,
+            "labels": ["bad", "good"],
+        },
+        "predicted": "label",
+        "lines": ["nowhere.png", "nowhere.png"],
+        "job": {
+            "zero": {"stage": 3},
+            "model": {
+                "pretrained": None,
+                "config": {
+                    "model_type": "convnext",
+                    "image_size": 8,
+                    "patch_size": 2,
+                    "num_channels": 1,
+                    "num_stages": 2,
+                    "hidden_sizes": [8, 16],
+                    "depths": [1, 1],
+                },
+            },
+        },
+    },
     "speech_recognition": {
         "model": "bert",  # not used: the model comes from its config
         "rows": lambda r: {"audio": sound(r["label"]), "text": r["label"]},

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from peft import PeftModel
 from rich.console import Console
 from test_plan import LABELS, LAPTOP, changed, prepared, sized
+from transformers import ConvNextConfig, ViTConfig, Wav2Vec2Config
 
 from orchestrator.errors import OrchestratorError, PlanError, SpecError
 from orchestrator.model.build import build_model
@@ -23,7 +25,7 @@ from orchestrator.model.parts import distances, no_decay
 from orchestrator.plan import Plan, describe_cluster, make_plan
 from orchestrator.plan.facts import model_facts
 from orchestrator.plan.show import show_plan
-from orchestrator.spec import JobSpec
+from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.train.engine import set_learning_rate
 from orchestrator.train.optimizer import make_optimizer
 from orchestrator.train.unfreezing import unfreezing_of
@@ -39,6 +41,9 @@ ADAPTERS = {
     "projection": ["tuning={type: prefix, num_virtual_tokens: 5, prefix_projection: true}"],
 }
 H, N = tiny.HIDDEN, tiny.LAYERS
+NAMED: dict[str, Any] = {
+    "name": "job", "model": {"pretrained": "org/model"}, "data": {"train": "memory://"},
+}  # fmt: skip
 CAUSAL = "task={type: causal_lm, packing: false}"
 
 
@@ -92,6 +97,65 @@ def test_an_adapter_trains_what_its_paper_says_and_the_head(
         - {name for name, _ in model.named_parameters()}
         - {name for name, _ in model.named_buffers()}
     ), "nothing is saved twice"
+
+
+def test_rslora_scales_by_the_root_of_the_rank(spec: JobSpec) -> None:
+    scales = {}
+    for rslora in ("false", "true"):
+        tuning = f"tuning={{type: lora, r: 4, lora_alpha: 6, use_rslora: {rslora}}}"
+        model: Any = build_model(changed(spec, tuning), LABELS)
+        found = {
+            m.scaling["default"]
+            for m in model.modules()
+            if isinstance(getattr(m, "scaling", None), dict)
+        }
+        (scales[rslora],) = found
+    assert scales == {"false": 6 / 4, "true": 6 / 4**0.5}
+
+
+IMAGES = {"type": "image_classification", "size_pixels": 8, "labels": LABELS}
+OTHERS: dict[str, tuple[dict[str, Any], Any, str, torch.Tensor]] = {
+    "vit": (
+        IMAGES,
+        ViTConfig(image_size=8, patch_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                  num_attention_heads=2),
+        "classifier", torch.randn(2, 3, 8, 8),
+    ),
+    "convnext": (
+        IMAGES, ConvNextConfig(image_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2),
+        "classifier", torch.randn(2, 3, 8, 8),
+    ),
+    "wav2vec2": (
+        {"type": "speech_recognition", "frame_samples": 20, "labels": ["a", "b"]},
+        Wav2Vec2Config(**tiny.WAVE_SHAPE, vocab_size=3), "lm_head", torch.randn(2, 400),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_adapters_on_images_and_sound_train_the_head_and_merge(kind: str, tmp_path: Path) -> None:
+    task, config, head, values = OTHERS[kind]
+    auto = JobSpec.model_validate({**NAMED, "task": task}).task.auto_class
+    getattr(transformers, auto).from_config(config).save_pretrained(tmp_path)
+    tuning = {"type": "lora", "r": 2}
+    job = parse_spec(
+        {**NAMED, "task": task, "model": {"pretrained": str(tmp_path)}, "tuning": tuning}
+    )
+    model: Any = scattered(build_model(job, LABELS))
+    assert {n.split(".")[-1] if "lora_" not in n else "lora" for n in moving(model)} == {
+        "weight", "bias", "lora",
+    }  # fmt: skip
+    trained_whole = {n for n in moving(model) if "lora_" not in n}
+    assert all(f"{head}.modules_to_save" in n for n in trained_whole)
+    assert head not in model_facts(job, LABELS).adapted_modules
+    with torch.no_grad():
+        adapted = model(values).logits
+        merged: Any = model.merge_and_unload()
+        torch.testing.assert_close(adapted, merged(values).logits, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again = getattr(transformers, auto).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted, again(values).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
@@ -214,7 +278,7 @@ def test_virtual_tokens_take_positions_and_memory_of_a_text(
         (["tuning={type: ia3, target_modules: [key]}"], "tuning.feedforward_modules", "given where"),
         (["tuning={type: ia3, target_modules: [key], feedforward_modules: [dense]}"],
          "tuning.feedforward_modules", "no target module"),
-        (["tuning.type=ia3", "task={type: image_classification}"], "tuning.type", "head trainable"),
+        (["tuning.type=prefix", "task={type: image_classification}"], "tuning.type", "does not read"),
     ],
 )  # fmt: skip
 def test_a_tuning_that_cannot_be_right_is_refused_before_anything_is_loaded(

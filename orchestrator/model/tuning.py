@@ -32,9 +32,9 @@ def apply_tuning(model: Any, spec: JobSpec) -> torch.nn.Module:
         case FullTuning() as full:
             return _freeze(model, full)
         case LoraTuning() as lora:
-            return _adapted(model, spec, _lora_config(model, lora, _head(spec)))
+            return _adapted(model, spec, _lora_config(model, lora, _head(model, spec)))
         case IA3Tuning() as ia3:
-            return _adapted(model, spec, _ia3_config(ia3, _head(spec)))
+            return _adapted(model, spec, _ia3_config(ia3, _head(model, spec)))
         case PromptTuning() as prompt:
             _check_prompt(model, spec)
             return _adapted(model, spec, _prompt_config(model, prompt, spec))
@@ -88,14 +88,16 @@ def _adapted(model: Any, spec: JobSpec, config: Any) -> torch.nn.Module:
     return tuned
 
 
-def _head(spec: JobSpec) -> dict[str, Any]:
-    """What tells peft to keep the head trainable.
+def _head(model: Any, spec: JobSpec) -> dict[str, Any]:
+    """What tells peft to keep the head trainable: the kind of task, or the head's modules by name.
 
-    Its own wrapper for question answering swallows `token_type_ids`, which a merged export gets.
+    It has no kinds for images and sound. Its own wrapper for question answering swallows
+    `token_type_ids`, which a merged export gets.
     """
-    if spec.task.peft_task == "QUESTION_ANS":
-        return {"modules_to_save": ["qa_outputs"]}
-    return {"task_type": spec.task.peft_task}
+    if spec.task.peft_task not in ("", "QUESTION_ANS"):
+        return {"task_type": spec.task.peft_task}
+    beside = {name: m for name, m in model.named_children() if name != model.base_model_prefix}
+    return {"modules_to_save": [n for n, m in beside.items() if any(True for _ in m.parameters())]}
 
 
 def _lora_config(model: Any, lora: LoraTuning, head: dict[str, Any]) -> Any:

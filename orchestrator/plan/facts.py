@@ -30,8 +30,9 @@ def _adapted_modules(model: Any) -> tuple[str, ...]:
     """Last parts of the names of the modules that peft adapts."""
     config = getattr(model, "peft_config", {}).get("default")
     targets = getattr(config, "target_modules", None) or ()
-    names = (targets,) if isinstance(targets, str) else targets
-    return tuple(sorted({str(name).rpartition(".")[2] for name in names}))
+    names = {targets} if isinstance(targets, str) else set(targets)
+    heads = set(getattr(config, "modules_to_save", None) or ())  # trained whole
+    return tuple(sorted({str(name).rpartition(".")[2] for name in names - heads}))
 
 
 def facts_of(model: Any) -> ModelFacts:

@@ -25,10 +25,9 @@ def tuning_rules(spec: JobSpec) -> Iterator[Problem]:
     if spec.model.config is not None:
         why = "adapters on random weights learn nothing useful"
         yield Problem("tuning.type", why, "use model.pretrained, or tuning.type: full", tuning.type)
-    if not spec.task.peft_task:
-        why = f"peft has no adapters for {spec.task.type} that leave its head trainable"
-        fix = "use tuning.type: full, with tuning.last_layers: 0 for the head alone"
-        yield Problem("tuning.type", why, fix, tuning.type)
+    if not spec.task.reads_text and isinstance(tuning, PromptTuning | PrefixTuning):
+        why = f"stands in front of a text, which {spec.task.type} does not read"
+        yield Problem("tuning.type", why, "tuning.type: lora, ia3 or full", tuning.type)
     match tuning:
         case LoraTuning(quantization=kind) if kind is not None:
             yield from _quantized(spec, kind)

@@ -60,7 +60,7 @@ class Task(Frozen):
     pipeline_tag: ClassVar[str]
     """The hub's name for what the exported model does."""
     peft_task: ClassVar[str]
-    """peft's `TaskType` for adapters; empty where it has none."""
+    """peft's `TaskType`; empty where it has none, so that adapters are told which modules are the head."""
     labelled_head: ClassVar[bool] = False
     """The model's outputs have names (`id2label`); a pretrained head for other ones is drawn anew."""
     all_logits: ClassVar[bool] = False

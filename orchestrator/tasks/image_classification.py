@@ -36,7 +36,7 @@ class ImageClassification(SingleLabel):
 
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     pipeline_tag: ClassVar[str] = "image-classification"
-    peft_task: ClassVar[str] = ""  # peft knows no such kind, so it would freeze the head
+    peft_task: ClassVar[str] = ""
     reads_text: ClassVar[bool] = False
     fixed_length: ClassVar[bool] = True
     after_prepare: ClassVar[frozenset[str]] = frozenset({"mean", "std"})
