@@ -291,6 +291,20 @@ def test_confusion_matrix_carries_the_labels_of_the_plan(folder: RunFolder) -> N
     assert figure["data"][0]["z"] == [[0.8, 0.2], [0.1, 0.9]]
 
 
+def test_several_labels_per_row_have_a_confusion_picture_too(folder: RunFolder) -> None:
+    write_run(folder)
+    by_label = {"good": [[7, 1], [2, 10]], "long": [[0, 0], [5, 15]]}
+    best = {k: v for k, v in evaluation(10, 0.9).items() if k != "confusion"}
+    best["confusion_per_label"] = by_label
+    write_json(folder.outcome, {"status": "finished", "best": best})
+    figure = charts_of(page_of(folder))["confusion"]
+    assert figure["layout"]["yaxis"]["ticktext"] == ["good", "not good", "long", "not long"]
+    assert figure["layout"]["xaxis"]["ticktext"] == ["predicted", "not predicted"]
+    assert figure["data"][0]["text"] == [[7, 1], [2, 10], [0, 0], [5, 15]]
+    assert figure["data"][0]["z"][0] == [0.875, 0.125]
+    assert figure["data"][0]["z"][2] == [0, 0]
+
+
 def test_scores_of_each_label_stand_side_by_side_the_weakest_first(folder: RunFolder) -> None:
     scores = {
         "precision_per_class": {"neg": 0.7, "pos": 1.0},

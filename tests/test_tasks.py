@@ -171,6 +171,8 @@ def test_classification_metrics_agree_with_scikit_learn() -> None:
     assert list(got["f1_per_class"].values()) == pytest.approx(list(per_class))
     micro = sk.f1_score(label, predicted, labels=range(4), average="micro")
     assert got["f1_micro"] == pytest.approx(micro)
+    for name, score in (("precision", sk.precision_score), ("recall", sk.recall_score)):
+        assert got[f"{name}_micro"] == pytest.approx(score(label, predicted, average="micro"))
     assert got["confusion"] == sk.confusion_matrix(label, predicted, labels=range(4)).tolist()
     assert got["loss"] == pytest.approx(float(loss.astype(np.float64).mean()))
     assert set(CLASSIFY.metric_names) <= set(got)

@@ -71,6 +71,8 @@ def test_multi_label_metrics_agree_with_scikit_learn() -> None:
         each = score(label, predicted, average=None, zero_division=0)
         assert list(got[f"{name}_per_class"].values()) == pytest.approx(list(each))
     assert got["exact_match"] == pytest.approx(sk.accuracy_score(label, predicted))
+    theirs = sk.multilabel_confusion_matrix(label, predicted)[:, ::-1, ::-1].tolist()
+    assert list(got["confusion_per_label"].values()) == theirs
     assert set(MULTI.metric_names) <= set(got)
 
 

@@ -58,6 +58,7 @@ def test_words_without_a_token_are_counted_as_outside_any_entity(pieces: Any) ->
     got = TASK.metrics(gathered, TAGS)
     assert (got["words"], got["entities"], got["accuracy"]) == (4, 3, 0.5)
     assert (got["precision"], got["recall"]) == (1, pytest.approx(1 / 3))
+    assert got["confusion"] == [[1, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize(

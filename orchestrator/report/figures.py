@@ -220,30 +220,47 @@ def memory_chart(
 
 
 def confusion_chart(record: Record, labels: Sequence[str]) -> Chart | None:
-    """The confusion matrix of one evaluation: rows are what is true, columns what was predicted."""
+    """The confusion matrix of one evaluation: lines are what is true, columns what was predicted. Where a
+    row may have several labels, each has two lines: where it holds, and where it does not."""
     import plotly.graph_objects as go
 
-    counts = record.get("confusion")
-    if not counts or any(len(row) != len(counts) for row in counts):
+    found = _confusion(record, labels)
+    if found is None:
         return None
-    names = [labels[i] if i < len(labels) else str(i) for i in range(len(counts))]
+    counts, true, predicted = found
     totals = [max(sum(finite(n) or 0 for n in row), 1) for row in counts]
     shares = [
         [(finite(n) or 0) / total for n in row] for row, total in zip(counts, totals, strict=True)
     ]
+    unit = "words" if "words" in record else "rows"
     heat = go.Heatmap(
         z=shares, text=counts, zmin=0, zmax=1, xgap=2, ygap=2,
         colorscale=[[0, "#f1f5f9"], [1, MEASURED]], colorbar={"tickformat": ".0%", "thickness": 10},
-        hovertemplate="true: %{y}<br>predicted: %{x}<br>%{text} rows, %{z:.1%}<extra></extra>",
+        hovertemplate=f"true: %{{y}}<br>predicted: %{{x}}<br>%{{text}} {unit}, %{{z:.1%}}<extra></extra>",
         texttemplate="%{text}" if len(counts) <= MOST_CELL_LABELS else None,
     )  # fmt: skip
-    note = f"Evaluation at step {record.get('step', '?')}. Colour: share of the true label's rows."
-    chart = built("confusion", "Confusion matrix", note, [heat], "", height_px=tall(names))
-    layout, axis = chart.figure["layout"], named_axis(names)
-    layout["xaxis"].update(axis, title={"text": "predicted"})
-    layout["yaxis"].update(axis, title={"text": "true"}, autorange="reversed")
+    note = f"Evaluation at step {record.get('step', '?')}. Colour: share of a line's {unit}."
+    chart = built("confusion", "Confusion matrix", note, [heat], "", height_px=tall(true))
+    layout = chart.figure["layout"]
+    layout["xaxis"].update(named_axis(predicted), title={"text": "predicted"})
+    layout["yaxis"].update(named_axis(true), title={"text": "true"}, autorange="reversed")
     layout["hovermode"] = "closest"
     return chart
+
+
+def _confusion(
+    record: Record, labels: Sequence[str]
+) -> tuple[list[Any], list[str], list[str]] | None:
+    """(counts, names of the lines, names of the columns)."""
+    counts = record.get("confusion")
+    if counts and all(len(row) == len(counts) for row in counts):
+        names = [labels[i] if i < len(labels) else str(i) for i in range(len(counts))]
+        return counts, names, names
+    by_label = record.get("confusion_per_label")
+    if not isinstance(by_label, Mapping) or not by_label:
+        return None
+    lines = [line for pair in by_label.values() for line in pair]
+    return lines, [n for k in by_label for n in (k, f"not {k}")], ["predicted", "not predicted"]
 
 
 def per_label_chart(record: Record) -> Chart | None:

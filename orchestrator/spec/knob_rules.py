@@ -99,7 +99,9 @@ def _regularisation(spec: JobSpec) -> Iterator[Problem]:
     settings, task = spec.regularisation, spec.task
     for field in ("label_smoothing", "r_drop_alpha"):
         if getattr(settings, field) and not task.has_scores:
-            why = f"needs a task that chooses among classes or tokens, which {task.type} does not"
+            why = (
+                f"works on scores of classes or of a vocabulary, of which {task.type} makes no loss"
+            )
             yield Problem(f"regularisation.{field}", why, "drop it", getattr(settings, field))
     for field in ("neftune_alpha", "token_masking"):
         if getattr(settings, field) and not task.reads_text:

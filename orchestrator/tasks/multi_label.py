@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     import torch
 
 
+def _confusion(
+    predicted: torch.Tensor, target: torch.Tensor, labels: Sequence[str]
+) -> dict[str, list[list[int]]]:
+    """Rows by label: [[predicted, not predicted] where it holds, the same where it does not]."""
+    from torchmetrics.functional.classification import multilabel_confusion_matrix
+
+    found = multilabel_confusion_matrix(predicted, target, num_labels=len(labels))
+    return {label: of.flip(0, 1).tolist() for label, of in zip(labels, found, strict=True)}
+
+
 class MultiLabelClassification(SequenceTask):
     """None, one or several labels per text: one yes or no per label."""
 
@@ -133,6 +143,7 @@ class MultiLabelClassification(SequenceTask):
             **{f"{name}_micro": float(score) for name, score in micro.items()},
             **{f"{name}_macro": float(score.mean()) for name, score in each.items()},
             **per_label(labels, each["precision"], each["recall"], each["f1"]),
+            "confusion_per_label": _confusion(predicted, target, labels),
         }
 
     def prediction(self, outputs: torch.Tensor, names: Mapping[int, str]) -> dict[str, Any]:

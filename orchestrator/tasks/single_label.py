@@ -27,6 +27,8 @@ class SingleLabel(Task):
         "precision_macro",
         "recall_macro",
         "f1_micro",
+        "precision_micro",
+        "recall_micro",
         "loss",
     )
     default_metric: ClassVar[str] = "accuracy"
@@ -94,7 +96,9 @@ class SingleLabel(Task):
             "f1_macro": float(f1.mean()),
             "precision_macro": float(precision.mean()),
             "recall_macro": float(recall.mean()),
-            "f1_micro": accuracy,  # with one label per row, so are micro precision and recall
+            **dict.fromkeys(
+                ("f1_micro", "precision_micro", "recall_micro"), accuracy
+            ),  # one label per row
             **per_label(labels, precision, recall, f1),
             "confusion": confusion.tolist(),
         }

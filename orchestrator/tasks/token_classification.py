@@ -184,6 +184,7 @@ class TokenClassification(Task):
             "loss": float(gathered["loss"].sum()) / max(words_with_loss, 1),
             "accuracy": sum(a == b for a, b in pairs) / max(len(pairs), 1),
             "words": len(pairs),
+            "confusion": _confusion(pairs, labels),
             **(_entity_scores(true, predicted) if self.entities else _tag_scores(pairs)),
         }
 
@@ -254,6 +255,16 @@ def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return flat.view_as(labels)
+
+
+def _confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> list[list[int]]:
+    """Words by true tag and predicted tag, in the order of `labels`."""
+    index = {label: i for i, label in enumerate(labels)}
+    counts = [[0] * len(labels) for _ in labels]
+    for true, predicted in pairs:
+        if true in index and predicted in index:  # a word without a token may have a tag of none
+            counts[index[true]][index[predicted]] += 1
+    return counts
 
 
 def _entity_scores(true: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
