@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as functional
+from PIL import Image
 from test_plan import LAPTOP, changed, prepared
 from test_spec import refused
 from test_stopping import BASE
@@ -27,7 +29,7 @@ from orchestrator.model.parts import PROJECTION
 from orchestrator.model.teacher import check_teacher, paired_layers
 from orchestrator.plan import Plan, make_plan
 from orchestrator.remote.package import named_by
-from orchestrator.spec import JobSpec
+from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.train.objective import Objective
 
 LABELS = ("bad", "good")
@@ -130,6 +132,50 @@ def test_with_several_labels_each_one_and_its_absence_are_compared(
     pairs = [torch.stack([logits, torch.zeros_like(logits)], -1) for logits in (ours, theirs)]
     away = softened(pairs[0], pairs[1], 2) / 2  # a sigmoid is a softmax over (logit, 0)
     assert bench.losses() == pytest.approx((0.75 * own + 0.25 * 4 * away, own), rel=1e-4)
+
+
+def test_an_image_has_a_teacher_too(tmp_path: Path, models: tiny.Tiny) -> None:
+    import transformers
+
+    rng = np.random.default_rng(0)
+    raw = [{"image": png(rng), "label": label} for label in ("bad", "good") * 4]
+    shape = {"image_size": 8, "patch_size": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(1)
+    for name, width in (("teacher", 32), ("student", 16), ("large", 16)):
+        size = {"image_size": 16} if name == "large" else {}
+        config = transformers.ViTConfig(**{**shape, **size}, hidden_size=width, num_hidden_layers=1,
+                                        initializer_range=0.5)  # fmt: skip
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / name)
+    task = {"type": "image_classification", "size_pixels": 8, "labels": ["bad", "good"]}
+    data = {"train": "memory://"}
+    settings = {"teacher": str(tmp_path / "teacher"), "alpha": 0.7, "temperature": 3}
+    given = {
+        "name": "job",
+        "task": task,
+        "model": {"pretrained": str(tmp_path / "student")},
+        "data": data,
+    }
+    spec = parse_spec({**given, "distillation": settings})
+    check_teacher(spec, LABELS)
+    bench = Bench(spec, raw, LABELS)
+    ours, theirs = bench.scores(bench.model), bench.scores(bench.teacher.model)
+    labels = torch.tensor([int(row["label"]) for row in bench.rows[:7]])
+    own = float(functional.cross_entropy(ours, labels, reduction="sum"))
+    assert bench.losses() == pytest.approx(
+        (0.3 * own + 0.7 * 9 * softened(ours, theirs, 3), own), rel=1e-4
+    )
+    other = parse_spec({**given, "distillation": {"teacher": str(tmp_path / "large")}})
+    with pytest.raises(OrchestratorError, match="size_pixels"):
+        check_teacher(other, LABELS)
+    found = refused({**given, "distillation": {**settings, "hidden": {}}})
+    assert "reads no text" in found["distillation.hidden"]
+
+
+def png(rng: np.random.Generator) -> bytes:
+    """A picture of noise."""
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
 
 
 def test_each_word_of_a_tagged_text_has_a_teacher(

@@ -26,11 +26,11 @@ class HiddenSpec(Frozen):
 class DistillationSpec(Frozen):
     """The loss is (1 − alpha) × the task's own + alpha × temperature² × the divergence from the teacher's
     softened outputs (Hinton et al., arXiv 1503.02531). The teacher runs once over the prepared training
-    rows; what it says is stored beside them."""
+    rows as they are, without masking or noise; what it says is stored beside them."""
 
     teacher: str
     """Hub id, folder of a model, or run folder with an export; trained for the same task and labels, with
-    the student's tokenizer."""
+    the student's tokenizer, where the task reads text."""
     revision: str | None = None
     """Branch, tag or commit of the teacher on the hub."""
     temperature: Annotated[float, Field(gt=0)] = 2.0

@@ -16,7 +16,7 @@ def distillation_rules(spec: JobSpec) -> Iterator[Problem]:
         return
     if task.soft_targets is None:
         why = f"a teacher's outputs for {task.type} cannot be learnt from"
-        fix = "drop it; text_classification, multi_label_classification, token_classification and causal_lm can"
+        fix = "drop it; classification of texts (one label or several), words and images, and causal_lm can"
         yield Problem("distillation", why, fix)
         return
     if settings.alpha == 0 and settings.hidden is None:
@@ -25,6 +25,9 @@ def distillation_rules(spec: JobSpec) -> Iterator[Problem]:
     if "top_k" in settings.model_fields_set and task.soft_targets != "tokens":
         why = "has no effect: all outputs are stored but those of language models"
         yield Problem("distillation.top_k", why, "drop it", settings.top_k)
+    if settings.hidden is not None and not task.reads_text:
+        why = f"compares hidden states token by token, and {task.type} reads no text"
+        yield Problem("distillation.hidden", why, "drop it: the outputs are learnt from without it")
     if settings.hidden is not None and isinstance(spec.tuning, PromptTuning):
         why = "excludes tuning.type: prompt: the student's rows would be longer than the teacher's"
         yield Problem("distillation.hidden", why, "drop it, or another tuning.type")

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.errors import Problem
-from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, Scores
+from orchestrator.tasks.base import (
+    BadRow,
+    EncodedRow,
+    FeatureKind,
+    RawRow,
+    Scores,
+    SoftTargets,
+)
 from orchestrator.tasks.single_label import SingleLabel
 from orchestrator.tasks.usual import BY_SIZE, IMAGE_NEW, IMAGE_TUNED, Rate
 
@@ -38,6 +45,7 @@ class ImageClassification(SingleLabel):
     pipeline_tag: ClassVar[str] = "image-classification"
     peft_task: ClassVar[str] = ""
     reads_text: ClassVar[bool] = False
+    soft_targets: ClassVar[SoftTargets | None] = "classes"
     fixed_length: ClassVar[bool] = True
     after_prepare: ClassVar[frozenset[str]] = frozenset({"mean", "std"})
     usual_global_rows_source: ClassVar[str] = (
