@@ -38,6 +38,21 @@ def test_editors_find_the_schema_of_a_shipped_job_and_accept_the_job(path: Path)
     assert [error.message for error in wrong] == []
 
 
+def test_every_path_of_a_shipped_job_is_one_that_a_script_beside_it_makes() -> None:
+    folder = JOBS[0].parent
+    scripts = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    made = set(re.findall(r'"(\w+)": fetch_', scripts)) | set(
+        re.findall(r'DATA / "(\w+)"', scripts)
+    )
+    named = {
+        (path.name, word)
+        for path in JOBS
+        for word in re.findall(r"^[^#\n]*\bjobs/data/(\w+)", path.read_text(encoding="utf-8"), re.M)
+    }
+    assert len(named) >= len(JOBS)
+    assert [pair for pair in sorted(named) if pair[1] not in made] == []
+
+
 def test_every_shipped_job_says_what_it_teaches() -> None:
     table = (JOBS[0].parent / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in JOBS if f"`{path.name}`" not in table] == []
