@@ -127,7 +127,7 @@ OTHERS: dict[str, tuple[dict[str, Any], Any, str, torch.Tensor]] = {
     ),
     "wav2vec2": (
         {"type": "speech_recognition", "frame_samples": 20, "labels": ["a", "b"]},
-        Wav2Vec2Config(**tiny.WAVE_SHAPE, vocab_size=3), "lm_head", torch.randn(2, 400),
+        Wav2Vec2Config(**tiny.WAVE_SHAPE), "lm_head", torch.randn(2, 400),
     ),
 }  # fmt: skip
 

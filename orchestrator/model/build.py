@@ -48,8 +48,8 @@ def build_model(spec: JobSpec, labels: tuple[str, ...], on_meta: bool = False) -
             config=config,
             revision=spec.model.revision,
             dtype=torch.float32,
-            # A classifier for other labels keeps its body; its head is drawn anew.
-            ignore_mismatched_sizes=spec.task.labelled_head,
+            # A classifier for other labels, or characters, keeps its body; its head is drawn anew.
+            ignore_mismatched_sizes=not spec.task.all_logits,
             **_gguf(spec),
             **quantized_load(spec, skeleton),
             **extra,
