@@ -391,6 +391,7 @@ CLASSIFY = {"task": {"type": "text_classification", "labels": ["a", "b"]}}
     [
         ({"regularisation": {"class_weights": "balanced"}}, "regularisation.class_weights"),
         ({"regularisation": {"mixup_alpha": 0.2}}, "regularisation.mixup_alpha"),
+        ({**CLASSIFY, "regularisation": {"class_weights": {}}}, "regularisation.class_weights"),
         ({**CLASSIFY, "regularisation": {"class_weights": {"c": 2}}},
          "regularisation.class_weights"),
         ({**CLASSIFY, "regularisation": {"mixup_alpha": 0.2, "r_drop_alpha": 1}},

@@ -50,7 +50,11 @@ class RegularisationSpec(Frozen):
     weight shrinks by rate × `l1` and stops at 0 (Duchi & Singer, JMLR 10, 2009)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability given to all classes alike (Szegedy et al., arXiv 1512.00567); in training only."""
-    class_weights: dict[str, Annotated[float, Field(gt=0)]] | Literal["balanced"] | None = None
+    class_weights: (
+        Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+        | Literal["balanced"]
+        | None
+    ) = None
     """Tasks with one label per row: weight of a row's loss by its label. `balanced`: rows / (labels × rows of
     the label), which makes rare labels count as much as frequent ones."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
