@@ -124,7 +124,7 @@ def pair(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) 
         job(models, folder, "accumulating", batch={"global_rows": 8, "micro_rows": 2})
     )
     for name, fields in OPTIMIZERS.items():
-        plans[name] = plan_of(job(models, folder, name, stop={"max_steps": 6}, **fields))
+        plans[name] = plan_of(job(models, folder, name, stop={"max_steps": 10}, **fields))
     plans["lora"] = plan_of(job(models, folder, "lora", tuning={"type": "lora"}, zero={"stage": 3}))
     plans["one-row"] = plan_of(
         job(
@@ -155,8 +155,9 @@ def test_every_optimizer_under_zero_follows_itself_in_a_plain_loop(
     trial: str, pair: dict[str, Plan]
 ) -> None:
     got, alone = losses(pair[trial]), plain_loop(pair[trial])
-    assert got[0] > 1.01 * min(got), "it learns"
+    still = plain_loop(pair[trial].model_copy(update={"learning_rate": 0.0}))
     np.testing.assert_allclose(got, alone, rtol=1e-3)
+    assert not np.allclose(got, still, rtol=5e-3), "it moves, so agreement says something"
 
 
 @pytest.mark.parametrize("trial", ["zero0", "zero1", "zero2", "zero3", "accumulating"])
