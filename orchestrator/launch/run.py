@@ -268,10 +268,11 @@ def _how_to_go_on(folder: RunFolder, outcome: dict[str, Any]) -> str:
 def finish(
     plan: Plan, folder: RunFolder, outcome: dict[str, Any], console: Console, anew: bool
 ) -> Outcome:
-    """Baseline, export and report of a run that ended well; `anew` where it has just been trained."""
+    """Baseline, export and report of a run that ended well.
+
+    `anew`: it has just been trained; `predict` may have exported it meanwhile, from a checkpoint before the last.
+    """
     baseline = _baseline(plan, folder, console)
-    if anew:
-        folder.teacher.unlink(missing_ok=True)
     exported: Path | None = folder.export if folder.export.exists() else None
     if outcome["status"] == "finished" and (anew or exported is None):
         from orchestrator.train.export import export_run

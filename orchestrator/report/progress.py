@@ -20,7 +20,7 @@ PATIENCE_S = 45.0
 """Seconds after which it is said that no worker has started."""
 NO_WORKERS = (
     "[yellow]no worker has started yet:[/] the cluster may have no room for the group (`ray status` on a "
-    "cluster; other runs on this machine), or be slow. Waiting; Ctrl-C leaves."
+    "cluster; other runs on this machine), or be slow. Waiting; Ctrl-C twice leaves."
 )
 SMOOTHING = 0.9
 
