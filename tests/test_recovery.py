@@ -53,7 +53,7 @@ def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
 
 @pytest.fixture(scope="session")
 def uninterrupted(
-    models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory
+    ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, dict[str, Any]]:
     """Final states by ZeRO stage; filled as tests ask."""
     return _References(models, tmp_path_factory.mktemp("whole"))
@@ -65,9 +65,8 @@ class _References(dict[int, dict[str, Any]]):
         self.models, self.folder = models, folder
 
     def __missing__(self, stage: int) -> dict[str, Any]:
-        run = faults.LiveRun(job(self.models, self.folder / str(stage), stage))
-        assert run.finish() == 0, run.output()
-        self[stage] = faults.final_state(run.folder)
+        outcome = train(job(self.models, self.folder / str(stage), stage))
+        self[stage] = faults.final_state(outcome.folder)
         return self[stage]
 
 
