@@ -25,7 +25,31 @@ from orchestrator.train.export import build_base, export_run, load_exported
 
 STEPS, EVAL_ROWS = 6, 13
 
+PACKED: dict[str, Any] = {
+    "type": "causal_lm",
+    "model": "qwen2",
+    "predicted": "completion",
+    "counted": "target_tokens",
+    "job": {"data": {"max_length_tokens": 64}},
+}
+
 TASKS: dict[str, dict[str, Any]] = {
+    "causal_lm": {**PACKED, "rows": lambda r: {"text": r["text"]}},
+    "causal_lm_instruction": {
+        **PACKED,
+        "rows": lambda r: {"prompt": r["text"], "answer": r["label"]},
+        "task": {"rows": {"type": "instruction"}},
+    },
+    "causal_lm_chat": {
+        **PACKED,
+        "rows": lambda r: {
+            "messages": [
+                {"role": "user", "content": r["text"]},
+                {"role": "assistant", "content": f"it was {r['label']}"},
+            ]
+        },
+        "task": {"rows": {"type": "chat"}},
+    },
     "multi_label_classification": {
         "model": "bert",
         "rows": lambda r: {"text": r["text"], "labels": [r["label"], "any"]},
@@ -174,7 +198,7 @@ def spec_of(kind: str, models: tiny.Tiny, folder: Path) -> Any:
     )
     settings = {
         "name": kind.replace("_", "-"),
-        "task": {"type": kind, **given.get("task", {})},
+        "task": {"type": given.get("type", kind), **given.get("task", {})},
         "batch": {"global_rows": 8},
         "optimizer": {"lr": 5e-3},
         "stop": {"max_steps": STEPS},
@@ -240,11 +264,21 @@ def measured_alone(plan: Plan) -> dict[str, Any]:
     return task.metrics(gathered, plan.labels)
 
 
+def targets_of(plan: Plan) -> int:
+    """Tokens of the evaluation rows that are predicted, by their manifest."""
+    assert plan.eval_data is not None
+    manifest = read_manifest(Path(plan.eval_data.folder))
+    assert manifest is not None
+    assert manifest.rows < EVAL_ROWS, "several rows are packed into one"
+    return manifest.target_tokens
+
+
 @pytest.mark.parametrize("kind", TASKS)
 def test_workers_measure_what_one_process_measures(kind: str, trained: Any) -> None:
     plan, together = trained[kind]
     alone = measured_alone(plan)
-    assert together[TASKS[kind].get("counted", "rows")] == EVAL_ROWS
+    counted = TASKS[kind].get("counted", "rows")
+    assert together[counted] == (targets_of(plan) if counted == "target_tokens" else EVAL_ROWS)
     assert plan.metric in plan.spec.task.metric_names
     for name in plan.spec.task.metric_names:
         assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-6), name

@@ -132,7 +132,7 @@ def build(root: Path) -> Tiny:
         (tiny.llama, LlamaForCausalLM(LlamaConfig(**rope)), plain),
         (tiny.gpt2, GPT2LMHeadModel(gpt2), plain),
         (tiny.t5, T5ForConditionalGeneration(t5), plain),
-        (tiny.qwen2, Qwen2ForCausalLM(Qwen2Config(**rope)), chat),
+        (tiny.qwen2, Qwen2ForCausalLM(Qwen2Config(**{**rope, "vocab_size": len(chat) + 1})), chat),
     ):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
