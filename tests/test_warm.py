@@ -16,7 +16,7 @@ from orchestrator.model.build import build_model
 from orchestrator.spec import JobSpec
 from orchestrator.sweep.fleet import _where
 from orchestrator.train import trial as trial_module
-from orchestrator.train.trial import Trial, run_trial
+from orchestrator.train.trial import run_trial
 from orchestrator.train.warm import Warm
 
 LABELS = ("bad", "good")
@@ -65,17 +65,17 @@ def test_a_trial_that_cannot_be_set_up_gives_back_what_it_had_opened(
 ) -> None:
     closed = []
 
-    def fail(_: Trial) -> None:
+    def fail(*_: Any) -> None:
         raise PlanError("no model of that name")
 
     monkeypatch.setattr(trial_module, "at_workers", lambda plan, _: plan)
     ranks = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(trial_module, "dist", ranks)
-    monkeypatch.setattr(Trial, "_find_checkpoint", lambda _: None)
-    monkeypatch.setattr(Trial, "_make_writer", lambda _: None)
+    monkeypatch.setattr(trial_module, "find_checkpoint", lambda *_: None)
+    monkeypatch.setattr(trial_module, "open_writer", lambda *_: None)
     stream = SimpleNamespace(close=lambda: closed.append("stream"))
-    monkeypatch.setattr(Trial, "_open_stream", lambda _: stream)
-    monkeypatch.setattr(Trial, "_build", fail)
+    monkeypatch.setattr(trial_module, "open_stream", lambda *_: stream)
+    monkeypatch.setattr(trial_module, "open_model", fail)
     plan: Any = SimpleNamespace()
     result = run_trial(plan, trial_module.RunFolder(tmp_path))
     assert (result.status, result.message) == ("failed", "no model of that name")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
 from dataclasses import asdict
 from typing import Any
 
@@ -12,29 +11,27 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import CheckpointError, OrchestratorError
-from orchestrator.model.build import build_model
 from orchestrator.plan.data import DataFacts
 from orchestrator.plan.plan import Plan, at_workers
 from orchestrator.run_folder import RunFolder
 from orchestrator.train import endings
 from orchestrator.train import engine as zero
 from orchestrator.train.averaging import average_share
-from orchestrator.train.checkpoint import (
-    CheckpointWriter,
-    Committed,
-    newest_valid,
-    put_aside_newer,
-    remove_uncommitted,
-)
+from orchestrator.train.checkpoint import Committed
 from orchestrator.train.evaluate import Evaluator
-from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
 from orchestrator.train.history import ended_early, out_of_time, rate_factor, remember
 from orchestrator.train.journal import Journal
 from orchestrator.train.notice import Ask, Notice
 from orchestrator.train.objective import Objective
+from orchestrator.train.opening import (
+    find_checkpoint,
+    load_state,
+    open_model,
+    open_stream,
+    open_writer,
+)
 from orchestrator.train.reference import Reference, find_reference
-from orchestrator.train.reshard import load_resharded
 from orchestrator.train.state import (
     Judge,
     Progress,
@@ -95,12 +92,13 @@ class Trial:
         self.started_at = time.monotonic()
         self.notice = Notice(ask, self.rank)
         self.journal = Journal(folder, self.rank)
-        found = self._find_checkpoint()
+        found = find_checkpoint(folder, self.journal)
         self.evaluate: Evaluator | None = None
         self.progress = Progress(**found.facts["progress"]) if found else Progress()
         self.resumed_at_s = self.progress.elapsed_s
-        self.writer = self._make_writer()
-        self.stream = self._open_stream()
+        best_step = (self.progress.best or {}).get("step")
+        self.writer = open_writer(plan, folder, best_step, self._committed)
+        self.stream = open_stream(plan, self.progress.step, self.journal)
         self.engine: Any = None
         try:
             self._set_up(found)
@@ -111,69 +109,18 @@ class Trial:
     def _set_up(self, found: Committed | None) -> None:
         """Model, engine and evaluation rows, in the state of the checkpoint that was found."""
         plan = self.plan
-        self.engine = self._build()
+        model = open_model(plan, self.warm, self.journal)
+        self.journal.event("engine")
+        self.objective = together(lambda: Objective(plan, model))
+        self.engine = zero.open_engine(plan, model)
+        self.averager = zero.after_each_step(self.engine, plan)
         self.reference = self._refer(plan.train_data, "train")
         if plan.eval_data:
             kept = self.warm.eval_rows if self.warm else None
             self.evaluate = Evaluator(plan, kept, self._refer(plan.eval_data, "eval"))
         if found is not None:
-            self._load(found)
+            load_state(self.engine, plan, found, self.journal)
         self.journal.event("ready")
-
-    def _find_checkpoint(self) -> Committed | None:
-        """The newest valid checkpoint, verified by rank 0, the same on all ranks."""
-        self.journal.event("find", workers=self.world_size)
-        found: Committed | None = None
-        if self.rank == 0:
-            remove_uncommitted(self.folder.checkpoints)
-            found = newest_valid(
-                self.folder.checkpoints, lambda text: self.journal.event("warning", text=text)
-            )
-            put_aside_newer(self.folder.checkpoints, found)
-        return broadcast(found)
-
-    def _make_writer(self) -> CheckpointWriter:
-        writer = CheckpointWriter(
-            self.folder.checkpoints,
-            self.rank,
-            self.world_size,
-            keep=self.plan.spec.checkpoint.keep,
-            attempt=broadcast(uuid.uuid4().hex[:6]),
-            on_commit=self._committed,
-            size_bytes=self.plan.checkpoint_bytes,
-        )
-        writer.best_step = (self.progress.best or {}).get("step")
-        return writer
-
-    def _open_stream(self) -> StepStream:
-        plan = self.plan
-        self.journal.event("stream", step=self.progress.step)
-
-        def source() -> Source | None:
-            if self.rank:
-                return None
-            return open_source(plan, plan.train_data, plan.global_rows, for_training=True)
-
-        return StepStream(together(source), plan.global_rows, self.progress.step, plan.total_steps)
-
-    def _build(self) -> Any:
-        """The DeepSpeed engine over the job's model."""
-        plan = self.plan
-        self.journal.event("model")
-        zero.seed_everything(plan.spec.seed, self.rank)
-        model: Any = together(self._new_model)
-        zero.seed_everything(plan.spec.seed, self.rank)
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = plan.pad_token_id
-        self.journal.event("engine")
-        self.objective = together(lambda: Objective(plan, model))
-        engine = zero.open_engine(plan, model)
-        self.averager = zero.after_each_step(engine, plan)
-        return engine
-
-    def _new_model(self) -> torch.nn.Module:
-        plan = self.plan
-        return self.warm.model(plan) if self.warm else build_model(plan.spec, plan.labels)
 
     def _refer(self, data: DataFacts, split: str) -> Reference | None:
         """What the model says of a split before it is trained, where the task compares with it."""
@@ -182,16 +129,6 @@ class Trial:
         self.journal.event("reference", split=split)
         kept = self.folder.root / "reference" / f"{split}.npz"
         return find_reference(self.plan, data, self.engine, self.engine.device, kept)
-
-    def _load(self, found: Committed) -> None:
-        """Restore what the checkpoint holds, whatever the number of workers that wrote it."""
-        writers = found.facts["world_size"]
-        self.journal.event("load", workers=writers)
-        if self.plan.stage and writers != self.world_size:
-            load_resharded(self.engine, found.folder, self.plan.stage, writers)
-        else:  # at stage 0 every rank has everything
-            zero.load_shards(self.engine, found.folder)
-        zero.load_random_state(found.folder, self.rank, self.plan.spec.seed, found.step)
 
     def train(self) -> Result:
         """The loop. Every decision is taken from figures that all ranks share."""

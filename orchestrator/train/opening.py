@@ -1,0 +1,93 @@
+"""What a trial opens before its first step: checkpoint, writer, stream, model and engine. All collective."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.model.build import build_model
+from orchestrator.plan.plan import Plan
+from orchestrator.run_folder import RunFolder
+from orchestrator.train import engine as zero
+from orchestrator.train.checkpoint import (
+    CheckpointWriter,
+    Committed,
+    newest_valid,
+    put_aside_newer,
+    remove_uncommitted,
+)
+from orchestrator.train.feed import Source, StepStream, open_source
+from orchestrator.train.group import broadcast, together
+from orchestrator.train.journal import Journal
+from orchestrator.train.reshard import load_resharded
+from orchestrator.train.warm import Warm
+
+
+def find_checkpoint(folder: RunFolder, journal: Journal) -> Committed | None:
+    """The newest valid checkpoint, verified by rank 0, the same on all ranks."""
+    journal.event("find", workers=dist.get_world_size())
+    found: Committed | None = None
+    if dist.get_rank() == 0:
+        remove_uncommitted(folder.checkpoints)
+        found = newest_valid(folder.checkpoints, lambda text: journal.event("warning", text=text))
+        put_aside_newer(folder.checkpoints, found)
+    return broadcast(found)
+
+
+def open_writer(
+    plan: Plan, folder: RunFolder, best_step: int | None, on_commit: Callable[[Committed], None]
+) -> CheckpointWriter:
+    """Who writes this start's checkpoints; the one of `best_step` is kept."""
+    writer = CheckpointWriter(
+        folder.checkpoints,
+        dist.get_rank(),
+        dist.get_world_size(),
+        keep=plan.spec.checkpoint.keep,
+        attempt=broadcast(uuid.uuid4().hex[:6]),
+        on_commit=on_commit,
+        size_bytes=plan.checkpoint_bytes,
+    )
+    writer.best_step = best_step
+    return writer
+
+
+def open_stream(plan: Plan, step: int, journal: Journal) -> StepStream:
+    """The training rows from optimizer step `step` on."""
+    journal.event("stream", step=step)
+
+    def source() -> Source | None:
+        if dist.get_rank():
+            return None
+        return open_source(plan, plan.train_data, plan.global_rows, for_training=True)
+
+    return StepStream(together(source), plan.global_rows, step, plan.total_steps)
+
+
+def open_model(plan: Plan, warm: Warm | None, journal: Journal) -> torch.nn.Module:
+    """The job's model, the same on all ranks; random numbers start anew behind it."""
+
+    def make() -> torch.nn.Module:
+        return warm.model(plan) if warm else build_model(plan.spec, plan.labels)
+
+    journal.event("model")
+    zero.seed_everything(plan.spec.seed, dist.get_rank())
+    model: Any = together(make)
+    zero.seed_everything(plan.spec.seed, dist.get_rank())
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = plan.pad_token_id
+    return model
+
+
+def load_state(engine: Any, plan: Plan, found: Committed, journal: Journal) -> None:
+    """Restore what the checkpoint holds, whatever the number of workers that wrote it."""
+    writers = found.facts["world_size"]
+    journal.event("load", workers=writers)
+    if plan.stage and writers != dist.get_world_size():
+        load_resharded(engine, found.folder, plan.stage, writers)
+    else:  # at stage 0 every rank has everything
+        zero.load_shards(engine, found.folder)
+    zero.load_random_state(found.folder, dist.get_rank(), plan.spec.seed, found.step)
