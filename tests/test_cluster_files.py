@@ -18,7 +18,7 @@ from test_render import containers
 
 from orchestrator.kube.overlays import OVERLAYS, overlay
 from orchestrator.kube.validate import validate
-from orchestrator.launch.session import TRAIN_SETTINGS
+from orchestrator.launch.session import DATA_LOGGING, TRAIN_SETTINGS, for_workers
 from orchestrator.report import gauges
 from orchestrator.report.sweep_view import SweepView
 from orchestrator.report.trial_log import SweepLog, Verdict
@@ -189,7 +189,15 @@ def test_an_installed_package_holds_every_file_that_the_code_reads() -> None:
     shipped = {file for pattern in json.loads(patterns) for file in package.glob(pattern)}
     here = {f for f in package.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}
     assert here == shipped
-    assert Path(TRAIN_SETTINGS["RAY_DATA_LOGGING_CONFIG"]) in shipped
+    assert DATA_LOGGING in shipped
+
+
+def test_workers_on_a_cluster_are_told_nothing_of_the_driver_s_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in TRAIN_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    assert not [value for value in for_workers().values() if "/" in value]
 
 
 def test_the_cluster_launcher_reads_the_machines() -> None:

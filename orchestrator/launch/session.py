@@ -28,8 +28,8 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).parent / "ray_data_logging.yaml"),
 }
+DATA_LOGGING = Path(__file__).with_name("ray_data_logging.yaml")
 
 MEMORY_SETTINGS = {
     # glibc reads this when a worker starts: freed memory stays with the process and is used again, whole. By itself
@@ -66,6 +66,7 @@ def ray_session(cpus: int | None = None) -> Iterator[Any]:
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    keep_ray_data_quiet()
     loaded: Any = sys.modules.get("ray")
     if loaded is not None and loaded.is_initialized():
         yield loaded
@@ -80,11 +81,9 @@ def _attached() -> Iterator[Any]:
     """A connection to the cluster that this process belongs to."""
     import ray
 
-    wanted = {**MEMORY_SETTINGS, **{name: os.environ[name] for name in TRAIN_SETTINGS}}
-    settings = {k: v for k, v in wanted.items() if k not in _job_variables()}
     ray.init(
         address="auto",
-        runtime_env={"env_vars": settings},
+        runtime_env={"env_vars": for_workers()},
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
@@ -136,6 +135,18 @@ def _importing(modules: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         thread.join()
+
+
+def for_workers() -> dict[str, str]:
+    """What workers on a cluster are told through their environment; nothing in it depends on this machine."""
+    wanted = {**MEMORY_SETTINGS, **{name: os.environ[name] for name in TRAIN_SETTINGS}}
+    return {name: value for name, value in wanted.items() if name not in _job_variables()}
+
+
+def keep_ray_data_quiet() -> None:
+    """In this process Ray Data passes what it says on to the logger `ray`. The file lies where this package does, which
+    may be elsewhere on each node."""
+    os.environ.setdefault("RAY_DATA_LOGGING_CONFIG", str(DATA_LOGGING))
 
 
 def _job_variables() -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError
+from orchestrator.launch.session import keep_ray_data_quiet
 from orchestrator.plan.plan import Plan
 from orchestrator.report.records import append_event
 from orchestrator.run_folder import RunFolder, write_json
@@ -116,6 +117,7 @@ def node_taken_away_at_s() -> float | None:
 
 def log_to(path: Path) -> None:
     """Everything that libraries say in this process goes to a file."""
+    keep_ray_data_quiet()
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
