@@ -125,11 +125,6 @@ def test_scaling_that_cannot_be_is_refused(
         job(tmp_path, {"model_type": "vit", **SHAPE}, **fields)
 
 
-def test_adapters_are_refused_where_they_would_freeze_the_head(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="no adapters for image_classification"):
-        job(tmp_path, {"model_type": "vit", **SHAPE}, tuning={"type": "lora"})
-
-
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_memory_of_image_models_is_about_what_autograd_keeps(kind: str) -> None:
     model: Any = (

@@ -84,10 +84,10 @@ def test_what_libraries_say_goes_to_a_file_and_not_to_the_screen(
     try:
         send_chatter_to(log)
         for name in ("ray.train", "deepspeed", "transformers"):
-            logging.getLogger(name).warning("said by %s", name)
+            logging.getLogger(name).error("said by %s", name)
     finally:
         send_chatter_to(None)
-    logging.getLogger("ray").warning("said to nobody")
+    logging.getLogger("ray").error("said to nobody")
     said = log.read_text(encoding="utf-8")
     assert all(f"said by {n}" in said for n in ("ray.train", "deepspeed", "transformers"))
     assert "said to nobody" not in said
