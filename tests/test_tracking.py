@@ -22,11 +22,14 @@ class FakeMLflow(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("mlflow")
+        self.exceptions = SimpleNamespace(MlflowException=LookupError)
         self.logged: dict[str, list[tuple[int, dict[str, float]]]] = {}
         self.place: list[str] = []
         self.ended = 0
 
     def set_tracking_uri(self, uri: str) -> None:
+        if uri.startswith("file:"):  # as MLflow 3 does
+            raise self.exceptions.MlflowException("in maintenance mode")
         self.place.append(uri)
 
     def set_experiment(self, name: str) -> None:
@@ -67,6 +70,14 @@ def test_mlflow_gets_steps_and_evaluations_and_a_resumed_run_continues_its_own(
             for figures in ({"train.loss": 0.25, "train.lr": 1e-4}, {"eval.accuracy": 0.5})
         ]
     }
+
+
+def test_a_store_that_mlflow_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", FakeMLflow())
+    with pytest.raises(OrchestratorError, match="tracking.mlflow = 'file:runs': in maintenance"):
+        Tracker(RunFolder(tmp_path / "run"), "file:runs", "project")
 
 
 def test_a_job_that_wants_mlflow_without_it_is_told_how_to_get_it(

@@ -62,15 +62,18 @@ class Tracker:
 
 
 def _open_mlflow(folder: RunFolder, uri: str, project: str) -> Any:
-    """An MLflow run of this run's name; a resumed run continues its own."""
+    """An MLflow run of this run's name; a resumed run continues its own. Raises OrchestratorError."""
     try:
         import mlflow
     except ImportError as error:
         raise OrchestratorError(
             "tracking.mlflow needs the mlflow extra: pip install 'orchestrator[mlflow]'"
         ) from error
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment(project)
+    try:
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment(project)
+    except mlflow.exceptions.MlflowException as error:
+        raise OrchestratorError(f"tracking.mlflow = {uri!r}: {error}") from error
     kept: Path = folder.root / "mlflow-run"
     run_id = kept.read_text(encoding="utf-8") if kept.exists() else None
     run = mlflow.start_run(run_id=run_id, run_name=None if run_id else folder.name)

@@ -123,7 +123,7 @@ class TrackingSpec(Frozen):
     """Where figures go besides the run folder and its TensorBoard files."""
 
     mlflow: str | None = None
-    """MLflow tracking URI (`file:runs/mlruns`, `http://…`). Needs the `mlflow` extra."""
+    """MLflow tracking URI (`sqlite:///mlflow.db`, `http://…`). Needs the `mlflow` extra."""
     project: str | None = None
     """MLflow experiment. Default: the job's name."""
 
