@@ -76,7 +76,7 @@ def test_a_store_that_mlflow_refuses_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", FakeMLflow())
-    with pytest.raises(OrchestratorError, match="tracking.mlflow = 'file:runs': in maintenance"):
+    with pytest.raises(OrchestratorError, match=r"tracking\.mlflow = 'file:runs': in maintenance"):
         Tracker(RunFolder(tmp_path / "run"), "file:runs", "project")
 
 
