@@ -34,8 +34,6 @@ IMPORTS = (
     "google.protobuf.descriptor_pb2",
 )
 """What takes the time of a worker's start; of all roles, since one server serves them all."""
-MOST_BYTES = 1 << 22
-"""Largest request: a command and its environment."""
 
 
 def main(address: str) -> None:
@@ -78,8 +76,6 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     text = bytearray(first)
     while chunk := connection.recv(1 << 16):
         text += chunk
-        if len(text) > MOST_BYTES:
-            raise ValueError("request too long")
     return json.loads(text), files
 
 
