@@ -12,13 +12,13 @@ import json
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from hf_trainer import Clock
 from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
@@ -29,7 +29,6 @@ from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -49,16 +48,6 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
-
-
-class Clock(TrainerCallback):
-    """The time of day at the end of each step."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(time.time())
 
 
 def classification(given: dict[str, Any]) -> tuple[Any, Any, Any, list[Rows]]:
