@@ -1,7 +1,7 @@
 """What each field means: the docstring under it, read from the source when somebody asks.
 
-pydantic would do it while each class is made (`use_attribute_docstrings`): more than half of what
-`check` took, and as much again in every process that reads a plan.
+pydantic would do it while each class is made (`use_attribute_docstrings`): a third of what
+`check` took (0.37 s of CPU, 0.25 without), and as much again in every process that reads a plan.
 """
 
 from __future__ import annotations
