@@ -390,6 +390,10 @@ def test_a_sweep_goes_on_in_its_own_folder_wherever_its_name_is_said(
         assert Path.cwd() / found.storage / found.name == folder.root
         assert found.sweep is not None
         assert found.sweep.num_trials == 5
+    (tmp_path / "begun").mkdir()
+    append_event(folder.events, "launch", slots=1, work_dir=str(tmp_path / "begun"))
+    job_of_sweep(folder.root, Path("runs"), [])
+    assert Path.cwd() == tmp_path / "begun", "relative paths lead where they led then"
     missing = CliRunner().invoke(app, ["sweep", "nowhere.yaml"])
     assert missing.exit_code != 0
     assert "no such sweep" in str(missing.exception)

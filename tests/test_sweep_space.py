@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from orchestrator.spec.expression import Expression, ExpressionError
 from orchestrator.spec.search_space import default_trials, grid, keeps
 from orchestrator.spec.sweep import SweepSpec
 from orchestrator.spec.sweep_rules import with_values
-from orchestrator.sweep.space import Seen, perturbed, propose, seen_in
+from orchestrator.sweep.space import Past, perturbed, propose
 
+LR = "optimizer.lr"
 SPACE: dict[str, Any] = {
     "optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3},
     "optimizer.weight_decay": [0, 0.01, 0.1],
@@ -33,8 +36,15 @@ def sweep(space: dict[str, Any] | None = None, **fields: Any) -> SweepSpec:
     return SweepSpec.model_validate({"space": space or SPACE, **fields})
 
 
-def seen(values: dict[str, Any], value: float, failed: bool = False) -> Seen:
-    return Seen(values, ((5, value / 2), (15, value)), True, failed)
+Row = tuple[dict[str, Any], float]
+"""A trial's values, and its metric at its last step."""
+
+
+def past(asked: SweepSpec, rows: Sequence[Row] = (), maximize: bool = True) -> Past:
+    found = Past(asked, maximize)
+    for values, value in rows:
+        found.add(values, [(5, value / 2), (15, value)])
+    return found
 
 
 # --- proposals
@@ -43,29 +53,30 @@ def seen(values: dict[str, Any], value: float, failed: bool = False) -> Seen:
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
 def test_a_proposal_depends_on_nothing_but_sweep_number_and_what_was_seen(searcher: str) -> None:
     asked = sweep(searcher={"type": searcher}, seed=3)
-    before: list[Seen] = []
+    before: list[Row] = []
+    grown = past(asked)
     for index in range(14):
-        values = propose(asked, index, before, maximize=True)
+        values = propose(asked, index, grown)
         assert values is not None
-        assert (
-            propose(sweep(searcher={"type": searcher}, seed=3), index, list(before), True) == values
-        )
-        assert values not in [b.values for b in before]
-        before.append(seen(values, -abs(math.log10(values["optimizer.lr"]) + 4)))
-    other = propose(sweep(searcher={"type": searcher}, seed=4), 0, [], maximize=True)
-    assert other != before[0].values
+        again = sweep(searcher={"type": searcher}, seed=3)
+        assert propose(again, index, past(again, before)) == values, "as after a resume"
+        assert values not in [b for b, _ in before]
+        before.append((values, -abs(math.log10(values["optimizer.lr"]) + 4)))
+        grown.add(values, [(15, before[-1][1])])
+    other = sweep(searcher={"type": searcher}, seed=4)
+    assert propose(other, 0, past(other)) != before[0][0]
 
 
 def test_random_proposals_do_not_look_at_the_trials_before() -> None:
     asked = sweep()
-    shown = [seen({"optimizer.lr": 1e-4}, 0.5)]
-    assert propose(asked, 5, [], True) == propose(asked, 5, shown, True)
+    shown = past(asked, [({"optimizer.lr": 1e-4}, 0.5)])
+    assert propose(asked, 5, past(asked)) == propose(asked, 5, shown)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 10_000))
 def test_proposals_lie_in_the_space(seed: int, index: int) -> None:
-    values = propose(sweep(seed=seed), index, [], True)
+    values = propose(sweep(seed=seed), index, past(sweep(seed=seed)))
     assert values is not None
     assert list(values) == list(SPACE), "in the order of the space"
     assert 1e-5 <= values["optimizer.lr"] <= 1e-3
@@ -76,13 +87,13 @@ def test_proposals_lie_in_the_space(seed: int, index: int) -> None:
 
 def test_logarithmic_draws_are_uniform_in_the_exponent() -> None:
     asked = sweep({"optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3}})
-    drawn = [propose(asked, i, [], True)["optimizer.lr"] for i in range(400)]  # type: ignore[index]
+    drawn = [propose(asked, i, past(asked))["optimizer.lr"] for i in range(400)]  # type: ignore[index]
     assert 0.4 < sum(v < 1e-4 for v in drawn) / 400 < 0.6
 
 
 def test_both_ends_of_whole_numbers_are_drawn() -> None:
     asked = sweep({"batch.global_rows": {"type": "int_uniform", "low": 1, "high": 3}})
-    drawn = {propose(asked, i, [], True)["batch.global_rows"] for i in range(60)}  # type: ignore[index]
+    drawn = {propose(asked, i, past(asked))["batch.global_rows"] for i in range(60)}  # type: ignore[index]
     assert drawn == {1, 2, 3}
 
 
@@ -92,42 +103,59 @@ def test_the_estimator_draws_near_what_was_good(maximize: bool) -> None:
         {"optimizer.lr": SPACE["optimizer.lr"]}, searcher={"type": "tpe", "startup_trials": 5}
     )
     sign = 1 if maximize else -1
-    before = []
-    for i in range(30):
-        lr = 10 ** (-5 + 2 * i / 29)
-        before.append(seen({"optimizer.lr": lr}, -sign * abs(math.log10(lr) + 3.5)))
-    drawn = [propose(asked, i, before, maximize)["optimizer.lr"] for i in range(30, 50)]  # type: ignore[index]
+    rates = [10 ** (-5 + 2 * i / 29) for i in range(30)]
+    rows = [({"optimizer.lr": lr}, -sign * abs(math.log10(lr) + 3.5)) for lr in rates]
+    before = past(asked, rows, maximize)
+    drawn = [propose(asked, i, before)["optimizer.lr"] for i in range(30, 50)]  # type: ignore[index]
     near = sum(abs(math.log10(v) + 3.5) < 0.5 for v in drawn)
     assert near >= 15
 
 
-def test_the_estimator_knows_choices_by_their_place_and_leaves_failures_out() -> None:
-    space = {"optimizer": [{"type": "adamw"}, {"type": "sgd", "lr": 0.1}], "seed": [1, 2]}
+def test_the_estimator_learns_which_choices_were_good() -> None:
+    space = {"optimizer": [{"type": "adamw"}, {"type": "sgd", "lr": 0.1}]}
     asked = sweep(space, searcher={"type": "tpe", "startup_trials": 2})
-    good, bad = (
-        {"optimizer": {"type": "adamw"}, "seed": 1},
-        {"optimizer": {"type": "sgd", "lr": 0.1}, "seed": 2},
-    )
-    before = [seen(good, 0.9), seen(bad, 0.1), seen(good, 0.8), seen(bad, 0.2)]
-    with_failures = [*before, seen(bad, 5.0, failed=True)]
-    assert propose(asked, 9, before, True) == propose(asked, 9, with_failures, True)
+    good, bad = ({"optimizer": choice} for choice in space["optimizer"])
+    before = past(asked, [(good, 0.9), (bad, 0.1), (good, 0.8), (bad, 0.2)] * 3)
+    drawn = [propose(asked, index, before) for index in range(20)]
+    assert sum(values == good for values in drawn) >= 14
 
 
-def test_a_searcher_sees_the_log_in_the_order_of_proposals(tmp_path: Path) -> None:
+def test_a_searcher_learns_from_what_ended_well_as_it_ends_and_never_twice(tmp_path: Path) -> None:
     log = SweepLog(tmp_path / "trials.jsonl", "loss", maximize=False)
-    for index, name in enumerate(("b", "a", "c")):
-        log.trial(name, index, {"x": index}, None)
+    asked = sweep({LR: SPACE[LR]}, searcher={"type": "tpe"})
+    found = Past(asked, maximize=False)
+
+    def learnt() -> list[float]:
+        found.follow(log)
+        return [t.value for t in found.study().trials]
+
+    for index, name in enumerate("abcd"):
+        log.trial(name, index, {LR: 1e-4}, None)
     log.report("a", 15, 15.0, {"loss": 0.2}, Verdict(False, True))
     log.report("b", 5, 5.0, {"loss": 0.5}, Verdict(True, True))
-    log.end("a", "pruned", 15)
     log.end("c", "diverged", 2)
-    found = seen_in(log)
-    assert [s.values["x"] for s in found] == [0, 1, 2]
-    assert [(s.reports, s.ended, s.failed) for s in found] == [
-        (((5, 0.5),), False, False),
-        (((15, 0.2),), True, False),
-        ((), True, True),
-    ]
+    assert learnt() == []
+    log.end("a", "pruned", 15)
+    assert learnt() == [0.2]
+    log.report("b", 15, 15.0, {"loss": 0.4}, Verdict(True, True))
+    log.report("d", 5, 5.0, {"loss": 9.0}, Verdict(True, True))
+    log.end("d", "failed", 7)
+    log.end("b", "finished", 15)
+    assert learnt() == [0.2, 0.4]
+    assert learnt() == [0.2, 0.4]
+
+
+def test_many_trials_do_not_make_a_proposal_slow() -> None:
+    asked = sweep({LR: SPACE[LR]}, searcher={"type": "tpe"})
+    rows = [({LR: 10 ** (-5 + 2 * i / 999)}, i / 999) for i in range(1000)]
+    grown = past(asked, rows)
+    began = time.perf_counter()
+    for index in range(1000, 1020):
+        assert propose(asked, index, grown)
+    each_s = (time.perf_counter() - began) / 20
+    began = time.perf_counter()
+    propose(asked, 1020, past(asked, rows))
+    assert each_s < (time.perf_counter() - began) / 2, "what was learnt once is not learnt again"
 
 
 # --- grids, conditions, constraints
@@ -138,8 +166,8 @@ def test_a_grid_has_every_combination_once_the_last_field_fastest() -> None:
     rows = [(v["seed"], v["optimizer.lr"]) for v in grid(asked)]
     assert rows == [(s, lr) for s in (1, 2) for lr in (0.1, 0.2, 0.3)]
     assert default_trials(asked) == 6
-    assert propose(asked, 5, [], True) == {"seed": 2, "optimizer.lr": 0.3}
-    assert propose(asked, 6, [], True) is None
+    assert propose(asked, 5, past(asked)) == {"seed": 2, "optimizer.lr": 0.3}
+    assert propose(asked, 6, past(asked)) is None
 
 
 def test_a_condition_that_does_not_hold_leaves_the_field_out() -> None:
@@ -156,7 +184,7 @@ def test_a_condition_that_does_not_hold_leaves_the_field_out() -> None:
         {"optimizer.momentum": 0.9, "optimizer.nesterov": False, "optimizer.type": "sgd"},
     ]
     for index in range(30):
-        assert propose(sweep(space), index, [], True) in rows
+        assert propose(sweep(space), index, past(sweep(space))) in rows
 
 
 def test_fields_that_wait_for_each_other_are_never_set() -> None:
@@ -164,26 +192,27 @@ def test_fields_that_wait_for_each_other_are_never_set() -> None:
         "seed": {"type": "choice", "values": [1], "when": {"batch.global_rows": 8}},
         "batch.global_rows": {"type": "choice", "values": [8], "when": {"seed": 1}},
     }
-    assert propose(sweep(space), 0, [], True) == {}
+    assert propose(sweep(space), 0, past(sweep(space))) == {}
 
 
 def test_every_proposal_keeps_the_constraints() -> None:
     rule = "optimizer.lr * batch.global_rows < 0.005"
     for searcher in ({"type": "random"}, {"type": "tpe", "startup_trials": 1}):
         asked = sweep(constraints=[rule], searcher=searcher)
-        before: list[Seen] = []
+        before = past(asked)
         for index in range(12):
-            values = propose(asked, index, before, True)
+            values = propose(asked, index, before)
             assert values is not None
             assert values["optimizer.lr"] * values["batch.global_rows"] < 0.005
-            before.append(seen(values, values["optimizer.lr"]))
+            before.add(values, [(15, values["optimizer.lr"])])
     cells = sweep({"seed": [1, 2, 3]}, searcher={"type": "grid"}, constraints=["seed != 2"])
     assert [v["seed"] for v in grid(cells)] == [1, 3]
 
 
 def test_constraints_that_nothing_keeps_end_with_a_message() -> None:
+    impossible = sweep(constraints=["optimizer.lr > 1"])
     with pytest.raises(OrchestratorError, match=r"none of 1000 draws keeps.*Widen the space"):
-        propose(sweep(constraints=["optimizer.lr > 1"]), 0, [], True)
+        propose(impossible, 0, past(impossible))
 
 
 # --- perturbation
@@ -275,7 +304,6 @@ def job(tmp_path: Path, **fields: Any) -> dict[str, Any]:
 
 
 PBT: dict[str, Any] = {"scheduler": {"type": "pbt"}}
-LR = "optimizer.lr"
 
 
 @pytest.mark.parametrize(
@@ -414,18 +442,17 @@ def test_a_job_that_is_wrong_itself_is_not_said_to_be_so_for_its_space(tmp_path:
 
 def test_a_trial_that_ended_without_a_number_does_not_stop_the_estimator() -> None:
     asked = sweep(searcher={"type": "tpe", "startup_trials": 1})
-    values = propose(asked, 0, [], True)
+    values = propose(asked, 0, past(asked))
     assert values is not None
-    nothing = Seen(values, ((5, 0.3), (15, math.nan)), ended=True)
-    good = [seen(values, 0.5)]
-    assert propose(asked, 3, [*good, nothing], True) == propose(asked, 3, good, True)
+    good, also = (past(asked, [(values, 0.5)]) for _ in range(2))
+    also.add(values, [(5, 0.3), (15, math.nan)])
+    also.add(values, [])
+    assert propose(asked, 3, also) == propose(asked, 3, good)
 
 
 def test_a_grid_is_walked_once_however_many_points_are_asked_for() -> None:
-    import time
-
     asked = sweep({"seed": list(range(3000)), LR: [0.1, 0.2]}, searcher={"type": "grid"})
     began = time.perf_counter()
-    rows = [propose(asked, index, [], True) for index in range(0, 6000, 10)]
+    rows = [propose(asked, index, past(asked)) for index in range(0, 6000, 10)]
     assert [row["seed"] for row in rows if row] == list(range(0, 3000, 5))
     assert time.perf_counter() - began < 5, "of which the walk takes some tenths"

@@ -115,7 +115,7 @@ def train(
     ] = None,
 ) -> None:
     """Run the job; the same command again goes on where it stopped."""
-    elsewhere = [f"storage={storage}"] if storage else []
+    elsewhere = [f"storage={storage.absolute() if best else storage}"] if storage else []
     wanted = [*elsewhere, *(overrides or [])]
     spec = best_job(job, storage or Path("runs"), wanted) if best else load_spec(job, wanted)
     quiet_libraries()

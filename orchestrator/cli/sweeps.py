@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from orchestrator.spec import JobSpec, load_spec
 
 if TYPE_CHECKING:
     from orchestrator.plan import Cluster
+    from orchestrator.run_folder import SweepFolder
 
 
 def sweep(
@@ -47,7 +49,19 @@ def job_of_sweep(run: Path, storage: Path, overrides: list[str]) -> JobSpec:
     from orchestrator.run_folder import find_sweep
 
     folder = find_sweep(run, storage)
+    enter_its_folder(folder)
     return load_spec(folder.spec, [f"storage={json.dumps(str(folder.root.parent))}", *overrides])
+
+
+def enter_its_folder(sweep: SweepFolder) -> None:
+    """Go where a sweep was started: relative paths of its job lead from there. A cluster's jobs stay."""
+    from orchestrator.launch.session import attached_address
+    from orchestrator.report.records import read_records
+
+    launches = [e for e in read_records(sweep.events) if e["kind"] == "launch"]
+    work_dir = launches[-1].get("work_dir") if launches else None
+    if work_dir and Path(work_dir).is_dir() and attached_address() is None:
+        os.chdir(work_dir)
 
 
 def results(run: Run, storage: Storage = Path("runs")) -> None:
@@ -83,6 +97,7 @@ def best_job(sweep: Path, storage: Path, overrides: list[str]) -> JobSpec:
     folder = find_sweep(sweep, storage)
     if not folder.best.exists():
         raise OrchestratorError(f"{folder.root}: no trial has reported anything yet.")
+    enter_its_folder(folder)
     names = ("num_workers", "gpus_per_worker", "cpus_per_worker")
     not_a_slot = [f"resources.{name}=auto" for name in names]
     return load_spec(folder.best, [*not_a_slot, *overrides])

@@ -22,11 +22,11 @@ from orchestrator.report.trial_log import SweepLog, TrialState
 from orchestrator.run_folder import RunFolder, SweepFolder, write_atomically, write_json
 from orchestrator.spec import dump_spec
 from orchestrator.spec.search_space import Values
-from orchestrator.spec.sweep import PbtScheduler, TPESearch
+from orchestrator.spec.sweep import PbtScheduler
 from orchestrator.sweep.fleet import NO_END
 from orchestrator.sweep.plan import SweepPlan, as_planned, unit_per_step
 from orchestrator.sweep.referee import Referee
-from orchestrator.sweep.space import perturbed, propose, seen_in
+from orchestrator.sweep.space import Past, perturbed, propose
 from orchestrator.train.checkpoint import committed, retain
 
 NO_MORE: Final = TrialState("", -1, {})
@@ -54,6 +54,7 @@ class Director:
         self.plan, self.log, self.broker, self.folder = plan, log, broker, folder
         self.make_plan = make_plan
         self.referee = Referee(plan, log)
+        self.past = Past(plan.sweep, log.maximize)
         self.per_step: dict[str, float] = {}
         """What one step is in the scheduler's unit, by trial, until the trial ends."""
         self.stopping: str | None = None
@@ -151,9 +152,8 @@ class Director:
             return self._next_of_population(self.plan.sweep.scheduler, index)
         if index >= self.plan.num_trials:
             return NO_MORE
-        sees = isinstance(self.plan.sweep.searcher, TPESearch)
-        seen = seen_in(self.log) if sees else []
-        values = propose(self.plan.sweep, index, seen, self.log.maximize)
+        self.past.follow(self.log)
+        values = propose(self.plan.sweep, index, self.past)
         return NO_MORE if values is None else TrialState(f"t{index:05d}", index, values)
 
     def _next_of_population(self, pbt: PbtScheduler, index: int) -> TrialState | None:
@@ -162,11 +162,10 @@ class Director:
         if generation >= len(self.plan.rungs):
             return NO_MORE
         if generation == 0:
-            values = propose(self.plan.sweep, index, [], self.log.maximize)
+            values = propose(self.plan.sweep, index, self.past)
             return None if values is None else TrialState(f"m{member:03d}g00", index, values)
-        before = [
-            t for t in self.log.trials.values() if t.index // self.plan.num_trials == generation - 1
-        ]
+        begin, end = index - member - self.plan.num_trials, index - member
+        before = list(islice(self.log.trials.values(), begin, end))
         if any(t.status is None for t in before):
             return None
         alive = [t for t in before if t.status not in FAILURES and t.best is not None]

@@ -26,6 +26,8 @@ class Referee:
     def __init__(self, plan: SweepPlan, log: SweepLog) -> None:
         self.plan, self.log = plan, log
         self.asha = _asha(plan, log.maximize)
+        self._means_at: dict[float, dict[str, float]] = {}
+        self._read_at: dict[float, int] = {}
         for kind, trial, step in log.order:
             self._replay(kind, log.trials[trial], step)
 
@@ -76,17 +78,27 @@ class Referee:
         assert isinstance(scheduler, MedianScheduler)
         if key < first_rung(self.plan.sweep, self.plan.base):
             return True
-        means = []
-        for other in self.log.trials.values():
-            upto = [self.log.value(other, s) for s, k in other.keys.items() if k <= key]
-            finite = [v for v in upto if math.isfinite(v)]
-            if other.id != trial.id and finite and max(other.keys.values()) >= key:
-                means.append(fmean(finite))
+        means = self._means(key, but=trial)
         if len(means) < scheduler.min_trials:
             return True
         mine = [self.log.value(trial, s) for s in trial.reports] + [value]
         best = max(mine) if self.log.maximize else min(mine)
         return best >= median(means) if self.log.maximize else best <= median(means)
+
+    def _means(self, key: float, but: TrialState) -> list[float]:
+        """Of each other trial that has got as far as `key`: the mean of what it had reported until there.
+
+        Such a mean stays what it is, so it is computed once.
+        """
+        found = self._means_at.setdefault(key, {})
+        read, self._read_at[key] = self._read_at.get(key, 0), len(self.log.order)
+        for kind, name, step in self.log.order[read:]:
+            trial = self.log.trials[name]
+            if kind == "report" and name not in found and trial.keys[step] >= key:
+                upto = [self.log.value(trial, s) for s, k in trial.keys.items() if k <= key]
+                finite = [value for value in upto if math.isfinite(value)]
+                found[name] = fmean(finite) if finite else math.nan
+        return [m for name, m in found.items() if name != but.id and math.isfinite(m)]
 
 
 def _asha(plan: SweepPlan, maximize: bool) -> AsyncHyperBandScheduler | None:

@@ -136,7 +136,7 @@ def _fleet(spec: JobSpec, slots: Slots, folder: SweepFolder) -> Iterator[Fleet]:
     from orchestrator.sweep.fleet import Fleet
 
     assert spec.sweep is not None
-    append_event(folder.events, "launch", slots=slots.count)
+    append_event(folder.events, "launch", slots=slots.count, work_dir=str(Path.cwd()))
     name = f"broker-{uuid.uuid4().hex[:8]}"
     actor: Any = ray.remote(Broker)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # others may go

@@ -1,13 +1,12 @@
-"""Which values trial k gets: a pure function of the sweep, k and what the trials before it showed.
+"""Which values trial k gets: a pure function of the sweep, k and what the trials that ended before it showed.
 
-Nothing is kept between calls, so a resumed sweep proposes what the uninterrupted one would have.
+So a resumed sweep proposes what the uninterrupted one would have.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -32,30 +31,39 @@ CHANGES = (0.8, 1.2)
 """Factors by which population-based training moves a value (Jaderberg et al., arXiv 1711.09846)."""
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a searcher knows of a trial: its values, its metric by step, and whether it failed."""
+class Past:
+    """Trials that a searcher learns from, in the order of their ends. It only ever grows, with its log."""
 
-    values: Values
-    reports: tuple[tuple[int, float], ...]
-    ended: bool
-    failed: bool = False
+    def __init__(self, sweep: SweepSpec, maximize: bool) -> None:
+        self.sweep = sweep
+        self._direction: Any = "maximize" if maximize else "minimize"
+        self._read = 0
+        self._study: Any = None
+
+    def follow(self, log: SweepLog) -> None:
+        """Add what has ended since the last time."""
+        news, self._read = log.order[self._read :], len(log.order)
+        for trial in [log.trials[name] for kind, name, _ in news if kind == "end"]:
+            if trial.status in ("finished", "pruned"):
+                self.add(trial.values, [(s, log.value(trial, s)) for s in sorted(trial.reports)])
+
+    def add(self, values: Values, reports: Sequence[tuple[int, float]]) -> None:
+        """A trial that ended, with its metric by step. One without a number at its end teaches nothing."""
+        if isinstance(self.sweep.searcher, TPESearch) and reports and math.isfinite(reports[-1][1]):
+            dimensions = {p: d.model_dump() for p, d in self.sweep.dimensions().items()}
+            self.study().add_trial(optuna_trial(dimensions, values, reports))
+
+    def study(self) -> Any:
+        """All of them, as Optuna keeps them."""
+        import optuna
+
+        if self._study is None:
+            optuna.logging.set_verbosity(optuna.logging.ERROR)
+            self._study = optuna.create_study(direction=self._direction)
+        return self._study
 
 
-def seen_in(log: SweepLog) -> list[Seen]:
-    """All trials as a searcher sees them, in the order they were proposed."""
-    return [
-        Seen(
-            t.values,
-            tuple((step, log.value(t, step)) for step in sorted(t.reports)),
-            t.status is not None,
-            t.status not in (None, "finished", "pruned"),
-        )
-        for t in log.trials.values()
-    ]
-
-
-def propose(sweep: SweepSpec, index: int, seen: Sequence[Seen], maximize: bool) -> Values | None:
+def propose(sweep: SweepSpec, index: int, past: Past) -> Values | None:
     """The values of trial `index`; None where a grid has no more.
 
     Raises OrchestratorError where no draw keeps the constraints.
@@ -67,8 +75,7 @@ def propose(sweep: SweepSpec, index: int, seen: Sequence[Seen], maximize: bool) 
         case RandomSearch():
             return random_values(sweep, index)
         case TPESearch() as tpe:
-            ask = _Estimator(sweep, tpe, seen, maximize)
-            return kept(sweep, lambda attempt: ask(index, attempt))
+            return kept(sweep, lambda attempt: _estimated(sweep, tpe, past.study(), index, attempt))
 
 
 @lru_cache(maxsize=4)
@@ -104,36 +111,16 @@ def _moved(generator: np.random.Generator, dimension: DimensionSpec, value: Any)
             return float(min(max(value * generator.choice(CHANGES), low), high))
 
 
-class _Estimator:
-    """Optuna's TPE over everything seen so far; a study is filled anew for every proposal."""
+def _estimated(sweep: SweepSpec, tpe: TPESearch, study: Any, index: int, attempt: int) -> Values:
+    """Optuna's TPE over the study, by a seed of its own for each proposal."""
+    import optuna
 
-    def __init__(
-        self, sweep: SweepSpec, tpe: TPESearch, seen: Sequence[Seen], maximize: bool
-    ) -> None:
-        self.sweep, self.tpe = sweep, tpe
-        self.direction: Any = "maximize" if maximize else "minimize"
-        self.seen = [t for t in seen if t.ended and not t.failed and _has_value(t)]
-
-    def __call__(self, index: int, attempt: int) -> Values:
-        study, dimensions = self._study(index, attempt), self.sweep.dimensions()
-        trial = study.ask()
-        return walk(dimensions, lambda path, dimension: _suggested(trial, path, dimension))
-
-    def _study(self, index: int, attempt: int) -> Any:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        seed = int(np.random.SeedSequence([self.sweep.seed, index, attempt]).generate_state(1)[0])
-        sampler = optuna.samplers.TPESampler(n_startup_trials=self.tpe.startup_trials, seed=seed)
-        study = optuna.create_study(direction=self.direction, sampler=sampler)
-        dimensions = {p: d.model_dump() for p, d in self.sweep.dimensions().items()}
-        study.add_trials([optuna_trial(dimensions, t.values, t.reports) for t in self.seen])
-        return study
-
-
-def _has_value(trial: Seen) -> bool:
-    """Whether its last report is a number; Optuna refuses trials that have ended with another one."""
-    return bool(trial.reports) and math.isfinite(trial.reports[-1][1])
+    seed = int(np.random.SeedSequence([sweep.seed, index, attempt]).generate_state(1)[0])
+    study.sampler = optuna.samplers.TPESampler(n_startup_trials=tpe.startup_trials, seed=seed)
+    trial = study.ask()
+    values = walk(sweep.dimensions(), lambda path, dimension: _suggested(trial, path, dimension))
+    study.tell(trial, state=optuna.trial.TrialState.FAIL)  # estimates pass over it
+    return values
 
 
 def _suggested(trial: Any, path: str, dimension: DimensionSpec) -> Any:
