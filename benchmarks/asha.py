@@ -36,10 +36,10 @@ from orchestrator.run_folder import SweepFolder
 
 SLOTS = 2
 FACTOR = 3
-TRIALS = 24
+TRIALS = 16
 """Of random search; ASHA gets as many times the steps of a whole trial."""
-STEPS, FIRST_RUNG = 54, 6
-ROWS = 16
+STEPS, FIRST_RUNG = 162, 6
+ROWS = 8
 EVAL_ROWS = 192
 
 

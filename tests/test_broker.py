@@ -145,3 +145,20 @@ def test_a_slot_leaves_to_come_back_with_as_many_workers_as_are_wanted() -> None
         assert await broker.wanted() is None
 
     play(story())
+
+
+def test_the_controller_gives_a_lost_group_s_trial_back_before_it_asks_for_another_one(
+    ray: Any,
+) -> None:
+    from orchestrator.sweep.hand_back import HandBack
+
+    actor: Any = ray.remote(Broker)
+    broker = actor.options(name="hand-back", num_cpus=0, max_concurrency=10).remote(1)
+    ray.get(broker.enqueue.remote("t0", "{}", 1))
+    assert ray.get(broker.next_task.remote(0, 1))["trial"] == "t0"
+    HandBack("hand-back", 0).after_worker_group_abort(None)
+    assert ray.get(broker.next_task.remote(1, 1))["trial"] == "t0", "another slot goes on with it"
+    ray.kill(broker)
+    HandBack("hand-back", 1).after_worker_group_shutdown(
+        None
+    )  # the sweep has ended: nobody to tell

@@ -39,7 +39,10 @@ class Broker:
         self._given_up: set[str] = set()
         self._refusals: dict[int, str] = {}
         self._waiting: dict[tuple[str, int], asyncio.Future[tuple[bool, bool]]] = {}
+        self._news: dict[str, asyncio.Event] = {}
+        """What those who follow a trial wait for: one trial's news must not wake all the others."""
         self._changed = asyncio.Event()
+        """What slots without work wait for."""
         self._slot_came = asyncio.Event()
         self._closing = False
         self._cancelled = False
@@ -80,7 +83,7 @@ class Broker:
     async def wanted(self) -> int | None:
         """Workers that a free slot should have for what comes next; None where nothing will."""
         while not self._queue and not self._closing:
-            await self._change(IDLE_S)
+            await _within(IDLE_S, self._changed)
         return self._queue[0].num_workers if self._queue else None
 
     async def cancel(self) -> None:
@@ -136,7 +139,7 @@ class Broker:
                 if said["kind"] == "end" or (trial, said["step"]) not in self._spoken:
                     return count, said
             heard = len(self._said[trial])
-            await self._change(IDLE_S)
+            await _within(IDLE_S, self._news.setdefault(trial, asyncio.Event()))
 
     # what rank 0 of a slot calls
 
@@ -159,7 +162,7 @@ class Broker:
                 self._queue.remove(task)
                 self._held[slot] = task
                 return {"kind": "run", "trial": task.trial, "plan": task.plan}
-            await self._change(left)
+            await _within(left, self._changed)
         return {"kind": "idle"}
 
     async def refuse(self, slot: int, why: str) -> None:
@@ -218,7 +221,9 @@ class Broker:
 
     def _say(self, said: dict[str, Any]) -> None:
         self._said[said["trial"]].append(said)
-        self._wake()
+        news = self._news.pop(said["trial"], None)
+        if news is not None:
+            news.set()
 
     def _lost(self, task: Task) -> str:
         words = self._last_words.get(task.trial, "no last words: killed, or out of memory")
@@ -228,11 +233,13 @@ class Broker:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _change(self, timeout_s: float) -> None:
-        try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return
+
+async def _within(timeout_s: float, event: asyncio.Event) -> None:
+    """Wait for an event, but not for ever."""
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except asyncio.TimeoutError:
+        return
 
 
 def _end(trial: str, status: str, step: int, message: str) -> dict[str, Any]:
