@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from sweeps import write_lines
 from test_plan import changed
 
@@ -16,8 +17,9 @@ from orchestrator.model.build import build_model
 from orchestrator.spec import JobSpec
 from orchestrator.sweep.fleet import _where
 from orchestrator.train import trial as trial_module
+from orchestrator.train.state import memory_in_use_bytes
 from orchestrator.train.trial import run_trial
-from orchestrator.train.warm import Warm
+from orchestrator.train.warm import GROWTH, SETTLED_TRIALS, Warm
 
 LABELS = ("bad", "good")
 SEARCHED = (
@@ -108,3 +110,19 @@ def test_only_what_would_come_again_is_known_by_its_place(
     assert (place is not None) is comes_again
     if place is not None:
         assert place.startswith(f"step 7: {kind} in {__file__}")
+
+
+def test_a_slot_that_has_grown_gives_freed_memory_back() -> None:
+    def used() -> int:
+        return memory_in_use_bytes(torch.device("cpu"))
+
+    warm = Warm()
+    for _ in range(SETTLED_TRIALS):
+        warm.trial_ended()
+    settled = used()
+    blocks = [b"x" * 100_000 for _ in range(1000 + settled // 500_000)]
+    del blocks[:-1]  # the last one holds the heap's end in its place
+    assert used() > GROWTH * settled
+    warm.trial_ended()
+    assert used() < GROWTH * settled
+    assert blocks

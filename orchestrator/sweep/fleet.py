@@ -151,6 +151,7 @@ def serve(config: dict[str, Any]) -> None:
         if task["kind"] == "run":
             began = time.time()
             _run(Plan.model_validate_json(task["plan"]), task["trial"], slot, broker, warm)
+            warm.trial_ended()
             if rank == 0:
                 times = {"slot": slot, "began": began, "ended": time.time()}
                 append_event(root / "slots.jsonl", "ran", trial=task["trial"], **times)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from orchestrator.data.stream import StepRows
 from orchestrator.model.build import build_model
 from orchestrator.plan.plan import Plan
 from orchestrator.spec.tuning import quantized
+from orchestrator.train.state import memory_in_use_bytes
 
 KEPT_MODEL_BYTES = 2 * 2**30
 """A larger model is read anew for every trial; the operating system's file cache holds it anyway."""
@@ -20,6 +24,13 @@ NOT_IN_MODEL = {
 }  # fmt: skip
 """Fields that a new model does not depend on. Any other one that changes makes a new model."""
 
+SETTLED_TRIALS = 3
+"""A worker's memory is what it is after so many trials; what comes later is a heap that comes apart."""
+GROWTH = 1.1
+"""Times the settled memory at which freed memory is given back."""
+
+logger = logging.getLogger(__name__)
+
 
 class Warm:
     """One worker's memory of the trials before. A new one is empty: then everything is loaded."""
@@ -28,6 +39,25 @@ class Warm:
         self.eval_rows: dict[Any, list[StepRows]] = {}
         self._key: str | None = None
         self._model: torch.nn.Module | None = None
+        self._trials = 0
+        self._settled_bytes = 0
+
+    def trial_ended(self) -> None:
+        """Give freed memory back to the system where this process has grown; the next trial takes it otherwise."""
+        self._trials += 1
+        used = memory_in_use_bytes(torch.device("cpu"))
+        if self._trials <= SETTLED_TRIALS:
+            self._settled_bytes = max(self._settled_bytes, used)
+        elif used > GROWTH * self._settled_bytes:
+            with contextlib.suppress(AttributeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
+            left = memory_in_use_bytes(torch.device("cpu"))
+            logger.info(
+                "after trial %d: %d MiB in use, %d MiB given back",
+                self._trials,
+                used >> 20,
+                (used - left) >> 20,
+            )
 
     def model(self, plan: Plan) -> torch.nn.Module:
         """The model that the plan starts from, to be trained by the caller.
