@@ -17,7 +17,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.model.build import build_model
 from orchestrator.model.config import load_config
 from orchestrator.plan import make_plan
-from orchestrator.plan.plan import _config_warnings
+from orchestrator.plan.warnings import config_warnings
 from orchestrator.spec import JobSpec
 
 WORDS = torch.arange(8, 20).view(2, 6)
@@ -77,7 +77,7 @@ def test_no_layer_is_left_out_by_chance_as_workers_would_not_agree_on_it(
     assert made.encoder_layerdrop == 0.05
     config_used = load_config(job, ())
     assert (config_used.encoder_layerdrop, config_used.decoder_layerdrop) == (0.0, 0.0)
-    warnings = _config_warnings(job)
+    warnings = config_warnings(job)
     assert [w.split(" of the model")[0] for w in warnings] == [
         "encoder_layerdrop = 0.05", "decoder_layerdrop = 0.05",
     ]  # fmt: skip

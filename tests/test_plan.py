@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -540,7 +541,7 @@ def test_a_run_that_fits_its_disk_fits_it_when_it_goes_on(
         held = sum(f.stat().st_size for f in tmp_path.rglob("*.pt"))
         return SimpleNamespace(free=disk_bytes - held)
 
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", usage)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     make_plan(plan.spec, here, prepared())
     for step in range(most - 1):
         (Path(plan.run_dir) / f"checkpoints/step-{step}").mkdir(parents=True)
