@@ -70,7 +70,10 @@ class LocalHead:
             assert self.process.poll() is None, self.log.read_text(encoding="utf-8")
             try:
                 headers = {"Authorization": f"Bearer {self.token}"}
-                if requests.get(f"{self.address}/api/jobs/", headers=headers, timeout=5).ok:
+                jobs = requests.get(f"{self.address}/api/jobs/", headers=headers, timeout=5)
+                nodes = requests.get(f"{self.address}/api/v0/nodes", headers=headers, timeout=5)
+                # The Jobs API answers before there is a node.
+                if jobs.ok and '"ALIVE"' in nodes.text:
                     return
             except requests.RequestException:
                 pass

@@ -36,6 +36,8 @@ SETTINGS = {
     "RAY_AUTH_MODE": "disabled",
     # Gloo takes the address of the host's name, which is the loopback in every pod.
     "GLOO_SOCKET_IFNAME": "eth0",
+    # The pods' workers share this machine's cores: a thread that waits for its siblings must not spin on one.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 

@@ -44,8 +44,10 @@ def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head with no room for a worker; nodes with room for one each are added by the test."""
+    # Workers of two CPUs share this machine's: a thread that waits for its sibling must not spin on one.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     made = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 1, "object_store_memory": 200 * 2**20},

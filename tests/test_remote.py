@@ -16,7 +16,7 @@ from orchestrator.cli import app
 from orchestrator.errors import OrchestratorError, PlanError, SpecError
 from orchestrator.plan import describe_cluster
 from orchestrator.remote import package
-from orchestrator.remote.head import RemoteError, find_token
+from orchestrator.remote.head import RemoteError, find_token, http_address
 from orchestrator.remote.jobs import exit_code
 from orchestrator.remote.request import job_in, make_request, must_fit, must_offer
 from orchestrator.spec import JobSpec, load_spec, parse_spec
@@ -220,6 +220,24 @@ def test_a_plan_is_for_one_cluster() -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
     assert "name two clusters" in done.output
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("http://head:8265", "http://head:8265"),
+        ("https://head/ray/", "https://head/ray"),
+        ("127.0.0.1:8265", "http://127.0.0.1:8265"),
+    ],
+)
+def test_an_address_without_a_scheme_is_the_dashboard_s(given: str, meant: str) -> None:
+    assert http_address(given) == meant
+
+
+@pytest.mark.parametrize("given", ["ray://head:10001", "auto", "", "http://", "ftp://head:21"])
+def test_an_address_of_something_else_is_refused_at_once(given: str) -> None:
+    with pytest.raises(RemoteError, match=r"is not the Jobs API's: it is http://HOST:8265"):
+        http_address(given)
 
 
 def test_the_token_is_looked_for_where_ray_looks(

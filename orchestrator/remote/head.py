@@ -35,7 +35,7 @@ class Head:
     """A connection to one head's Jobs API. Raises RemoteError when it is made and when it is used."""
 
     def __init__(self, address: str) -> None:
-        self.address = address.rstrip("/")
+        self.address = http_address(address)
         self.token, self.token_from = find_token()
         self.headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         with self.in_words(), _without(RAY_OVERRIDES):
@@ -126,6 +126,18 @@ class Head:
             f"{self.address} asks for a token and none was found. Set RAY_AUTH_TOKEN, set RAY_AUTH_TOKEN_PATH "
             "to a file that holds it, or write it to ~/.ray/auth_token."
         )
+
+
+def http_address(address: str) -> str:
+    """`HOST:PORT` as the Jobs API's URL. Raises RemoteError for what is none: Ray would take it for GCS's address,
+    or for another client's, and try for half a minute."""
+    scheme, found, rest = address.rpartition("://")
+    rest = rest.rstrip("/")
+    if scheme not in ("http", "https", "") or not rest or (not found and ":" not in rest):
+        raise RemoteError(
+            f"--address {address!r} is not the Jobs API's: it is http://HOST:8265, the dashboard's address and port"
+        )
+    return f"{scheme or 'http'}://{rest}"
 
 
 def find_token() -> tuple[str, str]:
