@@ -82,12 +82,12 @@ class Neighbours(Pods):
         """Of no use here."""
         pytest.skip("a head that comes back at its address needs pods")
 
-    def start_head(self, cpus: int) -> Any:
-        """The head: node 1."""
+    def start_head(self, cpus: int, jobs: bool = False) -> Any:
+        """The head: node 1; never with a Jobs API, for which there is one port."""
         from ray.cluster_utils import Cluster
 
         self.clusters.append(Cluster())
-        return self._start(1, num_cpus=cpus)
+        return self._start(1, num_cpus=cpus, include_dashboard=False)
 
     def start_worker(self, number: int, cpus: int) -> Any:
         """A worker node."""

@@ -38,6 +38,9 @@ SETTINGS = {
     "GLOO_SOCKET_IFNAME": "eth0",
     # The pods' workers share this machine's cores: a thread that waits for its siblings must not spin on one.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Nor may they start what nobody asked for.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -173,10 +176,13 @@ class Pods:
                 [*into, *command], stdout=log, stderr=log, env=self.environment
             )
 
-    def start_head(self, cpus: int) -> Pod:
-        """The head: pod 1. Its GCS keeps everything in Redis where one runs."""
+    def start_head(self, cpus: int, jobs: bool = False) -> Pod:
+        """The head: pod 1, with a Jobs API where `jobs` is set (a dozen processes).
+
+        Its GCS keeps everything in Redis where one runs.
+        """
         arguments = ["--head", f"--port={GCS_PORT}", f"--num-cpus={cpus}"]
-        arguments += ["--dashboard-host=0.0.0.0"]
+        arguments += [f"--include-dashboard={jobs}", "--dashboard-host=0.0.0.0"]
         more = {}
         if self.redis:
             more["RAY_REDIS_ADDRESS"] = f"10.77.{self.subnet}.254:{REDIS_PORT}"

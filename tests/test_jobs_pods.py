@@ -29,7 +29,7 @@ def cluster(tmp_path: Path) -> Iterator[Pods]:
         pytest.skip("needs the quickstart's model and data: python jobs/fetch.py quickstart")
     with pods(tmp_path / "pods", needed=True) as one:
         one.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        one.start_head(0)
+        one.start_head(0, jobs=True)
         for number in (2, 3):
             one.start_worker(number, 3)
         one.wait_for(3)

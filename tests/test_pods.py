@@ -210,7 +210,7 @@ def test_a_submitted_job_trains_on_while_its_head_is_lost_and_comes_back_with_re
     folder, file = RunFolder(Path(spec.storage) / spec.name), tmp_path / "job.yaml"
     file.write_text(dump_spec(spec), encoding="utf-8")
     cluster.start_redis()
-    cluster.start_head(0)
+    cluster.start_head(0, jobs=True)
     for number in (2, 3):
         cluster.start_worker(number, NODE_CPUS)
     cluster.start_driver(4)
@@ -230,7 +230,7 @@ def test_a_submitted_job_trains_on_while_its_head_is_lost_and_comes_back_with_re
     time.sleep(3)
     meanwhile = step()
     assert meanwhile > killed_at, "training stood still without a head"
-    cluster.start_head(0)
+    cluster.start_head(0, jobs=True)
     cluster.wait_for(4)
     back_s = time.monotonic() - started
     until(lambda: folder.report.exists(), "the end", FINISH_S)
