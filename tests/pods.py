@@ -205,10 +205,24 @@ class Pods:
 
     def wait_for(self, nodes: int, timeout_s: float = START_S) -> None:
         """Until the head counts so many living nodes."""
+        script = (  # one process that looks again and again: starting one for each look would cost a core
+            "import sys, time; from ray._raylet import GcsClient\n"
+            "head = GcsClient(address=sys.argv[1])\n"
+            "while sum(n.state == 0 for n in head.get_all_node_info().values()) != int(sys.argv[2]):\n"
+            "    time.sleep(0.2)"
+        )
         deadline = time.monotonic() + timeout_s
-        while len(self.nodes()) != nodes:
+        look = [sys.executable, "-c", script, self.gcs, str(nodes)]
+        while not self._ends_well(look, deadline - time.monotonic()):
             assert time.monotonic() < deadline, f"{nodes} nodes expected:\n{self.output()}"
             time.sleep(0.5)
+
+    def _ends_well(self, command: list[str], timeout_s: float) -> bool:
+        """Whether a command in the head pod ends within some seconds, and with 0."""
+        try:
+            return self.run(command, check=False, timeout_s=timeout_s).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
 
     def nodes(self) -> dict[str, str]:
         """Living nodes as the head sees them: address (or whatever tells them apart) → node id."""
@@ -221,11 +235,13 @@ class Pods:
         found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("alive ")]
         return {one[self.key]: one[1] for one in found}
 
-    def run(self, command: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, command: list[str], check: bool = True, timeout_s: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         """A command in the head pod."""
         environment = {**self.environment, "RAY_ADDRESS": self.gcs}
         return subprocess.run(
-            [*self.all[1].inside(), *command], env=environment, check=check, timeout=60,
+            [*self.all[1].inside(), *command], env=environment, check=check, timeout=timeout_s,
             capture_output=True, text=True,
         )  # fmt: skip
 
