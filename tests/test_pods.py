@@ -28,6 +28,8 @@ EVERY = 16
 START_S = 300
 """Patience with a start: four nodes share this machine's cores."""
 FINISH_S = 600
+DRAIN_S = 20
+"""What a pod that ends has; the hook's own start is a part of it."""
 WORKER_CPUS = 2
 NODE_CPUS = 3
 """One worker of two CPUs fits, and a task that reads; a second worker does not."""
@@ -171,7 +173,7 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_no_step_is_lost(
     run.wait_until(lambda: run.step() >= EVERY, START_S)
     pod = cluster.all[max(cluster.where("RayTrainWorker"))]
     drained = time.monotonic()
-    hook = ["-m", "orchestrator.kube.drain", "--deadline-s", "12", "--address", cluster.gcs]
+    hook = ["-m", "orchestrator.kube.drain", "--deadline-s", f"{DRAIN_S}", "--address", cluster.gcs]
     said = cluster.folder / "hook.log"
     with open(said, "wb") as log:  # what a pod's preStop hook runs, in the pod
         ending = subprocess.Popen(
@@ -185,7 +187,7 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_no_step_is_lost(
     resumed_s = time.monotonic() - drained
     assert pod.number not in cluster.where("RayTrainWorker"), "nobody works on the drained node"
     assert ending.wait(60) == 0
-    assert re.search(r"drain: gone after|drain: still busy after 12 s", said.read_text())
+    assert re.search(rf"drain: gone after|drain: still busy after {DRAIN_S} s", said.read_text())
     run.folder.stop_request.touch()
     assert run.finish(FINISH_S) == 130, run.output()
     notice, (_, resumed) = run.events("notice")[0], run.events("stream")
@@ -195,7 +197,7 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_no_step_is_lost(
     done = [r["step"] for r in read_records(run.folder.steps)]
     assert done == list(range(1, len(done) + 1)), "a step was lost or done twice"
     print(
-        f"| drain, 12 s | notice after {noticed_s:.1f} s at step {notice['step']} | "
+        f"| drain, {DRAIN_S} s | notice after {noticed_s:.1f} s at step {notice['step']} | "
         f"next step after {resumed_s:.1f} s at {resumed['step']} | lost 0 |",
         flush=True,
     )

@@ -28,6 +28,7 @@ def drain(address: str, deadline_s: float) -> str:
 
     `address` is GCS's host:port. Raises OSError where it cannot be reached, and what Ray's client raises.
     """
+    end = time.time() + deadline_s  # the pod's time runs while Ray is being imported
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 
@@ -36,7 +37,6 @@ def drain(address: str, deadline_s: float) -> str:
     node_id = _this_node(client, own_address)
     if node_id is None:
         return "this pod is no node of the cluster (any more)"
-    end = time.time() + deadline_s
     accepted, why_not = client.drain_node(
         node_id,
         DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
@@ -74,9 +74,10 @@ def _is_driver(words: list[str]) -> bool:
 
 def wait_for_others(address: str, timeout_s: float) -> str:
     """Until no node but this one is left; returns what happened. Raises as `drain` does."""
+    end = time.time() + timeout_s
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-    own_address, end = _own_address(address), time.time() + timeout_s
+    own_address = _own_address(address)
     client = GcsClient(address=address)
     while any(node.node_manager_address != own_address for node in _alive(client).values()):
         if time.time() > end:
