@@ -117,6 +117,12 @@ def test_no_word_of_a_job_reaches_the_shell_unquoted() -> None:
     assert shlex.quote(hostile[1]) in request.entrypoint
 
 
+@pytest.mark.parametrize("name", ["a/b", "two words", "-x", "a;b"])
+def test_a_name_that_no_url_can_hold_is_refused(name: str) -> None:
+    with pytest.raises(OrchestratorError, match=r"--name .*Use letters, digits"):
+        make_request(spec(), Path("job.yaml"), [], ".", name)
+
+
 def test_the_job_gets_time_to_commit_and_its_own_environment() -> None:
     runtime = {
         "pip": ["sacrebleu==2.5"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from orchestrator.plan.resources import Workers, check_cpus, places, share_out
 from orchestrator.plan.slots import slots_of
 from orchestrator.spec import JobSpec
 from orchestrator.values import Frozen
+
+SUBMISSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class JobRequest(Frozen):
@@ -53,8 +56,12 @@ def make_request(
     """The request that trains `job`, or runs its sweep; a path relative to the working directory.
 
     `name`: the submission's id; by default the run's name and six random digits, as the Jobs API
-    takes each id once.
+    takes each id once. Raises OrchestratorError for a name that is no part of a URL.
     """
+    if name and not SUBMISSION_ID.fullmatch(name):
+        raise OrchestratorError(
+            f"--name {name!r}: the Jobs API's URLs hold it. Use letters, digits, '.', '_' and '-', and begin with one of the first two."
+        )
     runtime = spec.runtime
     verb = "train" if spec.sweep is None else "sweep"
     words = ["python", "-m", "orchestrator", verb, job.as_posix(), *overrides]
