@@ -60,7 +60,8 @@ def make_request(
     """
     if name and not SUBMISSION_ID.fullmatch(name):
         raise OrchestratorError(
-            f"--name {name!r}: the Jobs API's URLs hold it. Use letters, digits, '.', '_' and '-', and begin with one of the first two."
+            f"--name {name!r}: the Jobs API's URLs hold it. Use letters, digits, '.', '_' and '-', "
+            "and begin with one of the first two."
         )
     runtime = spec.runtime
     verb = "train" if spec.sweep is None else "sweep"
