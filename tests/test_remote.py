@@ -16,7 +16,7 @@ from orchestrator.cli import app
 from orchestrator.errors import OrchestratorError, PlanError, SpecError
 from orchestrator.plan import describe_cluster
 from orchestrator.remote import package
-from orchestrator.remote.head import RemoteError, find_token, http_address
+from orchestrator.remote.head import RemoteError, find_token, http_address, last_words
 from orchestrator.remote.jobs import exit_code
 from orchestrator.remote.request import job_in, make_request, must_fit, must_offer
 from orchestrator.spec import JobSpec, load_spec, parse_spec
@@ -244,6 +244,17 @@ def test_an_address_without_a_scheme_is_the_dashboard_s(given: str, meant: str) 
 def test_an_address_of_something_else_is_refused_at_once(given: str) -> None:
     with pytest.raises(RemoteError, match=r"is not the Jobs API's: it is http://HOST:8265"):
         http_address(given)
+
+
+def test_of_a_head_s_traceback_the_last_words_are_shown() -> None:
+    inner = "Traceback (most recent call last):\n  File x\nValueError: the packages\ncannot be installed\n.\n"
+    text = (
+        f"Request failed with status code 500: Traceback:\n  File y\nRuntimeError: 400: {inner}.\n"
+    )
+    assert last_words(text) == "ValueError: the packages\ncannot be installed"
+    assert (
+        last_words("Request failed with status code 413") == "Request failed with status code 413"
+    )
 
 
 def test_the_token_is_looked_for_where_ray_looks(

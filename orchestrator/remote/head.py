@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +115,12 @@ class Head:
                 raise RemoteError(
                     f"{self.address} knows no such job. `orchestrator jobs --address {self.address}` lists them."
                 ) from error
-            raise RemoteError(f"{self.address}: {text}") from error
+            if "already exists" in text:
+                raise RemoteError(
+                    f"{self.address} knows a job of that name already, and takes each name once. Choose another "
+                    "--name, or leave it out."
+                ) from error
+            raise RemoteError(f"{self.address}: {last_words(text)}") from error
 
     def _refused(self) -> str:
         if self.token:
@@ -138,6 +144,12 @@ def http_address(address: str) -> str:
             f"--address {address!r} is not the Jobs API's: it is http://HOST:8265, the dashboard's address and port"
         )
     return f"{scheme or 'http'}://{rest}"
+
+
+def last_words(text: str) -> str:
+    """What the head's answer says in the end, where it is a traceback of traceback; else all of it."""
+    errors = list(re.finditer(r"^[\w.]*(Error|Exception): ", text, re.MULTILINE))
+    return text[errors[-1].start() :].rstrip(". \n") if errors else text
 
 
 def find_token() -> tuple[str, str]:
