@@ -43,6 +43,8 @@ SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+SHARED_CORES = ("OMP_WAIT_POLICY", "RAY_enable_worker_prestart", "RAY_prestart_worker_first_driver")
+"""Which of them any nodes need that share one machine."""
 
 
 CLUSTERS = count()

@@ -12,6 +12,7 @@ import faults
 import numpy as np
 import pytest
 import tiny
+from pods import SETTINGS, SHARED_CORES
 from ray.cluster_utils import Cluster
 
 from orchestrator.report.records import read_steps
@@ -46,8 +47,8 @@ def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head with no room for a worker; nodes with room for one each are added by the test."""
-    # Workers of two CPUs share this machine's: a thread that waits for its sibling must not spin on one.
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    for name in SHARED_CORES:
+        monkeypatch.setenv(name, SETTINGS[name])
     made = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 1, "object_store_memory": 200 * 2**20},

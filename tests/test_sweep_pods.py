@@ -12,7 +12,7 @@ from typing import Any
 import faults
 import pytest
 import tiny
-from pods import SETTINGS, Pods, pods, until
+from pods import SETTINGS, SHARED_CORES, Pods, pods, until
 from test_sweep import ended, facts, job, lr
 
 from orchestrator.report.records import read_records, read_steps
@@ -110,7 +110,7 @@ def test_every_trial_of_a_sweep_under_chaos_ends_as_it_does_without(
     assert run.finish() == 0, run.output()
     cluster.close()
 
-    patient = {"OMP_WAIT_POLICY": SETTINGS["OMP_WAIT_POLICY"]}
+    patient = {name: SETTINGS[name] for name in SHARED_CORES}
     whole = faults.LiveRun(make(models, tmp_path / "whole", 1), "sweep", **patient)
     assert whole.finish(400) == 0, whole.output()
     want, got = facts(open_log(SweepFolder(whole.folder.root))), facts(open_log(folder))
