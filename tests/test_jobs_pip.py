@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,13 @@ import pytest
 import tiny
 import yaml
 from head import LocalHead
-from test_jobs_api import Shell, until
+from pods import until
+from test_jobs_api import Shell
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
+INSTALL_S = 450
+"""Ray copies the whole environment that it runs in, where that is a virtual one, and installs into the copy."""
 NOTE_OF_PROCESS = """
 import os, pathlib
 folder = os.environ.get("PLANTED_NOTES")
@@ -78,8 +80,12 @@ def test_packages_of_a_job_are_there_in_its_driver_and_in_its_workers(
     shell = Shell(head, here)
     name = shell.submit()
     steps = tmp_path / "runs" / "packed" / "metrics" / "steps.jsonl"
-    until(lambda: steps.exists() or "FAILED" in shell.run("status", name)[1], "the first step")
-    assert steps.exists(), shell.run("logs", name)[1]
+
+    def began_or_failed() -> bool:
+        return steps.exists() or "FAILED" in shell.run("status", name)[1]
+
+    until(began_or_failed, "the first step", INSTALL_S)
+    assert steps.exists(), shell.run("status", name)[1]
 
     noted = {int(note.name) for note in notes.iterdir()}
     workers = {p.pid for p in head.processes("RayTrainWorker")}
@@ -89,7 +95,3 @@ def test_packages_of_a_job_are_there_in_its_driver_and_in_its_workers(
     assert driver.pid in noted, "the driver does not see the package"
     status, out = shell.run("stop", name)
     assert (status, out.strip()) == (0, f"{name}: STOPPED")
-
-    status, out = shell.run("submit", "job.yaml", "runtime.pip=[nobody-made-this]")
-    assert status == 1, out
-    assert re.search(r"No matching distribution found for nobody-made-this", out), out
