@@ -46,6 +46,8 @@ LOCAL_SETTINGS = {
     # Workers are forked when they are wanted; those that Ray starts ahead would stay unused.
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    # Above this Ray writes a warning across the screen, again and again. By itself it is the number of CPUs.
+    "RAY_worker_maximum_startup_concurrency": "64",
 }
 
 
