@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.launch import forks
+from orchestrator.launch.session import _start
 
 BECOME = [sys.executable, "-I", "-S", str(Path(forks.__file__).with_name("become.py"))]
 SERVER = f"""
@@ -122,3 +125,11 @@ def test_workers_of_our_own_ray_have_their_imports_and_use_freed_memory_again(ra
     assert ray.get(probe.modules.remote()) == ["pandas", "torch", "transformers"]
     assert ray.get(probe.faults.remote()) < 5 * 96 * 2**20 / 4096 / 2
     ray.kill(probe)
+
+
+def test_a_ray_that_does_not_come_up_is_said_in_words() -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("The current node timed out during startup.")
+
+    with pytest.raises(OrchestratorError, match=r"timed out.*\n.*far more work than cores"):
+        _start(SimpleNamespace(init=init), 2, "python")

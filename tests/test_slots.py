@@ -209,8 +209,8 @@ def test_the_sweep_for_a_cluster_is_planned_there(
     plan = plan_sweep(spec, describe_cluster("8xH100x8"), prepared(20000, 2048, 500))
     assert (plan.slots, plan.base.num_workers, plan.base.gpus_per_worker) == (8, 8, 1)
     assert plan.base.model.parameters > 7e9
-    assert plan.milestones[0] == 5_000_000
-    assert plan.rungs[0] == math.ceil(5_000_000 / (64 * 2048))
+    assert plan.milestones[0] == 30_000_000
+    assert plan.rungs[0] == math.ceil(30_000_000 / (64 * 2048))
 
 
 def test_a_trial_s_own_job_says_what_its_slot_decided(job: Any) -> None:

@@ -148,6 +148,25 @@ def test_a_plan_survives_json(job: Any) -> None:
     assert SweepPlan.model_validate_json(plan.model_dump_json()) == plan
 
 
+@pytest.mark.parametrize(
+    ("space", "scheduler", "until"),
+    [
+        ({"schedule.warmup_ratio": {"type": "uniform", "low": 0.0, "high": 0.3}}, {"type": "asha"}, 27),
+        ({"schedule.warmup_steps": [0, 40]}, {"type": "asha"}, 40),
+        ({"schedule.warmup_steps": [0, 40]}, {"type": "median", "min": 30}, 40),
+        ({"schedule.warmup_steps": [0, 40]}, {"type": "asha", "min": 40}, None),
+        ({"schedule.warmup_steps": [0, 40]}, {"type": "none"}, None),
+        (SPACE, {"type": "asha"}, None),
+    ],
+)  # fmt: skip
+def test_a_comparison_before_warm_up_has_ended_is_warned_of(
+    job: Any, space: dict[str, Any], scheduler: dict[str, Any], until: int | None
+) -> None:
+    plan = planned(job(num_trials=9, space=space, scheduler=scheduler))
+    said = [text for text in plan.warnings if "warm-up" in text]
+    assert [f"until step {until:,}:" in text for text in said] == ([] if until is None else [True])
+
+
 # --- the referee
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.launch.forks import fork_server
 
 EXTRA_CPUS = 2
@@ -108,14 +109,7 @@ def _own(cpus: int) -> Iterator[Any]:
 
             # Workers inherit the settings from this process.
             with _importing(("torch", "transformers.modeling_utils")):
-                ray.init(
-                    address="local",
-                    num_cpus=cpus + EXTRA_CPUS,
-                    runtime_env={"py_executable": python},
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+                _start(ray, cpus + EXTRA_CPUS, python)
             try:
                 yield ray
             finally:
@@ -123,6 +117,24 @@ def _own(cpus: int) -> Iterator[Any]:
     finally:
         for name in set_here:
             del os.environ[name]
+
+
+def _start(ray: Any, cpus: int, python: str) -> None:
+    """Raises OrchestratorError where Ray's own processes do not come up, as on a machine that is far too busy."""
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            runtime_env={"py_executable": python},
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # Ray raises no class of its own
+        raise OrchestratorError(
+            f"Ray did not start on this machine: {error}\n  Its logs: /tmp/ray/session_latest/logs. Ray waits some "
+            "seconds for each of its processes: a machine with far more work than cores is too slow. Try again."
+        ) from error
 
 
 @contextmanager

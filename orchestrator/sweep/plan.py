@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.search_space import Values, default_trials
 from orchestrator.spec.sweep import (
     AshaScheduler,
+    Choice,
     MedianScheduler,
     NoScheduler,
     PbtScheduler,
@@ -92,7 +94,10 @@ def plan_sweep(
             sum(n * (b - a) for n, a, b in zip(expected, (0, *rungs), rungs, strict=False))
         ),
         reasons=reasons,
-        warnings=tuple(_warnings(sweep, num_trials, slots.count)),
+        warnings=(
+            *_warnings(sweep, num_trials, slots.count),
+            *_rung_warnings(sweep, base, rungs[0]),
+        ),
     )
 
 
@@ -217,3 +222,28 @@ def _warnings(sweep: SweepSpec, num_trials: int, slots: int) -> list[str]:
             f"{num_trials} trials per generation on {slots} slots: the last round leaves some idle"
         )
     return out
+
+
+def _rung_warnings(sweep: SweepSpec, base: Plan, first: int) -> Iterator[str]:
+    """Trials that are compared before each of them trains at its own rate."""
+    longest = max(
+        base.warmup_steps,
+        math.ceil(_largest(sweep, "schedule.warmup_ratio") * base.total_steps),
+        _largest(sweep, "schedule.warmup_steps"),
+    )
+    if isinstance(sweep.scheduler, AshaScheduler | MedianScheduler) and first < longest:
+        yield (
+            f"trials are first compared at step {first:,}, and warm-up may last until step {longest:,}: what is "
+            "pruned may be what had not begun. Raise sweep.scheduler.min, or shorten warm-up"
+        )
+
+
+def _largest(sweep: SweepSpec, path: str) -> float:
+    """The largest value that is searched for a field; 0 where it is not searched."""
+    match sweep.dimensions().get(path):
+        case None:
+            return 0
+        case Choice(values=values):
+            return max((v for v in values if isinstance(v, int | float)), default=0)
+        case dimension:
+            return dimension.high
