@@ -14,7 +14,7 @@ OTHER = {"positive": "negative", "negative": "positive"}
 def main() -> None:
     """Write jobs/data/preferences/{train,eval}.jsonl from jobs/data/movie_reviews."""
     (DATA / "preferences").mkdir(parents=True, exist_ok=True)
-    for split, rows in (("train", 2000), ("eval", 100)):
+    for split, rows in (("train", 240), ("eval", 100)):
         with open(DATA / "movie_reviews" / f"{split}.csv", encoding="utf-8", newline="") as source:
             reviews = list(csv.DictReader(source))[:rows]
         with open(DATA / "preferences" / f"{split}.jsonl", "w", encoding="utf-8") as target:

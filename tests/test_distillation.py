@@ -30,6 +30,7 @@ from orchestrator.model.teacher import check_teacher, paired_layers
 from orchestrator.plan import Plan, make_plan
 from orchestrator.remote.package import named_by
 from orchestrator.spec import JobSpec, parse_spec
+from orchestrator.train.compare import _measured
 from orchestrator.train.objective import Objective
 
 LABELS = ("bad", "good")
@@ -47,14 +48,22 @@ def teachers(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> dic
     for name, student, head in (
         ("classes", models.bert, transformers.BertForSequenceClassification),
         ("tags", models.bert, transformers.BertForTokenClassification),
+        ("number", models.bert, transformers.BertForSequenceClassification),
         ("words", models.llama, transformers.LlamaForCausalLM),
     ):
         config = transformers.AutoConfig.from_pretrained(student)
+        config.num_labels = 1 if name == "number" else 2
         config.hidden_size, config.num_hidden_layers, config.initializer_range = WIDTH, 3, 0.5
         config.head_dim = WIDTH // tiny.HEADS
         head(config).save_pretrained(root / name)
         for file in student.glob("tokenizer*"):
             shutil.copy(file, root / name)
+    wider = transformers.AutoConfig.from_pretrained(
+        models.t5, d_model=WIDTH, initializer_factor=5.0
+    )
+    transformers.T5ForConditionalGeneration(wider).save_pretrained(root / "texts")
+    for file in models.t5.glob("tokenizer*"):
+        shutil.copy(file, root / "texts")
     return {path.name: path for path in root.iterdir()}
 
 
@@ -132,6 +141,48 @@ def test_with_several_labels_each_one_and_its_absence_are_compared(
     pairs = [torch.stack([logits, torch.zeros_like(logits)], -1) for logits in (ours, theirs)]
     away = softened(pairs[0], pairs[1], 2) / 2  # a sigmoid is a softmax over (logit, 0)
     assert bench.losses() == pytest.approx((0.75 * own + 0.25 * 4 * away, own), rel=1e-4)
+
+
+def test_a_teachers_number_is_learnt_by_the_squared_difference(
+    models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    raw = [{**row, "value": float(i)} for i, row in enumerate(tiny.labelled(8))]
+    settings = {"alpha": 0.4, "temperature": 3}
+    task = {"type": "text_regression"}
+    spec = job(models.bert, teachers["number"], tmp_path, raw, task=task, distillation=settings)
+    check_teacher(spec, ())
+    bench = Bench(spec, raw, ())
+    ours, theirs = bench.scores(bench.model), bench.scores(bench.teacher.model)
+    own = float(((ours.squeeze(-1) - torch.arange(7.0)) ** 2).sum())
+    away = float(((ours - theirs) ** 2).sum())
+    assert bench.losses() == pytest.approx((0.6 * own + 0.4 * away, own), rel=1e-4)
+
+
+def test_each_written_word_of_a_translation_has_a_teacher(
+    models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    raw = [
+        {"source": row["text"], "target": f"{row['text']} {row['label']}"}
+        for row in tiny.labelled(8)
+    ]
+    task = {"type": "seq2seq", "max_target_tokens": 24}
+    settings = {"alpha": 1, "temperature": 2, "top_k": 1000}
+    spec = job(models.t5, teachers["texts"], tmp_path, raw, task=task, distillation=settings)
+    check_teacher(spec, ())
+    bench = Bench(spec, raw, ())
+    ours, theirs = bench.scores(bench.model), bench.scores(bench.teacher.model)
+    assert len(ours) == sum(len(row["label_ids"]) for row in bench.rows[:7])
+    assert bench.losses()[0] == pytest.approx(4 * softened(ours, theirs, 2), rel=1e-3)
+    rows = [{**row, "reference": str(row["reference"])} for row in bench.rows]
+    compared = _measured(bench.plan, bench.model.eval(), rows, torch.device("cpu"))
+    assert {"bleu", "chrf", "loss"} <= compared["metrics"].keys()
+    hidden = job(
+        models.t5, teachers["texts"], tmp_path, raw, task=task, distillation={"hidden": {}}
+    )
+    with pytest.raises(
+        OrchestratorError, match=r"distillation\.hidden: needs a model with one stack"
+    ):
+        check_teacher(hidden, ())
 
 
 def test_an_image_has_a_teacher_too(tmp_path: Path, models: tiny.Tiny) -> None:
@@ -366,7 +417,7 @@ TEACHER = {"teacher": "org/teacher"}
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"task": {"type": "text_regression"}, "distillation": TEACHER}, "distillation"),
+        ({"task": {"type": "speech_recognition"}, "distillation": TEACHER}, "distillation"),
         ({"distillation": {**TEACHER, "alpha": 0}}, "distillation.alpha"),
         ({**CLASSIFY, "distillation": {**TEACHER, "top_k": 9}}, "distillation.top_k"),
         ({**CLASSIFY, "distillation": TEACHER, "regularisation": {"mixup_alpha": 0.2}},

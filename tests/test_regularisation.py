@@ -25,10 +25,13 @@ from orchestrator.plan import regularisation as plan_room
 from orchestrator.plan.show_learning import learning
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.regularisation import RegularisationSpec
+from orchestrator.tasks.base import Scores
 from orchestrator.tasks.image_classification import ImageClassification
 from orchestrator.train.averaging import AVERAGE, Averager, add_l1, average_share
 from orchestrator.train.noise import EmbeddingHook, neftune_noise
-from orchestrator.train.objective import Objective, _partners, masked
+from orchestrator.train.objective import Objective, _divergence, _partners, masked
+
+SEVERAL = {"type": "multi_label_classification", "labels_column": "label"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ class Bench:
         self.objective = Objective(self.plan, self.model)
         self.rows = rows_of(job, 8)
         self.weights = np.array([1.0] * 7 + [0.0], dtype=np.float32)
-        self.labels = torch.tensor([int(row["label"]) for row in self.rows])
+        self.labels = torch.tensor(np.stack([row["label"] for row in self.rows]))
 
     def losses(self) -> tuple[float, float]:
         """(what is minimised, the task's own loss)."""
@@ -83,6 +86,21 @@ def test_label_smoothing_gives_all_classes_a_share_in_training_alone(spec: JobSp
     total, own = bench.losses()
     assert total == pytest.approx(float((0.8 * truth + 0.2 * -log_p.mean(-1)).sum()), rel=1e-5)
     assert own == pytest.approx(float(truth.sum()), rel=1e-5)
+
+
+def test_yes_and_no_of_each_label_are_smoothed_as_two_classes(spec: JobSpec) -> None:
+    several = parse_spec(
+        {**spec.model_dump(mode="json", exclude_unset=True), "task": {**SEVERAL, "labels": LABELS}}
+    )
+    bench = Bench(several, "regularisation.label_smoothing=0.2")
+    logits, truth = bench.logits(), bench.labels[:7].float()
+    assert set(truth.flatten().tolist()) == {0.0, 1.0}
+    yes, no = functional.logsigmoid(logits), functional.logsigmoid(-logits)
+    plain = -(truth * yes + (1 - truth) * no)
+    total, own = bench.losses()
+    smoothed = 0.8 * plain - 0.2 * (yes + no) / 2
+    assert total == pytest.approx(float(smoothed.mean(-1).sum()), rel=1e-5)
+    assert own == pytest.approx(float(plain.mean(-1).sum()), rel=1e-5)
 
 
 def test_a_rows_loss_is_weighted_by_its_class(spec: JobSpec) -> None:
@@ -114,6 +132,16 @@ def test_r_drop_pulls_the_predictions_of_two_passes_together(spec: JobSpec) -> N
     divergence = [(total - own) / a for (total, own), a in zip(apart, alphas, strict=True)]
     assert divergence[0] > 1e-4
     assert divergence[0] == pytest.approx(divergence[1], rel=1e-3)
+
+
+def test_r_drop_pulls_labels_and_numbers_together_too() -> None:
+    logits = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.0], [0.5, 1.0]])  # 2 rows, twice
+    scores = Scores(logits, torch.zeros(4), torch.tensor([1.0, 0.0, 1.0, 0.0]))  # the second fills
+    p, q = logits[0].sigmoid(), logits[2].sigmoid()
+    each = [(a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log()) for a, b in ((p, q), (q, p))]
+    expected = float((each[0] + each[1]).mean() / 2)
+    assert float(_divergence(scores, "labels")) == pytest.approx(expected, rel=1e-5)
+    assert float(_divergence(scores, "number")) == pytest.approx(2.0**2 + 2.0**2)
 
 
 def test_r_drop_without_any_dropout_is_refused(spec: JobSpec) -> None:
@@ -398,6 +426,10 @@ CLASSIFY = {"task": {"type": "text_classification", "labels": ["a", "b"]}}
          "regularisation.mixup_alpha"),
         ({"regularisation": {"r_drop_alpha": 1},
           "model": {"pretrained": "org/model", "dropout": 0}}, "regularisation.r_drop_alpha"),
+        ({"task": {"type": "text_regression"}, "regularisation": {"label_smoothing": 0.1}},
+         "regularisation.label_smoothing"),
+        ({"task": {"type": "question_answering"}, "regularisation": {"r_drop_alpha": 1}},
+         "regularisation.r_drop_alpha"),
         ({"regularisation": {"averaging": {"type": "ema", "decay": 1}}},
          "regularisation.averaging.decay"),
     ],

@@ -95,6 +95,13 @@ def test_every_step_has_a_rate_that_only_rises_then_only_falls(
     assert factors[warm] == 1
 
 
+def test_a_warm_up_must_end_before_training_does() -> None:
+    check_schedule(LinearSchedule(warmup_steps=9), 10)
+    for steps in (10, 1000):
+        with pytest.raises(PlanError, match=rf"warmup_steps = {steps}: there are 10 steps"):
+            check_schedule(LinearSchedule(warmup_steps=steps), 10)
+
+
 def test_restarts_need_room_for_cosines_of_two_steps() -> None:
     for restarts, total in ((0, 1), (4, 10), (3, 10)):
         check_schedule(CosineSchedule(type="cosine", restarts=restarts), total)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import JobSpec, apply_overrides, dump_spec, load_spec, parse_spec, read_yaml
-from orchestrator.spec.explain import model_members
+from orchestrator.spec.explain import OTHER_NAMES, model_members
 from orchestrator.spec.meanings import meanings
 from orchestrator.spec.optimizer import SGD
 from orchestrator.spec.reference import json_schema, reference_page
@@ -152,6 +152,35 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(
     (section, content), *_ = change.items()
     merged = {**base.get(section, {}), **content} if isinstance(content, dict) else content
     assert f"did you mean '{nearest}'?" in refused({**base, section: merged})[field]
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "place"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing", "regularisation.label_smoothing"),
+        ({"optimizer": {"warmup_ratio": 0.1}}, "optimizer.warmup_ratio", "schedule.warmup_ratio"),
+        ({"learning_rate": 1e-4}, "learning_rate", "optimizer.lr"),
+    ],
+)
+def test_a_field_in_the_wrong_place_or_by_another_tools_name_is_told_where_it_stands(
+    base: dict[str, Any], change: dict[str, Any], field: str, place: str
+) -> None:
+    assert f"did you mean {place}?" in refused({**base, **change})[field]
+
+
+def test_every_name_of_another_tool_points_at_a_field() -> None:
+    known = set(JobSpec.model_fields) | {
+        f"{section}.{name}"
+        for section, info in JobSpec.model_fields.items()
+        for model in model_members(info.annotation)
+        for name in model.model_fields
+    }
+    assert {path for paths in OTHER_NAMES.values() for path in paths} <= known
+
+
+def test_a_list_of_refused_items_is_not_called_empty_as_well(base: dict[str, Any]) -> None:
+    found = refused({**base, "schedule": {"type": "step", "milestones": [5, 3]}})
+    assert list(found) == ["schedule.milestones.0", "schedule.milestones.1"]
 
 
 def test_a_bare_yes_or_number_among_labels_is_told_to_be_quoted(base: dict[str, Any]) -> None:

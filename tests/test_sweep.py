@@ -175,6 +175,29 @@ def test_trials_whose_time_is_up_end_as_finished_and_so_does_their_population(
     assert (outcome.status, outcome.export is not None) == ("finished", True)
 
 
+def test_the_trials_of_a_sweep_learn_from_one_teacher_asked_once(
+    ray: Any, models: tiny.Tiny, tmp_path: Path
+) -> None:
+    search = {
+        "space": {"distillation.alpha": [0.2, 1.0], "distillation.temperature": [1.0, 4.0]},
+        "num_trials": 2,
+        "searcher": {"type": "random"},
+        "scheduler": {"type": "none"},
+        "slots": 1,
+    }
+    taught = {"distillation": {"teacher": str(models.bert)}, "stop": {"max_steps": 3}}
+    outcome = sweep(job(models, tmp_path, "taught", search, **taught))
+    trials = open_log(outcome.folder).trials.values()
+    assert [t.status for t in trials] == ["finished"] * 2
+    plans = [load_plan(outcome.folder.trial(t.id)) for t in trials]
+    (answers,) = {plan.train_data.teacher_folder for plan in plans}
+    assert [str(f) for f in (tmp_path / "prepared").glob("*-teacher-*")] == [answers]
+    assert len({t.reports[3]["loss"] for t in trials}) == 2, "other shares of the teacher"
+    best = load_spec(outcome.folder.best)
+    assert best.distillation is not None
+    assert best.distillation.teacher == str(models.bert)
+
+
 ASHA = {
     "space": {"optimizer.lr": lr(), "optimizer.weight_decay": [0.0, 0.1]},
     "num_trials": 7,

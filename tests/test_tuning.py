@@ -294,8 +294,10 @@ def test_a_tuning_that_cannot_be_right_is_refused_before_anything_is_loaded(
     [
         (["tuning.type=prompt", "model.pretrained={llama}"], "last token"),
         (["tuning.type=prefix", "model.pretrained={t5}"], "no past_key_values"),
-        (["tuning.type=ia3", "tuning.target_modules=[no]", "tuning.feedforward_modules=[]"],
-         "tuning.target_modules"),
+        (["tuning.type=ia3", "tuning.target_modules=[nothing]", "tuning.feedforward_modules=[]"],
+         "tuning.target_modules: .* here: "),
+        (["tuning.type=lora", "tuning.target_modules=[nothing]"], "here: .*dense, key, query, value"),
+        (["tuning.last_layers=9"], "last_layers = 9: the model has 2 layers"),
         (["tuning.last_layers=0", "model.pretrained={gpt2}", CAUSAL, "tuning.freeze=['*ln_f*']"],
          "nothing to train"),
     ],

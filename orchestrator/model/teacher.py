@@ -15,6 +15,7 @@ from orchestrator.model.config import (
     text_positions,
 )
 from orchestrator.model.head import fate_of_head
+from orchestrator.model.layers import layer_stack
 from orchestrator.spec import JobSpec
 from orchestrator.spec.distillation import DistillationSpec
 from orchestrator.spec.model import ModelSpec
@@ -88,7 +89,10 @@ def check_teacher(spec: JobSpec, labels: tuple[str, ...]) -> None:
 
 def _check_kind(taught: JobSpec, labels: tuple[str, ...]) -> None:
     config, name = raw_config(taught), taught.model.pretrained
-    wanted = type(build_model(taught, labels, on_meta=True)).__name__
+    model = build_model(taught, labels, on_meta=True)
+    if asked(taught).hidden is not None:
+        layer_stack(model, "distillation.hidden")
+    wanted = type(model).__name__
     if wanted not in (config.get("architectures") or ()):
         raise OrchestratorError(
             f"{FIELD} = {name!r}: was not trained for {taught.task.type}, as its config.json says "
@@ -98,7 +102,8 @@ def _check_kind(taught: JobSpec, labels: tuple[str, ...]) -> None:
     if not taught.task.labelled_head:
         return
     outputs = len(config.get("id2label") or {0: "", 1: ""})  # transformers writes no names of two
-    if fate_of_head(taught, labels) != "kept" or outputs != len(labels):
+    ours = len(taught.task.config_overrides(labels)["id2label"])
+    if fate_of_head(taught, labels) != "kept" or outputs != ours:
         theirs = ", ".join(str(label) for label in (config.get("id2label") or {}).values())
         raise OrchestratorError(
             f"{FIELD} = {name!r}: was trained for other labels than {', '.join(labels)} "

@@ -69,6 +69,11 @@ def _below(names: list[str], tuning: FullTuning) -> set[str]:
     if tuning.last_layers is None:
         return set()
     found = distances(names, "tuning.last_layers")
+    layers = max(found.values()) - 1
+    if tuning.last_layers > layers:
+        raise OrchestratorError(
+            f"tuning.last_layers = {tuning.last_layers}: the model has {layers} layers. Drop it to tune all."
+        )
     return {name for name, distance in found.items() if distance > tuning.last_layers}
 
 
@@ -80,12 +85,30 @@ def _adapted(model: Any, spec: JobSpec, config: Any) -> torch.nn.Module:
     try:
         tuned: Any = get_peft_model(model, config)
     except (ValueError, OSError) as error:  # the latter for a tokenizer that is not there
-        named = "tuning" if virtual_tokens(spec.tuning) else "tuning.target_modules"
-        raise OrchestratorError(f"{named}: {error}") from error
+        if virtual_tokens(spec.tuning):
+            raise OrchestratorError(f"tuning: {error}") from error
+        raise OrchestratorError(
+            f"tuning.target_modules: {error} Layers with a matrix here: {', '.join(_matrices(model))}."
+        ) from error
     if words := tuned._modules.pop("word_embeddings", None):
         # peft registers the model's embeddings a second time, and checkpoints would hold them.
         tuned.__dict__["word_embeddings"] = words
     return tuned
+
+
+def _matrices(model: torch.nn.Module) -> list[str]:
+    """Last parts of the names of modules whose weight is a matrix, embeddings aside."""
+    from torch import nn
+
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if not isinstance(module, nn.Embedding)
+            and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+            and weight.dim() == 2
+        }
+    )
 
 
 def _head(model: Any, spec: JobSpec) -> dict[str, Any]:

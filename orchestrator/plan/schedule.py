@@ -33,7 +33,13 @@ def warmup_steps(schedule: ScheduleSpec, total_steps: int) -> int:
 
 
 def check_schedule(schedule: ScheduleSpec, total_steps: int) -> None:
-    """Raises PlanError for more restarts than there is room for: a cosine takes two steps at least."""
+    """Raises PlanError for a warm-up that never ends, and for more restarts than there is room for: a cosine
+    takes two steps at least."""
+    if (schedule.warmup_steps or 0) >= total_steps:
+        raise PlanError(
+            f"schedule.warmup_steps = {schedule.warmup_steps}: there are {total_steps} steps in all, so the rate would "
+            f"never reach its peak. Set at most {total_steps - 1}, or schedule.warmup_ratio, or train longer."
+        )
     room = (total_steps - warmup_steps(schedule, total_steps)) // 2 - 1
     if isinstance(schedule, CosineSchedule) and schedule.restarts > max(room, 0):
         raise PlanError(

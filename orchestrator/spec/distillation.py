@@ -34,11 +34,13 @@ class DistillationSpec(Frozen):
     revision: str | None = None
     """Branch, tag or commit of the teacher on the hub."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Outputs are divided by it before the softmax, on both sides: above 1, small probabilities count more."""
+    """Outputs are divided by it before the softmax, on both sides: above 1, small probabilities count more.
+    Without meaning for text_regression, where the squared difference of the two numbers is learnt."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the teacher's loss; the rest is the task's own."""
     top_k: Annotated[int, Field(ge=1)] = 64
-    """Language models: tokens whose probability is stored at each position. All others count as one."""
+    """Language models and seq2seq: tokens whose probability is stored at each position. All others count as
+    one."""
     hidden: HiddenSpec | None = None
     """Also pull hidden states towards the teacher's, through a linear projection that is trained along and
     left out of the export."""
@@ -46,4 +48,4 @@ class DistillationSpec(Frozen):
     """Rows per forward pass of the teacher."""
     compare_rows: Annotated[int, Field(ge=1)] | None = 1000
     """Most evaluation rows on which teacher and student are compared for the report at the end, in the
-    driver's process; null leaves it out."""
+    driver's process; null leaves it out. A sweep's report has no such comparison: train its `best.yaml`."""

@@ -15,8 +15,8 @@ def distillation_rules(spec: JobSpec) -> Iterator[Problem]:
     if settings is None:
         return
     if task.soft_targets is None:
-        why = f"a teacher's outputs for {task.type} cannot be learnt from"
-        fix = "drop it; classification of texts (one label or several), words and images, and causal_lm can"
+        why = f"needs a prediction per class, token or number, and {task.type} makes none: {task.no_soft_targets}"
+        fix = "drop it; classification, text_regression, seq2seq and causal_lm can learn from a teacher"
         yield Problem("distillation", why, fix)
         return
     if settings.alpha == 0 and settings.hidden is None:

@@ -15,11 +15,40 @@ from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.meanings import meanings
 
+OTHER_NAMES: dict[str, list[str]] = {
+    "batch_size": ["batch.global_rows"],
+    "bf16": ["precision"],
+    "early_stopping_patience": ["stop.patience"],
+    "epochs": ["stop.max_epochs"],
+    "ema": ["regularisation.averaging"],
+    "fp16": ["precision"],
+    "gradient_accumulation_steps": ["batch.global_rows", "batch.micro_rows"],
+    "l2": ["optimizer.weight_decay"],
+    "label_smoothing_factor": ["regularisation.label_smoothing"],
+    "learning_rate": ["optimizer.lr"],
+    "lora": ["tuning.type"],
+    "lr_scheduler": ["schedule.type"],
+    "lr_scheduler_type": ["schedule.type"],
+    "max_grad_norm": ["gradient_clipping"],
+    "max_length": ["data.max_length_tokens"],
+    "metric_for_best_model": ["evaluation.metric"],
+    "num_epochs": ["stop.max_epochs"],
+    "num_train_epochs": ["stop.max_epochs"],
+    "per_device_train_batch_size": ["batch.micro_rows"],
+    "scheduler": ["schedule.type"],
+    "swa": ["regularisation.averaging"],
+}
+"""What other tools call a field → where it is here."""
+
 
 def problems_from(error: ValidationError, data: dict[str, Any]) -> list[Problem]:
     """One Problem per field: the alternatives of a union are joined into one sentence."""
     by_field: dict[str, list[ErrorDetails]] = {}
-    for detail in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    inside = {detail["loc"][: len(detail["loc"]) - 1] for detail in found}
+    for detail in found:
+        if detail["type"] == "too_short" and detail["loc"] in inside:
+            continue  # its items were refused, each by itself
         by_field.setdefault(_field_path(detail, data), []).append(detail)
     return [_problem(field, details, data) for field, details in by_field.items()]
 
@@ -49,7 +78,8 @@ def _problem(field: str, details: list[ErrorDetails], data: dict[str, Any]) -> P
         case "extra_forbidden":
             model = _model_at(parents.split(".") if parents else [], data)
             names = list(model.model_fields) if model else []
-            return Problem(field, "is not a field", _nearest(last, names, "known here"))
+            fix = _elsewhere(last, data) or _nearest(last, names, "known here")
+            return Problem(field, "is not a field", fix)
         case "union_tag_invalid":
             names = [n.strip("' ") for n in detail["ctx"]["expected_tags"].split(",")]
             tag = detail["ctx"]["tag"]
@@ -80,6 +110,18 @@ def _hint(detail: ErrorDetails) -> str:
     options = detail["ctx"]["expected"].replace(" or ", ", ").split(", ")
     close = difflib.get_close_matches(value, [o.strip("'") for o in options], n=1)
     return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _elsewhere(word: str, data: dict[str, Any]) -> str:
+    """Where a field of this name stands, or of what other tools mean by it; empty where nowhere."""
+    sections = {
+        f"{section}.{name}": name
+        for section in JobSpec.model_fields
+        for name in getattr(_model_at([section], data), "model_fields", ())
+        if name != "type"
+    }
+    found = [path for path, name in sections.items() if name == word] or OTHER_NAMES.get(word, [])
+    return f"did you mean {' or '.join(found)}?" if found else ""
 
 
 def _nearest(word: str, names: list[str], label: str = "choose from") -> str:

@@ -98,11 +98,14 @@ def _needs_evaluations(spec: JobSpec, field: str, value: object) -> Iterator[Pro
 def _regularisation(spec: JobSpec) -> Iterator[Problem]:
     settings, task = spec.regularisation, spec.task
     for field in ("label_smoothing", "r_drop_alpha"):
-        if getattr(settings, field) and not task.has_scores:
-            why = (
-                f"works on scores of classes or of a vocabulary, of which {task.type} makes no loss"
-            )
-            yield Problem(f"regularisation.{field}", why, "drop it", getattr(settings, field))
+        if getattr(settings, field) and task.soft_targets is None:
+            why = f"needs a prediction per class or token, and {task.type} makes none: {task.no_soft_targets}"
+            fix = f"task.{field}" if field in type(task).model_fields else "drop it"
+            yield Problem(f"regularisation.{field}", why, fix, getattr(settings, field))
+    if settings.label_smoothing and task.soft_targets == "number":
+        why = f"shares probability out among classes, and {task.type} has none"
+        value = settings.label_smoothing
+        yield Problem("regularisation.label_smoothing", why, "drop it", value)
     for field in ("neftune_alpha", "token_masking"):
         if getattr(settings, field) and not task.reads_text:
             why = f"works on words, which {task.type} does not read"

@@ -49,7 +49,8 @@ class RegularisationSpec(Frozen):
     """L1 penalty on the weights, not on norms and biases. A proximal step after the optimizer's: every
     weight shrinks by rate × `l1` and stops at 0 (Duchi & Singer, JMLR 10, 2009)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability given to all classes alike (Szegedy et al., arXiv 1512.00567); in training only."""
+    """Probability given to all classes alike (Szegedy et al., arXiv 1512.00567), of each label to yes and no
+    where a text has several; in training only."""
     class_weights: (
         Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
         | Literal["balanced"]

@@ -21,7 +21,7 @@ EncodedRow = dict[str, Any]
 """Feature name → value, and `n_targets`, which counts what is predicted."""
 FeatureKind = Literal["int", "ints", "float", "floats", "bytes", "text"]
 """What a feature holds per row: a number, a list of them (`bytes`: of 0 to 255), or a text."""
-SoftTargets = Literal["classes", "labels", "tokens"]
+SoftTargets = Literal["classes", "labels", "tokens", "number"]
 
 IGNORED = -100
 """`transformers`' label value for positions without loss."""
@@ -95,8 +95,10 @@ class Task(Frozen):
     has_scores: ClassVar[bool] = False
     """The loss is the cross entropy of `scores`, so that it can be smoothed, weighted and mixed."""
     soft_targets: ClassVar[SoftTargets | None] = None
-    """What a teacher says of a target through `scores`: one of some classes, yes or no per label, or the
-    next token. None: a teacher's outputs cannot be learnt from."""
+    """What a model says of a target through `scores`: one of some classes, yes or no per label, the next
+    token, or a number. A teacher's can be learnt from, and two passes pulled together."""
+    no_soft_targets: ClassVar[str] = ""
+    """Where `soft_targets` is None: why the model says no such thing."""
     fixed_length: ClassVar[bool] = False
     """Rows are packed to (nearly) one length, so grouping them by length gains nothing."""
 
@@ -184,7 +186,7 @@ class Task(Frozen):
         raise NotImplementedError(f"{self.type} has no reference")
 
     def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
-        """Where `has_scores` or `soft_targets`: the predictions that `loss_sum` is made of, its cross entropy
+        """Where `soft_targets`: the predictions that `loss_sum` is made of, its cross entropy
         where `has_scores`."""
         raise NotImplementedError(f"{self.type} has no scores")
 

@@ -56,6 +56,7 @@ class PreferenceTuning(Task):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     pipeline_tag: ClassVar[str] = "text-generation"
     peft_task: ClassVar[str] = "CAUSAL_LM"
+    no_soft_targets: ClassVar[str] = "it compares two whole answers"
     all_logits: ClassVar[bool] = True
     has_reference: ClassVar[bool] = True
     after_prepare: ClassVar[frozenset[str]] = frozenset({"beta", "label_smoothing"})

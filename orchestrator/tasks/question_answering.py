@@ -53,6 +53,7 @@ class QuestionAnswering(Task):
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     pipeline_tag: ClassVar[str] = "question-answering"
     peft_task: ClassVar[str] = "QUESTION_ANS"
+    no_soft_targets: ClassVar[str] = "it points at a place, and each text has other places"
     after_prepare: ClassVar[frozenset[str]] = frozenset({"max_answer_tokens"})
     sources: ClassVar[Mapping[str, str]] = {
         "stride_tokens": "a start and no more; BERT's run_squad.py moves windows on by 128 tokens",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from orchestrator.tasks.base import BadRow, FeatureKind
+from orchestrator.tasks.base import BadRow, FeatureKind, SoftTargets
 from orchestrator.tasks.sequence import SequenceTask
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class TextRegression(SequenceTask):
     metric_names: ClassVar[tuple[str, ...]] = ("mse", "mae", "pearson", "spearman", "r2", "loss")
     default_metric: ClassVar[str] = "mse"
     target_kind: ClassVar[FeatureKind] = "float"
+    soft_targets: ClassVar[SoftTargets | None] = "number"
 
     @property
     def target_column(self) -> str:

@@ -14,6 +14,7 @@ from orchestrator.tasks.base import (
     FeatureKind,
     RawRow,
     Scores,
+    SoftTargets,
     Task,
     pad,
     ragged,
@@ -62,6 +63,7 @@ class Seq2Seq(Task):
     default_metric: ClassVar[str] = "bleu"
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     has_scores: ClassVar[bool] = True
+    soft_targets: ClassVar[SoftTargets | None] = "tokens"
     pipeline_tag: ClassVar[str] = "text2text-generation"
     peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
     all_logits: ClassVar[bool] = True

@@ -57,6 +57,7 @@ class SpeechRecognition(Task):
     auto_class: ClassVar[str] = "AutoModelForCTC"
     pipeline_tag: ClassVar[str] = "automatic-speech-recognition"
     peft_task: ClassVar[str] = ""
+    no_soft_targets: ClassVar[str] = "CTC does not know which frame says which character"
     reads_text: ClassVar[bool] = False
     required_inputs: ClassVar[tuple[str, ...]] = ("input_values",)
     kept_features: ClassVar[tuple[str, ...]] = ("reference",)

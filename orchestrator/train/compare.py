@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from orchestrator.data.stream import unpack_rows
+from orchestrator.model.config import load_tokenizer
 from orchestrator.model.teacher import load_teacher, teacher_source
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import ragged
@@ -62,6 +63,8 @@ def _measured(
         if len(parts) == 1:
             seconds = 0.0
     gathered = {name: np.concatenate([part[name] for part in parts[1:]]) for name in parts[0]}
+    if task.needs_tokenizer:
+        gathered = task.decode(gathered, load_tokenizer(plan.spec))
     metrics = task.metrics(gathered, plan.labels)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -66,7 +66,8 @@ class Distiller:
         return total
 
     def _divergence(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Kullback-Leibler, teacher to student, both softened; logits (targets, classes), sum over targets."""
+        """Kullback-Leibler, teacher to student, both softened; logits (targets, classes), sum over targets.
+        Of numbers the squared difference."""
         student = logits / self.settings.temperature
         match self.kind:
             case "tokens":
@@ -79,6 +80,8 @@ class Distiller:
                 theirs = torch.stack([functional.logsigmoid(x) for x in (teacher, -teacher)])
                 ours = torch.stack([functional.logsigmoid(x) for x in (student, -student)])
                 return (theirs.exp() * (theirs - ours)).sum() / student.shape[-1]
+            case "number":  # temperature² takes the division by it back
+                return (self._teacher_logits(rows, student) - student).square().sum()
             case _:
                 theirs = self._teacher_logits(rows, student).log_softmax(-1)
                 ours = student.log_softmax(-1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 from orchestrator.plan.plan import Plan
-from orchestrator.tasks.base import Scores
+from orchestrator.tasks.base import Scores, SoftTargets
 from orchestrator.tasks.sequence import SequenceTask
 from orchestrator.train.distil import Distiller
 from orchestrator.train.noise import EmbeddingHook
@@ -72,7 +72,7 @@ class Objective:
             losses = losses + self._cross_entropy(scores, scores.labels[partner]) * (1 - share)
         total = losses.sum()
         if alpha is not None:
-            total = total / 2 + alpha * _divergence(scores)
+            total = total / 2 + alpha * _divergence(scores, self.plan.spec.task.soft_targets)
         return scores, total, self._plain(scores) / (1 if alpha is None else 2)
 
     def _mixed(self, batch: Batch) -> tuple[Batch, torch.Tensor | None, float]:
@@ -90,10 +90,11 @@ class Objective:
         return {**batch, "attention_mask": seen}, partner, share
 
     def _cross_entropy(self, scores: Scores, labels: torch.Tensor) -> torch.Tensor:
-        """Per target, smoothed and weighted by row and class. Tasks of another loss have neither."""
-        if not self.plan.spec.task.has_scores:
-            return self._own(scores, labels)
+        """Per target, smoothed and weighted by row and class; yes and no of a label are smoothed as two classes."""
         smoothing = self.settings.label_smoothing
+        if not self.plan.spec.task.has_scores:
+            smoothed = labels * (1 - smoothing) + smoothing / 2 if smoothing else labels
+            return self._own(scores, smoothed)
         losses = functional.cross_entropy(
             scores.logits, labels, reduction="none", label_smoothing=smoothing
         )
@@ -125,12 +126,23 @@ def _partners(weights: torch.Tensor) -> torch.Tensor:
     return partner
 
 
-def _divergence(scores: Scores) -> torch.Tensor:
-    """Symmetric KL divergence between the two halves' predictions, summed over targets (R-Drop)."""
-    first, second = functional.log_softmax(scores.logits, dim=-1).chunk(2)
+def _divergence(scores: Scores, kind: SoftTargets | None) -> torch.Tensor:
+    """Symmetric KL divergence between the two halves' predictions, summed over targets (R-Drop): the mean over
+    labels where each is a yes or no; of numbers the squared difference."""
+    weights = scores.weights.chunk(2)[0]
+    if kind == "number":
+        first, second = scores.logits.chunk(2)
+        return ((first - second).square().sum(-1) * weights).sum()
+    logits = scores.logits
+    if kind == "labels":
+        logits = torch.stack([logits, torch.zeros_like(logits)], dim=-1)
+    first, second = functional.log_softmax(logits, dim=-1).chunk(2)
     there = functional.kl_div(first, second, reduction="none", log_target=True).sum(-1)
     back = functional.kl_div(second, first, reduction="none", log_target=True).sum(-1)
-    return ((there + back) / 2 * scores.weights.chunk(2)[0]).sum()
+    apart = (there + back) / 2
+    if kind == "labels":
+        apart = apart.mean(-1)
+    return (apart * weights).sum()
 
 
 def masked(tokens: torch.Tensor, plan: Plan, share: float) -> torch.Tensor:
