@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import faults
 import pytest
 import tiny
 from group import run_trials
+from transformers import AutoConfig, BertForSequenceClassification
 
 from orchestrator.report.records import read_records, read_steps
 from orchestrator.report.trial_log import SweepLog, open_log
@@ -179,23 +181,30 @@ def test_the_trials_of_a_sweep_learn_from_one_teacher_asked_once(
     ray: Any, models: tiny.Tiny, tmp_path: Path
 ) -> None:
     search = {
-        "space": {"distillation.alpha": [0.2, 1.0], "distillation.temperature": [1.0, 4.0]},
-        "num_trials": 2,
-        "searcher": {"type": "random"},
+        "space": {"distillation.alpha": [0.2, 0.9], "distillation.temperature": [1.0, 4.0]},
+        "searcher": {"type": "grid"},
         "scheduler": {"type": "none"},
         "slots": 1,
     }
-    taught = {"distillation": {"teacher": str(models.bert)}, "stop": {"max_steps": 3}}
+    config = AutoConfig.from_pretrained(models.bert, initializer_range=0.5)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "teacher")
+    for file in models.bert.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "teacher")
+    taught = {
+        "distillation": {"teacher": str(tmp_path / "teacher")},
+        "optimizer": {"lr": 1e-2},
+        "stop": {"max_steps": 3},
+    }
     outcome = sweep(job(models, tmp_path, "taught", search, **taught))
     trials = open_log(outcome.folder).trials.values()
-    assert [t.status for t in trials] == ["finished"] * 2
+    assert [t.status for t in trials] == ["finished"] * 4
     plans = [load_plan(outcome.folder.trial(t.id)) for t in trials]
     (answers,) = {plan.train_data.teacher_folder for plan in plans}
     assert [str(f) for f in (tmp_path / "prepared").glob("*-teacher-*")] == [answers]
-    assert len({t.reports[3]["loss"] for t in trials}) == 2, "other shares of the teacher"
+    assert len({t.reports[3]["loss"] for t in trials}) == 4, "each learns in its own way"
     best = load_spec(outcome.folder.best)
     assert best.distillation is not None
-    assert best.distillation.teacher == str(models.bert)
+    assert best.distillation.teacher == str(tmp_path / "teacher")
 
 
 ASHA = {
