@@ -76,15 +76,16 @@ class Side:
 
 
 def cases(quick: bool) -> dict[str, Case]:
-    """One for each task of the table."""
-    steps = 10 if quick else 120
+    """One for each task of the table. No tagged sentence of the held-out ones is cut: a word that is lost counts as
+    untagged here, and not at all in the library's recipe."""
+    steps = 10 if quick else 80
     reviews = (REVIEWS, REVIEWS.with_name("eval.csv"))
     brown = (BROWN / "train.jsonl", BROWN / "eval.jsonl")
     labels = {"type": "text_classification", "labels": ["negative", "positive"]}
     tags = {"type": "token_classification", "labels": tags_of(brown[0])}
     return {
         "text classification": Case(labels, "accuracy", reviews, 64, 32, steps, 1e-4, 0.01, MINILM),
-        "token classification": Case(tags, "f1", brown, 64, 32, steps, 3e-4, 0.01, MINILM),
+        "token classification": Case(tags, "f1", brown, 128, 32, steps, 3e-4, 0.01, MINILM),
         "causal LM": Case({"type": "causal_lm"}, "loss", reviews, 128, 16, steps, 2e-3, 0.1),
     }
 
