@@ -24,6 +24,7 @@ from orchestrator.data.stream import (
     read_steps,
     segments,
     steps_per_block,
+    take_or_read,
 )
 from orchestrator.errors import DataError
 
@@ -80,6 +81,34 @@ def test_every_rank_gets_its_rows_in_order_from_any_step(
             assert denominator == (order.batch(step) != PADDING).sum()
             real = want[want != PADDING]
             assert sizes[: len(real)] == lengths[real].tolist()
+
+
+@pytest.mark.parametrize("missing", [set(), {0}, {3, 4, 5}, set(range(1, 99)), {2, 9}])
+def test_blocks_that_do_not_come_in_time_are_read_here_and_each_row_is_taken_once(
+    ray: Any, source: tuple[ShardReader, Order], missing: set[int]
+) -> None:
+    """Ray Data's part is played by pieces of blocks, two of each; at the `missing` askings it has none yet."""
+    reader, order = source
+    segment = (0, 20 * steps_per_block(GLOBAL_ROWS, 2))
+    mine, _ = blocks_of_ranks(order, reader.column("n_targets"), segment, 2)
+    pieces = [p for t in read_here(reader, mine) for p in (t.slice(0, 7), t.slice(7))]
+    asked, patience = 0, []
+
+    def come(timeout_s: float | None) -> pa.Table | None:
+        nonlocal asked
+        asked += 1
+        patience.append(timeout_s)
+        late = timeout_s is not None and asked - 1 in missing
+        return None if late or not pieces else pieces.pop(0)
+
+    got = list(take_or_read(reader, mine, come))
+    assert sum(t.num_rows for t in got) == sum(len(block[0]) for block in mine)
+    want = read_steps(read_here(reader, mine), segment, 0, GLOBAL_ROWS // 2)
+    steps = read_steps(iter(got), segment, 0, GLOBAL_ROWS // 2)
+    for one, step in zip(steps, want, strict=True):
+        assert one.step == step.step
+        assert one.row_ids.tolist() == step.row_ids.tolist()
+    assert None in patience, "the second half of a block is waited for"
 
 
 def test_a_block_of_another_rank_is_an_error_not_a_wrong_batch(

@@ -33,6 +33,8 @@ SEGMENT_BYTES = 64 * 2**20
 """Most bytes of one rank's segment. All of it may wait in the object store, and the next one's beside it."""
 READ_CPUS = 0.5
 """CPUs a read task asks Ray for; the plan keeps room for them beside the workers."""
+PATIENCE_S = 2.0
+"""How long a rank waits for a block of Ray Data's before it reads it itself."""
 READ_TASKS = 1
 """Read tasks of one rank at a time. A second process would cost a start more than it reads."""
 
@@ -164,6 +166,8 @@ def read_by_ray(reader: ShardReader, blocks: Sequence[Block]) -> Iterator[pa.Tab
     """The blocks' rows, read by Ray Data from now on and to the end, whatever is taken of them.
 
     Its executor then ends, and takes no more of this process' time; the blocks wait in the object store.
+    A block that does not come for PATIENCE_S is read here, and so are the next ones until Ray Data has caught up:
+    it waits for a process on another node where its own is drained, and for the head where that is lost.
     """
     import ray
 
@@ -174,18 +178,44 @@ def read_by_ray(reader: ShardReader, blocks: Sequence[Block]) -> Iterator[pa.Tab
             for bundle in make_dataset(reader, blocks).iter_internal_ref_bundles():
                 for entry in bundle.blocks:
                     refs.put(entry.ref)
-            refs.put(None)
         except BaseException as error:  # noqa: BLE001, raised again where the blocks are taken
             refs.put(error)
 
-    def taken() -> Iterator[pa.Table]:
-        while (ref := refs.get()) is not None:
-            if isinstance(ref, BaseException):
-                raise ref
-            yield ray.get(ref)
+    def come(timeout_s: float | None) -> pa.Table | None:
+        try:
+            ref = refs.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if isinstance(ref, BaseException):
+            raise ref
+        table: pa.Table = ray.get(ref)
+        return table
 
     threading.Thread(target=run, name="ray-data", daemon=True).start()
-    return taken()
+    return take_or_read(reader, blocks, come)
+
+
+def take_or_read(
+    reader: ShardReader,
+    blocks: Sequence[Block],
+    come: Callable[[float | None], pa.Table | None],
+) -> Iterator[pa.Table]:
+    """The blocks' rows; read here where `come(timeout_s)`, which gives pieces of blocks in their order, has none."""
+    late = 0  # rows that were read here and are still to come
+    for block in blocks:
+        taken, rows = 0, len(block[0])
+        while taken < rows:
+            # No piece of a block is read here: it is all or nothing.
+            table = come(None if taken else 0.001 if late else PATIENCE_S)
+            if table is None:
+                late += rows
+                yield from _read_block(reader, *block)
+                break
+            if late:
+                late -= table.num_rows
+            else:
+                taken += table.num_rows
+                yield table
 
 
 def _read_block(
