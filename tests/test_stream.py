@@ -91,7 +91,8 @@ def test_blocks_that_do_not_come_in_time_are_read_here_and_each_row_is_taken_onc
     reader, order = source
     segment = (0, 20 * steps_per_block(GLOBAL_ROWS, 2))
     mine, _ = blocks_of_ranks(order, reader.column("n_targets"), segment, 2)
-    pieces = [p for t in read_here(reader, mine) for p in (t.slice(0, 7), t.slice(7))]
+    cut = GLOBAL_ROWS // 2  # after the first step
+    pieces = [p for t in read_here(reader, mine) for p in (t.slice(0, cut), t.slice(cut))]
     asked, patience = 0, []
 
     def come(timeout_s: float | None) -> pa.Table | None:
