@@ -88,7 +88,9 @@ class Pod:
     def _start(self, command: list[str], more: dict[str, str]) -> subprocess.Popen[bytes]:
         script = (
             'mount -t tmpfs tmpfs /dev/shm && mkdir -p "$0" && mount -t tmpfs tmpfs "$0" '
-            '&& cd "$0" && exec "$@"'
+            # Ray gives a node 30 s to start, which is not enough on a busy machine; a kubelet would try again too.
+            '&& cd "$0" || exit; for try in 1 2 3 4; do "$@" && exit; '
+            'tail -n 3 "$POD_LOG" | grep -q "timed out during startup" || exit 1; done'
         )
         into = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.namespace]
         into += ["unshare", "--pid", "--mount", "--fork"]  # all die with the tests
@@ -98,7 +100,7 @@ class Pod:
                 [*into, *command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**self.pods.environment, **more},
+                env={**self.pods.environment, **more, "POD_LOG": str(self.log)},
                 start_new_session=True,
             )
 
