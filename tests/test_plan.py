@@ -621,6 +621,8 @@ def test_buckets_are_sized_to_the_model(spec: JobSpec, sized: Any) -> None:
     assert bucket() == 10_000_000
     sized(4_000_000_000)
     assert bucket() == 50_000_000
+    sized(6_000_007)
+    assert bucket() == 1_500_000, "DeepSpeed refuses an odd number"
 
 
 # --- what is trained

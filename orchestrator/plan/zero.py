@@ -14,11 +14,12 @@ MIN_BUCKET_ELEMENTS = 500_000
 def bucket_elements(spec: JobSpec, trainable: int) -> int:
     """Elements per bucket: a quarter of the trainable ones, within 0.5 and 50 million.
 
-    DeepSpeed's default of 5e8 allocates gigabytes for models that need megabytes.
+    DeepSpeed's default of 5e8 allocates gigabytes for models that need megabytes. Its stages 1 and 2 refuse an
+    odd number.
     """
     if spec.zero.bucket_elements != "auto":
         return spec.zero.bucket_elements
-    return max(MIN_BUCKET_ELEMENTS, min(MAX_BUCKET_ELEMENTS, trainable // 4))
+    return max(MIN_BUCKET_ELEMENTS, min(MAX_BUCKET_ELEMENTS, trainable // 8 * 2))
 
 
 def deepspeed_config(

@@ -27,5 +27,5 @@ class ZeroSpec(Frozen):
     """`cpu` keeps optimizer state in host memory (GPU workers, stage 1 to 3)."""
     offload_param: Literal["none", "cpu"] = "none"
     """`cpu` keeps parameters in host memory (GPU workers, stage 3)."""
-    bucket_elements: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Elements per communication bucket. `auto`: sized to the model (DeepSpeed's 5e8 wastes memory on small ones)."""
+    bucket_elements: Annotated[int, Field(ge=2, multiple_of=2)] | Literal["auto"] = "auto"
+    """Elements per communication bucket, an even number. `auto`: sized to the model (DeepSpeed's 5e8 wastes memory on small ones)."""
