@@ -28,4 +28,5 @@ class ZeroSpec(Frozen):
     offload_param: Literal["none", "cpu"] = "none"
     """`cpu` keeps parameters in host memory (GPU workers, stage 3)."""
     bucket_elements: Annotated[int, Field(ge=2, multiple_of=2)] | Literal["auto"] = "auto"
-    """Elements per communication bucket, an even number. `auto`: sized to the model (DeepSpeed's 5e8 wastes memory on small ones)."""
+    """Elements per communication bucket, an even number. `auto`: sized to the model (DeepSpeed's 5e8 wastes memory on
+    small ones)."""
