@@ -128,8 +128,8 @@ def packed_text(given: dict[str, Any]) -> tuple[Any, Any, Any, list[Rows]]:
             if len(row["input_ids"]) < given["max_length"]:
                 continue  # the last row of a split may be short: the default collator takes equal ones
             positions = np.concatenate([np.arange(n) for n in row["doc_lengths"]])
-            labels = np.where(row["is_target"] > 0, row["input_ids"], IGNORED)
-            ids = np.array(row["input_ids"])
+            ids = np.array(row["input_ids"], dtype=np.int64)
+            labels = np.where(row["is_target"] > 0, ids, IGNORED)
             out.append({"input_ids": ids, "position_ids": positions, "labels": labels})
         return Rows(out)
 
