@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from sweeps import write_lines
 from test_plan import changed
 
 from orchestrator.errors import PlanError
 from orchestrator.model.build import build_model
 from orchestrator.spec import JobSpec
-from orchestrator.sweep.fleet import _where
 from orchestrator.train import trial as trial_module
 from orchestrator.train.state import memory_in_use_bytes
 from orchestrator.train.trial import run_trial
@@ -82,34 +80,6 @@ def test_a_trial_that_cannot_be_set_up_gives_back_what_it_had_opened(
     result = run_trial(plan, trial_module.RunFolder(tmp_path))
     assert (result.status, result.message) == ("failed", "no model of that name")
     assert closed == ["stream"]
-
-
-@pytest.mark.parametrize(
-    ("error", "workers", "comes_again"),
-    [
-        (ValueError("bad shape"), 2, True),
-        (RuntimeError("bad shape"), 1, True),
-        (RuntimeError("Connection closed by peer"), 2, False),
-        (ConnectionError("reset"), 1, False),
-        (OSError("no space"), 1, False),
-        ("out of memory", 2, True),
-    ],
-)
-def test_only_what_would_come_again_is_known_by_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, workers: int, comes_again: bool
-) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: workers)
-    folder = trial_module.RunFolder(tmp_path)
-    write_lines(folder.steps, [{"step": 7}])
-    try:
-        raise torch.OutOfMemoryError(error) if isinstance(error, str) else error
-    except Exception as caught:  # noqa: BLE001, whatever it is
-        place, kind = _where(caught, folder), type(caught).__name__
-    assert (place is not None) is comes_again
-    if place is not None:
-        assert place.startswith(f"step 7: {kind} in {__file__}")
 
 
 def test_a_slot_that_has_grown_gives_freed_memory_back() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError
+from orchestrator.launch.crashes import came_again, note_crash
 from orchestrator.launch.session import keep_ray_data_quiet
 from orchestrator.plan.plan import Plan
 from orchestrator.report.records import append_event
@@ -65,7 +66,7 @@ def work(config: dict[str, Any]) -> None:
     import torch
 
     from orchestrator.train.engine import import_ahead
-    from orchestrator.train.group import together
+    from orchestrator.train.group import broadcast, together
     from orchestrator.train.state import Result
     from orchestrator.train.trial import run_trial
 
@@ -73,11 +74,18 @@ def work(config: dict[str, Any]) -> None:
     import_ahead()
     try:
         together(lambda: must_see(folder.plan))
-        result = run_trial(plan, folder, ask=node_taken_away_at_s)
+        hopeless = broadcast(came_again(folder) if rank == 0 else None)
+        if hopeless:
+            result = Result("failed", 0, None, None, hopeless)
+        else:
+            result = run_trial(plan, folder, ask=node_taken_away_at_s)
     except CheckpointError as error:
         if not folder.plan.exists():  # nowhere to leave it: Ray Train takes it to the driver
             raise
         result = Result("failed", 0, None, None, str(error))
+    except Exception as error:
+        note_crash(error, folder)
+        raise
     if rank == 0:
         if result.status == "storage_failed":
             folder.reserve.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ class ProgressView:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def update(self) -> list[dict[str, Any]]:
         """Show what is new; returns the new step records for whoever tracks them."""

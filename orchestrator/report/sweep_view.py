@@ -62,7 +62,7 @@ class SweepView:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def update(self, at_once: bool = False) -> None:
         """Show what is new."""

@@ -7,22 +7,21 @@ import logging
 import os
 import threading
 import time
-import traceback
 import uuid
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError, TrainingError
+from orchestrator.launch.crashes import last_words, place_of
 from orchestrator.launch.workers import log_to, must_see, node_taken_away_at_s
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.resources import Workers
-from orchestrator.report.records import append_event, read_steps
+from orchestrator.report.records import append_event
 from orchestrator.run_folder import RunFolder, SweepFolder, read_json, write_json
 
 RESTARTS_WITHOUT_WORK = 3
 """Times in a row that a slot may fail to start before it is given up."""
-CRASH_CHARS = 2000
 NO_END = ("stopped", "storage_failed")
 """A trial that left its slot like this goes on when the sweep does."""
 
@@ -185,28 +184,10 @@ def _run(plan: Plan, trial: str, slot: int, broker: Any, warm: Any) -> None:
         try:
             outcome = asdict(run_trial(plan, folder, warm, judge, ask))
         except Exception as error:
-            words = traceback.format_exc()[-CRASH_CHARS:]
-            ray.get(broker.crashed.remote(trial, words, _where(error, folder)))
+            ray.get(broker.crashed.remote(trial, last_words(), place_of(error, folder)))
             raise
         if rank == 0 and outcome["status"] not in NO_END:
             write_json(folder.outcome, outcome)
     if rank == 0:
         ended = (slot, trial, outcome["status"], outcome["step"], outcome["message"])
         ray.get(broker.ended.remote(*ended))
-
-
-def _where(error: Exception, folder: RunFolder) -> str | None:
-    """Step, kind and line of an error; None for what a network or a lost peer raises, which may pass."""
-    import ray
-    import torch
-    import torch.distributed as dist
-
-    passing: tuple[type[Exception], ...] = (OSError, ray.exceptions.RayError)
-    if dist.get_world_size() > 1 and not isinstance(error, torch.OutOfMemoryError):
-        passing = (*passing, RuntimeError)
-    if isinstance(error, passing):
-        return None
-    steps = read_steps(folder.steps)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    step = steps[-1]["step"] if steps else 0
-    return f"step {step}: {type(error).__name__} in {last.filename}:{last.lineno}"
