@@ -69,6 +69,9 @@ def test_a_loss_that_blows_up_but_stays_finite_ends_a_run_that_asks_for_it() -> 
     assert stopped_after(StopSpec(max_loss_ratio=3.0), blown) == 4
     assert "from 0.5 to 8" in reason_to_stop(StopSpec(max_loss_ratio=3.0), blown, "loss", False)
     assert stopped_after(StopSpec(max_loss_ratio=1.5), blown) == 3
+    at_once = evals((9.0, 400.0), (8.0, 300.0))
+    said = reason_to_stop(StopSpec(max_loss_ratio=3.0), at_once[:1], "loss", False, first_loss=0.7)
+    assert "from 0.7 to 400" in said, "before there was anything to compare with but the first step"
     assert not reason_to_stop(StopSpec(), blown, "loss", False)
 
 

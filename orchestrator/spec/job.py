@@ -42,7 +42,7 @@ class StopSpec(Frozen):
     loss fell."""
     max_loss_ratio: Annotated[float, Field(gt=1)] | None = None
     """Stop once the mean training loss between two evaluations is more than this many times the lowest
-    before it: training diverges though every number is finite. Losses that are not end any run."""
+    before it, or the first step's: training diverges though every number is finite. Losses that are not end any run."""
 
 
 class WorkerRange(Frozen):

@@ -42,7 +42,8 @@ def out_of_time(plan: Plan, progress: Progress) -> bool:
 
 def ended_early(plan: Plan, progress: Progress) -> str:
     """Why the evaluations so far, or the clock, end training before its last step; empty where they do not."""
-    why = reason_to_stop(plan.spec.stop, progress.history, plan.metric, plan.higher_is_better)
+    judged = (plan.spec.stop, progress.history, plan.metric, plan.higher_is_better)
+    why = reason_to_stop(*judged, progress.first_loss)
     measured = plan.eval_data is None or (progress.last_eval or {}).get("step") == progress.step
     if not why and measured and out_of_time(plan, progress):
         why = f"it took {progress.elapsed_s:.0f} s, stop.max_time_s = {plan.spec.stop.max_time_s:g}"

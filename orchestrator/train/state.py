@@ -35,6 +35,8 @@ class Progress:
     loss_sum: float = 0.0
     """Training loss since the last evaluation, and over how many targets."""
     targets: int = 0
+    first_loss: float = math.inf
+    """Training loss of the first step."""
 
 
 @dataclass(frozen=True)

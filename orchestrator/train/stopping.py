@@ -11,9 +11,16 @@ from orchestrator.spec.job import StopSpec
 
 
 def reason_to_stop(
-    stop: StopSpec, history: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool
+    stop: StopSpec,
+    history: Sequence[Mapping[str, Any]],
+    metric: str,
+    higher_is_better: bool,
+    first_loss: float = math.inf,
 ) -> str:
-    """Why training ends after the evaluations in `history`, in words; empty where it goes on."""
+    """Why training ends after the evaluations in `history`, in words; empty where it goes on.
+
+    `first_loss`: the training loss of the first step, before anything was learnt.
+    """
     if not history:
         return ""
     values = [float(record[metric]) for record in history]
@@ -28,12 +35,13 @@ def reason_to_stop(
             f"over-fitting: in {bad} evaluations in a row the evaluation loss rose while the training loss "
             f"fell, stop.overfitting_evals = {stop.overfitting_evals}"
         )
-    return _blown_up([float(r["train_loss"]) for r in history], stop.max_loss_ratio)
+    losses = (first_loss, *(float(record["train_loss"]) for record in history))
+    return _blown_up(losses, stop.max_loss_ratio)
 
 
 def _blown_up(losses: Sequence[float], ratio: float | None) -> str:
     """What to say of a training loss far above its lowest; empty where it is not."""
-    if ratio is None or len(losses) < 2 or losses[-1] <= ratio * min(losses[:-1]):
+    if ratio is None or losses[-1] <= ratio * min(losses[:-1]):
         return ""
     return (
         f"diverging: the training loss rose from {min(losses[:-1]):.4g} to {losses[-1]:.4g}, "

@@ -155,6 +155,7 @@ class Trial:
                     "diverged", endings.divergence(progress.step + 1, loss, norm, lr)
                 )
             progress.step += 1
+            progress.first_loss = task_loss if progress.step == 1 else progress.first_loss
             progress.loss_sum += pulse.task_loss_sum
             progress.targets += batch.denominator
             self._record(
