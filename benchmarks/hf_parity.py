@@ -29,6 +29,7 @@ from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -48,6 +49,17 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
+
+
+class Rates(TrainerCallback):
+    """The learning rate of each step, from a list."""
+
+    def __init__(self, rates: list[float]) -> None:
+        self.rates = rates
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        for group in given["optimizer"].param_groups:
+            group["lr"] = self.rates[state.global_step]
 
 
 def classification(given: dict[str, Any]) -> tuple[Any, Any, Any, list[Rows]]:
@@ -159,10 +171,9 @@ def main() -> None:
             per_device_train_batch_size=given["rows_per_device"],
             per_device_eval_batch_size=given["rows_per_device"],
             max_steps=given["steps"],
-            learning_rate=given["lr"],
+            learning_rate=max(given["rates"]),
             weight_decay=given["weight_decay"],
-            lr_scheduler_type="linear",
-            warmup_steps=given["warmup_steps"],
+            lr_scheduler_type="constant",
             max_grad_norm=given["clip"],
             use_cpu=True,
             ddp_backend="gloo",
@@ -175,7 +186,7 @@ def main() -> None:
         eval_dataset=eval_rows,
         data_collator=collator,
         compute_metrics=metrics,
-        callbacks=[clock],
+        callbacks=[clock, Rates(given["rates"])],
     )
     trainer.train()
     found = trainer.evaluate()

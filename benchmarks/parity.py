@@ -31,6 +31,7 @@ from common import (
 )
 from throughput import llama, make_tokenizer
 
+from orchestrator.report.records import read_steps
 from orchestrator.run_folder import RunFolder, read_json
 
 SEEDS = (1, 2, 3)
@@ -152,7 +153,7 @@ def run_ours(
 
 
 def run_theirs(out: Path, case: Case, seed: int, ours: RunFolder, side: Side) -> None:
-    """Trainer, with what our plan says where the job left it open."""
+    """Trainer, with the rates that our run applied: its own linear schedule spends the first step at rate 0."""
     plan = read_json(ours.plan)
     assert plan is not None
     files = [str(path) for path in case.files]
@@ -170,9 +171,8 @@ def run_theirs(out: Path, case: Case, seed: int, ours: RunFolder, side: Side) ->
             "max_length": case.max_length_tokens,
             "rows_per_device": case.rows // WORKERS,
             "steps": case.steps,
-            "lr": case.lr,
+            "rates": [step["lr"] for step in read_steps(ours.steps)],
             "weight_decay": case.weight_decay,
-            "warmup_steps": plan["warmup_steps"],
             "clip": CLIP,
             "seed": seed,
         },
