@@ -1,8 +1,9 @@
-"""ASHA against random search at equal compute: how much of it ASHA takes to reach what random search found.
+"""ASHA against random search: which share of random search's compute ASHA takes to reach what it found.
 
-Both sides are `orchestrator sweep` on the job of jobs/sweep_lr.yaml, its reviews cut shorter: MiniLM over learning
-rate, weight decay and warm-up, the same draws on two slots, one after the other. Random search trains every trial to
-its end; ASHA gets as many optimizer steps in all. Compared is the loss on held-out rows, at every rung.
+Both sides are `orchestrator sweep` on the job of jobs/sweep_lr.yaml, its reviews cut shorter: learning rate,
+weight decay and warm-up of MiniLM, the same draws on two slots, one after the other. Random search trains
+every trial to its end; ASHA goes on until it has trained half as many optimizer steps in all. Compared is the loss on
+held-out rows, at every rung.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ from orchestrator.run_folder import SweepFolder
 
 SLOTS = 2
 FACTOR = 4
-TRIALS = 16
-"""Of random search; ASHA gets as many times the steps of a whole trial."""
-STEPS, FIRST_RUNG = 288, 18
+TRIALS = 24
+"""Of random search."""
+ASHA_SHARE = 0.5
+"""Of random search's steps, after which ASHA is ended: enough to see whether a third will do."""
+STEPS, FIRST_RUNG = 256, 16
 """Warm-up ends before the first rung: before that a trial says nothing of its rate."""
-WARMUP = {"type": "int_uniform", "low": 0, "high": 15}
-ROWS, LENGTH_TOKENS = 16, 64
+WARMUP = {"type": "int_uniform", "low": 0, "high": 12}
+ROWS, LENGTH_TOKENS = 16, 32
 EVAL_ROWS = 192
 
 
@@ -56,7 +59,7 @@ class Size:
 
     @property
     def compute(self) -> int:
-        """Optimizer steps of each side."""
+        """Optimizer steps of random search."""
         return self.trials * self.steps
 
 
@@ -101,6 +104,7 @@ def search(folder: Path, size: Size, scheduler: dict[str, Any], seed: int) -> li
     name = f"{scheduler['type']}-{seed}"
     job = yaml.safe_load((ROOT / "jobs" / "sweep_lr.yaml").read_text(encoding="utf-8"))
     pruning = scheduler["type"] != "none"
+    compute = int(size.compute * ASHA_SHARE) if pruning else size.compute
     space = {**job["sweep"]["space"], "schedule.warmup_steps": WARMUP}
     del space["schedule.warmup_ratio"]
     job |= {
@@ -123,8 +127,8 @@ def search(folder: Path, size: Size, scheduler: dict[str, Any], seed: int) -> li
             "scheduler": scheduler,
             "slots": SLOTS,
             "seed": seed,
-            "num_trials": size.trials * (size.steps // size.first_rung if pruning else 1),
-            "budget": {"max_steps_total": size.compute},
+            "num_trials": compute // (size.first_rung if pruning else size.steps),
+            "budget": {"max_steps_total": compute},
         },
     }  # fmt: skip
     path = folder / f"{name}.yaml"

@@ -62,12 +62,15 @@ class ShardReader:
         return sum(sizes) // max(int(self.starts[-1]), 1)
 
     def column(self, name: str) -> np.ndarray:
-        """A whole integer column, shape (rows,)."""
+        """A whole column of integers, shape (rows,), or of lists of them, one after the other."""
         parts = []
         for i in range(len(self.shard_files)):
             file = _open(self.folder, self.shard_files[i])
             for k in range(file.num_record_batches):
-                parts.append(file.get_batch(k).column(name).to_numpy(zero_copy_only=False))
+                values = file.get_batch(k).column(name)
+                if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                    values = values.flatten()
+                parts.append(values.to_numpy(zero_copy_only=False))
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     def _batch(self, shard: int, index: int) -> pa.RecordBatch:

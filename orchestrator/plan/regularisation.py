@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from orchestrator.data.manifest import read_manifest
 from orchestrator.data.shards import open_shards
 from orchestrator.errors import PlanError
@@ -18,7 +20,7 @@ from orchestrator.spec.regularisation import SWA, NoAveraging
 def class_weights(
     spec: JobSpec, labels: Sequence[str], folder: Path, reasons: dict[str, str]
 ) -> tuple[float, ...]:
-    """Weight of each label's rows, in the order of `labels`; empty where all count alike.
+    """Weight of each label, in the order of `labels`; empty where all count alike.
 
     Raises PlanError for a label that the data does not have.
     """
@@ -33,19 +35,23 @@ def class_weights(
                 f"Labels: {', '.join(labels)}."
             )
         return tuple(wanted.get(label, 1.0) for label in labels)
-    counts = _rows_per_label(folder, len(labels))
-    reasons["class_weights"] = "balanced: rows / (labels × rows of the label), mean 1 over all rows"
-    return tuple(sum(counts) / (len(labels) * count) if count else 1.0 for count in counts)
+    values = _labels_of_rows(folder, spec.task.label_feature)
+    if spec.task.soft_targets == "labels":
+        held = values.reshape(-1, len(labels))
+        reasons["class_weights"] = "balanced: rows without the label / rows with it, where it holds"
+        yes = held.sum(axis=0).tolist()
+        return tuple((len(held) - count) / count if 0 < count < len(held) else 1.0 for count in yes)
+    counts = np.bincount(values, minlength=len(labels)).tolist()
+    reasons["class_weights"] = "balanced: all / (labels × those of the label), mean 1 over all"
+    return tuple(len(values) / (len(labels) * count) if count else 1.0 for count in counts)
 
 
-def _rows_per_label(folder: Path, labels: int) -> list[int]:
-    import numpy as np
-
+def _labels_of_rows(folder: Path, feature: str) -> np.ndarray:
+    """The numbers that `feature` holds, of all rows."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise PlanError(f"{folder}: prepared data is gone. Run `orchestrator prepare` again.")
-    column = open_shards(str(folder), manifest).column("label")
-    return [int(count) for count in np.bincount(column, minlength=labels)]
+    return open_shards(str(folder), manifest).column(feature)
 
 
 def check_dropout(spec: JobSpec, labels: tuple[str, ...]) -> None:

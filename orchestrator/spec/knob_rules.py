@@ -110,11 +110,12 @@ def _regularisation(spec: JobSpec) -> Iterator[Problem]:
         if getattr(settings, field) and not task.reads_text:
             why = f"works on words, which {task.type} does not read"
             yield Problem(f"regularisation.{field}", why, "drop it", getattr(settings, field))
-    for field in ("class_weights", "mixup_alpha"):
-        value = getattr(settings, field)
-        if value is not None and not isinstance(task, SingleLabel):
-            why = f"needs one label per row, which {task.type} does not have"
-            yield Problem(f"regularisation.{field}", why, "drop it", value)
+    if settings.class_weights is not None and not task.label_feature:
+        why = f"needs labels, which {task.type} does not have"
+        yield Problem("regularisation.class_weights", why, "drop it", settings.class_weights)
+    if settings.mixup_alpha is not None and not isinstance(task, SingleLabel):
+        why = f"needs one label per row, which {task.type} does not have"
+        yield Problem("regularisation.mixup_alpha", why, "drop it", settings.mixup_alpha)
     if settings.mixup_alpha is not None and settings.r_drop_alpha is not None:
         why = "excludes regularisation.r_drop_alpha: both decide what a row is paired with"
         yield Problem("regularisation.mixup_alpha", why, "keep one", settings.mixup_alpha)

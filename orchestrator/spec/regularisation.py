@@ -56,8 +56,9 @@ class RegularisationSpec(Frozen):
         | Literal["balanced"]
         | None
     ) = None
-    """Tasks with one label per row: weight of a row's loss by its label. `balanced`: rows / (labels × rows of
-    the label), which makes rare labels count as much as frequent ones."""
+    """Weight of the loss by label: of a row, of a word that is tagged, or, where a text has several labels, of
+    those that hold. `balanced` makes rare labels count as much as frequent ones: rows (or words) / (labels × those
+    of the label); with several labels, rows without the label / rows with it."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
     """Uniform noise on the token embeddings, of size alpha / √(tokens × width) (NEFTune: Jain et al.,
     arXiv 2310.05914, who use 5 to 15)."""

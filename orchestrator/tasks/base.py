@@ -94,6 +94,8 @@ class Task(Frozen):
     """Arguments that the model's forward must take, beyond what every model takes."""
     has_scores: ClassVar[bool] = False
     """The loss is the cross entropy of `scores`, so that it can be smoothed, weighted and mixed."""
+    label_feature: ClassVar[str] = ""
+    """The feature that holds a row's labels as their numbers; empty where there are none to weight."""
     soft_targets: ClassVar[SoftTargets | None] = None
     """What a model says of a target through `scores`: one of some classes, yes or no per label, the next
     token, or a number. A teacher's can be learnt from, and two passes pulled together."""

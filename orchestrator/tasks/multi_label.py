@@ -57,6 +57,7 @@ class MultiLabelClassification(SequenceTask):
     )
     default_metric: ClassVar[str] = "f1_micro"
     target_kind: ClassVar[FeatureKind] = "ints"
+    label_feature: ClassVar[str] = "label"
     soft_targets: ClassVar[SoftTargets | None] = "labels"
     after_prepare: ClassVar[frozenset[str]] = frozenset({"threshold"})
     sources: ClassVar[Mapping[str, str]] = {
@@ -106,12 +107,14 @@ class MultiLabelClassification(SequenceTask):
 
         return torch.from_numpy(np.stack(targets).astype(np.int64))
 
-    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Binary cross-entropy, the mean over labels."""
+    def losses(
+        self, logits: torch.Tensor, targets: torch.Tensor, yes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Binary cross-entropy, the mean over labels; `yes` (labels,) weights those that hold."""
         import torch.nn.functional as functional
 
         each = functional.binary_cross_entropy_with_logits(
-            logits, targets.to(logits.dtype), reduction="none"
+            logits, targets.to(logits.dtype), reduction="none", pos_weight=yes
         )
         return each.mean(-1)
 

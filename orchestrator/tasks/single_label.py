@@ -35,6 +35,7 @@ class SingleLabel(Task):
     labelled_head: ClassVar[bool] = True
     target_kind: ClassVar[FeatureKind] = "int"
     has_scores: ClassVar[bool] = True
+    label_feature: ClassVar[str] = "label"
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:
         yield from label_problems(self.labels)

@@ -61,6 +61,7 @@ class TokenClassification(Task):
     default_metric: ClassVar[str] = "f1"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     has_scores: ClassVar[bool] = True
+    label_feature: ClassVar[str] = "tags"
     soft_targets: ClassVar[SoftTargets | None] = "classes"
     pipeline_tag: ClassVar[str] = "token-classification"
     peft_task: ClassVar[str] = "TOKEN_CLS"

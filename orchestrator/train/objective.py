@@ -10,6 +10,7 @@ import torch.nn.functional as functional
 
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import Scores, SoftTargets
+from orchestrator.tasks.multi_label import MultiLabelClassification
 from orchestrator.tasks.sequence import SequenceTask
 from orchestrator.train.distil import Distiller
 from orchestrator.train.noise import EmbeddingHook
@@ -91,16 +92,21 @@ class Objective:
 
     def _cross_entropy(self, scores: Scores, labels: torch.Tensor) -> torch.Tensor:
         """Per target, smoothed and weighted by row and class; yes and no of a label are smoothed as two classes."""
-        smoothing = self.settings.label_smoothing
-        if not self.plan.spec.task.has_scores:
+        smoothing, task = self.settings.label_smoothing, self.plan.spec.task
+        by_class: torch.Tensor | None = None
+        if self.plan.class_weights:
+            by_class = torch.tensor(self.plan.class_weights, device=labels.device)
+        if not task.has_scores:
             smoothed = labels * (1 - smoothing) + smoothing / 2 if smoothing else labels
-            return self._own(scores, smoothed)
+            if by_class is None:
+                return self._own(scores, smoothed)
+            assert isinstance(task, MultiLabelClassification)
+            return task.losses(scores.logits, smoothed, by_class) * scores.weights
         losses = functional.cross_entropy(
             scores.logits, labels, reduction="none", label_smoothing=smoothing
         )
-        if self.plan.class_weights:
-            by_class = torch.tensor(self.plan.class_weights, device=labels.device)
-            losses = losses * by_class[labels]
+        if by_class is not None:
+            losses = losses * by_class[labels.clamp(min=0)]  # those of IGNORED have no loss
         return losses * scores.weights
 
     def _own(self, scores: Scores, labels: torch.Tensor) -> torch.Tensor:
