@@ -175,6 +175,8 @@ def main() -> None:
             weight_decay=given["weight_decay"],
             lr_scheduler_type="constant",
             max_grad_norm=given["clip"],
+            # True multiplies the mean loss of BERT's heads by the number of workers: other gradients, clipped more
+            average_tokens_across_devices=given["task"] == "causal_lm",
             use_cpu=True,
             ddp_backend="gloo",
             report_to="none",

@@ -56,11 +56,11 @@ def test_balanced_weights_are_counted_in_the_data_and_weight_the_loss(
     settings = {"class_weights": "balanced"}
     spec = tiny.job(models.bert, train, tmp_path, task=task, regularisation=settings)
     data = prepare(spec)
-    plan = make_plan(spec, LAPTOP, {"train": data})
+    plan = make_plan(spec, LAPTOP, data)
     assert plan.class_weights == pytest.approx(weights)
     assert "balanced" in plan.reasons["class_weights"]
 
-    labels = data.manifest.labels
+    labels = data["train"].manifest.labels
     model: Any = build_model(spec, labels).eval()
     encoded = spec.task.encode(rows, load_tokenizer(spec), 32, labels)
     arrays = [{k: np.array(v) for k, v in row.items()} for row in encoded]  # type: ignore[union-attr]

@@ -15,6 +15,7 @@ import tiny
 from group import run_trials
 from transformers import AutoConfig, BertForSequenceClassification
 
+from orchestrator.plan.fit import Load
 from orchestrator.report.records import read_records, read_steps
 from orchestrator.report.trial_log import SweepLog, open_log
 from orchestrator.run_folder import RunFolder, SweepFolder, read_json
@@ -95,6 +96,36 @@ def test_a_trial_that_diverges_or_cannot_be_planned_ends_alone(done: SweepOutcom
     assert {k: len(v) for k, v in by_status.items()} == {"finished": 5, "diverged": 1, "failed": 2}
     assert all("warm-up must end before" in message for message in by_status["failed"])
     assert done.status == "finished"
+
+
+def test_a_trial_that_runs_out_of_memory_ends_alone_and_says_so(
+    ray: Any, models: tiny.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Load, "fits", lambda self, stage, rows: True)  # the plan would refuse it
+    more_than_there_are_addresses = 2**45
+    search = {
+        "space": {"model.config.intermediate_size": [64, more_than_there_are_addresses, 32]},
+        "searcher": {"type": "grid"},
+        "scheduler": {"type": "none"},
+        "slots": 1,
+    }
+    config = AutoConfig.from_pretrained(models.bert).to_dict()
+    kept = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    model = {
+        "pretrained": None,
+        "config": {name: config[name] for name in kept},
+        "tokenizer": str(models.bert),
+    }
+    spec = job(
+        models, tmp_path, "memory", search,
+        model=model, tuning={"freeze": ["bert*"]}, stop={"max_steps": 6},
+    )  # fmt: skip
+    outcome = sweep(spec)
+    assert outcome.status == "finished"
+    trials = list(open_log(outcome.folder).trials.values())
+    assert [t.status for t in trials] == ["finished", "failed", "finished"]
+    assert "can't allocate memory" in trials[1].message
+    assert all(t.step == 6 for t in trials if t.status == "finished")
 
 
 def test_the_best_trial_is_exported_and_its_job_can_be_trained(done: SweepOutcome) -> None:
