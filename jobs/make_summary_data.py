@@ -18,7 +18,8 @@ PACKAGES = ("networkx", "numpy", "scipy", "sklearn", "sympy", "torch", "transfor
 WORDS = {"source": (15, 80), "target": (4, 20)}
 """Fewest and most words; a longer source is cut."""
 HELD_OUT_ROWS = 500
-INSTRUCTION_ROWS = 2000
+INSTRUCTION_ROWS, INSTRUCTION_WORDS = 2000, 30
+"""Of instructions: how many, and words of the text to be summed up, so that none is too long for its job."""
 
 
 def main() -> None:
@@ -39,11 +40,17 @@ def main() -> None:
         write(
             DATA / "summaries" / f"{split}.jsonl", rows[:HELD_OUT_ROWS] if split == "eval" else rows
         )
-        asked = [
-            {"prompt": f"Sum up in one sentence.\n\n{row['source']}\n\n", "answer": row["target"]}
-            for row in rows[: INSTRUCTION_ROWS if split == "train" else 100]
-        ]
+        asked = [instruction(row) for row in rows[: INSTRUCTION_ROWS if split == "train" else 100]]
         write(DATA / "instructions" / f"{split}.jsonl", asked)
+
+
+def instruction(row: dict[str, str]) -> dict[str, str]:
+    """A prompt with the beginning of a docstring's body, and its first sentence as the answer."""
+    words = row["source"].split()[:INSTRUCTION_WORDS]
+    return {
+        "prompt": f"Sum up in one sentence.\n\n{' '.join(words)}\n\n",
+        "answer": row["target"],
+    }
 
 
 def source_files() -> Iterator[Path]:
