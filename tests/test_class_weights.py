@@ -43,7 +43,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ("task", "weights"),
     [
         (ONE, (4 / (2 * 1), 4 / (2 * 3))),
-        (SEVERAL, (3 / 1, 2 / 2)),
+        (SEVERAL, (3 / 1, 1 / 3)),
         (TAGS, (9 / (2 * 4), 9 / (2 * 5))),
     ],
     ids=lambda value: value["type"] if isinstance(value, dict) else "",
