@@ -10,7 +10,7 @@ import pytest
 import sacrebleu
 import tiny
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.build import build_model
@@ -83,6 +83,22 @@ def test_the_loss_is_the_one_of_transformers_whatever_the_padding(
     assert together == pytest.approx(sum(apart), rel=1e-5)
     assert together == pytest.approx(theirs, rel=1e-5)
     assert without == pytest.approx(apart[0] + apart[2], rel=1e-5)
+
+
+def test_rows_that_only_fill_the_batch_count_nothing_where_a_model_begins_with_the_last_label(
+    tokenizer: Any,
+) -> None:
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
+             "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+    config = AutoConfig.for_model("mbart", vocab_size=len(tokenizer), pad_token_id=0, **shape)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    rows = arrays(TASK.encode(ROWS, tokenizer, 32, ()))
+    with torch.no_grad():
+        filled = TASK.collate(rows, np.array([1, 1, 0]), 0)
+        alone = TASK.collate(rows[:2], np.ones(2), 0)
+        assert float(TASK.loss_sum(model, filled)) == pytest.approx(
+            float(TASK.loss_sum(model, alone)), rel=1e-5
+        )
 
 
 def test_an_evaluation_writes_what_a_prediction_writes(tokenizer: Any, model: Any) -> None:

@@ -215,11 +215,17 @@ def _cut(
 
 
 def _logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Outputs (rows, target tokens, vocabulary) in fp32; the model shifts the labels to the right."""
+    """Outputs (rows, target tokens, vocabulary) in fp32; the model shifts the labels to the right.
+
+    mBART begins with a row's last label: rows that only fill the batch, and have none, are lent one.
+    """
+    labels = batch["labels"].clone()
+    empty = (labels == IGNORED).all(-1)
+    labels[empty, 0] = batch["input_ids"][empty, 0]
     logits: torch.Tensor = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        labels=batch["labels"],
+        labels=labels,
         use_cache=False,
     ).logits
     return logits.float()
