@@ -221,7 +221,7 @@ def report(
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in body:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     if given.json:
         facts = {
             **figures,

@@ -173,7 +173,13 @@ def find_sweep(run: str | Path, storage: str | Path = "runs") -> SweepFolder:
     for root in (Path(storage) / run, Path(run)):
         if _is_sweep(root):
             return SweepFolder(root.absolute())
-    raise OrchestratorError(f"{run}: no such sweep below {storage}/.")
+        if (root / "plan.json").exists():
+            raise OrchestratorError(
+                f"{run} is a training run, not a sweep: `orchestrator report {run}` shows what it reached."
+            )
+    raise OrchestratorError(
+        f"{run}: no such sweep below {storage}/. `orchestrator runs` lists them."
+    )
 
 
 def _is_sweep(root: Path) -> bool:

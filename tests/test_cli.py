@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import orchestrator
-from orchestrator.cli import app
+from orchestrator.cli import app, options
 from orchestrator.errors import OrchestratorError
 from orchestrator.run_folder import RunFolder, read_json
 
@@ -212,3 +213,17 @@ def test_storage_on_the_command_line_is_where_the_run_goes(home: Path) -> None:
     (home / "elsewhere").write_text("no folder")
     with pytest.raises(OrchestratorError, match="elsewhere/tiny cannot be written"):
         call("train", "job.yaml", "--storage", "elsewhere")
+
+
+def test_tables_in_a_pipe_are_not_cut_at_eighty_columns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert options._width(io.StringIO()) == options.LOG_WIDTH
+    assert options._width(Screen()) is None, "a screen says how wide it is"
+    monkeypatch.setenv("COLUMNS", "60")
+    assert options._width(io.StringIO()) is None, "and so may a user"

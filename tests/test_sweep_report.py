@@ -36,7 +36,14 @@ from orchestrator.report.sweep_facts import read_sweep
 from orchestrator.report.sweep_figures import best_chart, curves_chart, slots_chart
 from orchestrator.report.sweep_html import comparisons, saved_steps, write_sweep_report
 from orchestrator.report.trial_log import SweepLog, Verdict, open_log
-from orchestrator.run_folder import SweepFolder, find_run, read_json, write_atomically, write_json
+from orchestrator.run_folder import (
+    SweepFolder,
+    find_run,
+    find_sweep,
+    read_json,
+    write_atomically,
+    write_json,
+)
 
 
 @pytest.fixture(scope="module")
@@ -404,3 +411,5 @@ def test_a_sweep_that_is_taken_for_a_run_is_told_where_its_runs_are(tmp_path: Pa
         find_run("small", tmp_path)
     write_json(folder.trial("t00000").plan, read_json(folder.trial("t00000").plan))
     assert find_run(folder.trial("t00000").root).name == "t00000"
+    with pytest.raises(OrchestratorError, match=r"t00000 is a training run.*orchestrator report"):
+        find_sweep(folder.trial("t00000").root)

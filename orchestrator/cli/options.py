@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
 
-out = Console()
-err = Console(stderr=True)
+LOG_WIDTH = 160
+"""Columns of tables in a file or a pipe, where nobody knows how wide the reader's screen is."""
+
+
+def _width(stream: TextIO) -> int | None:
+    """None: as wide as the terminal, or as COLUMNS says."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+
+
+out = Console(width=_width(sys.stdout))
+err = Console(stderr=True, width=_width(sys.stderr))
 Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
