@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,3 +229,13 @@ def test_tables_in_a_pipe_are_not_cut_at_eighty_columns(
     assert options._width(Screen()) is None, "a screen says how wide it is"
     monkeypatch.setenv("COLUMNS", "60")
     assert options._width(io.StringIO()) is None, "and so may a user"
+
+
+def test_deepspeed_says_nothing_among_what_a_verb_prints() -> None:
+    code = (
+        "from orchestrator.cli.options import quiet_libraries; quiet_libraries(); "
+        "from deepspeed.utils import logger; logger.warning('no GPU'); logger.error('broken')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "no GPU" not in said.stdout
+    assert "broken" in said.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -53,8 +54,9 @@ def quiet_libraries() -> None:
     """Third-party chatter that tells a user nothing; set before the libraries are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # DeepSpeed warns on standard output, among a verb's JSON, and has no setting for it.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def say(text: str) -> None:
