@@ -76,3 +76,5 @@ def test_after_any_other_end_the_same_command_goes_on(tmp_path: Path) -> None:
     text = _how_to_go_on(folder, lost)
     assert "Last committed checkpoint: step 5 " in text
     assert "The same command goes on from there" in text
+    failed = _how_to_go_on(folder, {**lost, "status": "failed"})
+    assert "Once its cause is mended, the same command goes on from there" in failed

@@ -262,7 +262,10 @@ def _how_to_go_on(folder: RunFolder, outcome: dict[str, Any]) -> str:
     )
     if diverged:
         return f"{where} Going on would repeat the same steps: start over with what you change, --fresh or name=…"
-    return f"{where} The same command goes on from there." if found else where
+    if not found:
+        return where
+    again = "Once its cause is mended, the" if outcome["status"] == "failed" else "The"
+    return f"{where} {again} same command goes on from there."
 
 
 def finish(
