@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 import yaml
-from rich.console import Console
 from rich.table import Table
 
+from orchestrator.cli.options import out as screen
 from orchestrator.report.records import read_steps
 from orchestrator.run_folder import RunFolder
 
@@ -221,7 +221,7 @@ def report(
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in body:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    screen.print(table)
     if given.json:
         facts = {
             **figures,

@@ -19,7 +19,7 @@ WORDS = {"source": (15, 80), "target": (4, 20)}
 """Fewest and most words; a longer source is cut."""
 HELD_OUT_ROWS = 500
 INSTRUCTION_ROWS, INSTRUCTION_WORDS = 2000, 30
-"""Of instructions: how many, and words of the text to be summed up, so that none is too long for its job."""
+"""Of instructions: how many, and words of the text to be summed up, so that few are too long for their job."""
 
 
 def main() -> None:

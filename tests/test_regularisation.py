@@ -407,6 +407,7 @@ CLASSIFY = {"task": {"type": "text_classification", "labels": ["a", "b"]}}
 @pytest.mark.parametrize(
     ("change", "field"),
     [
+        ({"regularisation": {"class_weights": "balanced"}}, "regularisation.class_weights"),
         ({"task": {"type": "text_regression"}, "regularisation": {"class_weights": "balanced"}},
          "regularisation.class_weights"),
         ({"regularisation": {"mixup_alpha": 0.2}}, "regularisation.mixup_alpha"),

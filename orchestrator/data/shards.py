@@ -68,7 +68,7 @@ class ShardReader:
             file = _open(self.folder, self.shard_files[i])
             for k in range(file.num_record_batches):
                 values = file.get_batch(k).column(name)
-                if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                if pa.types.is_list(values.type):
                     values = values.flatten()
                 parts.append(values.to_numpy(zero_copy_only=False))
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)

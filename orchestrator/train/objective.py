@@ -96,12 +96,11 @@ class Objective:
         by_class: torch.Tensor | None = None
         if self.plan.class_weights:
             by_class = torch.tensor(self.plan.class_weights, device=labels.device)
-        if not task.has_scores:
-            smoothed = labels * (1 - smoothing) + smoothing / 2 if smoothing else labels
-            if by_class is None:
-                return self._own(scores, smoothed)
-            assert isinstance(task, MultiLabelClassification)
+        if isinstance(task, MultiLabelClassification):
+            smoothed = labels * (1 - smoothing) + smoothing / 2
             return task.losses(scores.logits, smoothed, by_class) * scores.weights
+        if not task.has_scores:
+            return self._own(scores, labels)
         losses = functional.cross_entropy(
             scores.logits, labels, reduction="none", label_smoothing=smoothing
         )
