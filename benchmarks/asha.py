@@ -42,8 +42,6 @@ TRIALS = 20
 ASHA_SHARE = 0.5
 """Of random search's steps, after which ASHA is ended: enough to see whether a third will do."""
 STEPS, FIRST_RUNG = 256, 16
-"""Warm-up ends before the first rung: before that a trial says nothing of its rate."""
-WARMUP = {"type": "int_uniform", "low": 0, "high": 12}
 LAYERS = [0, 2, 4]
 ROWS, LENGTH_TOKENS = 16, 32
 EVAL_ROWS = 192
@@ -106,7 +104,9 @@ def search(folder: Path, size: Size, scheduler: dict[str, Any], seed: int) -> li
     job = yaml.safe_load((ROOT / "jobs" / "sweep_lr.yaml").read_text(encoding="utf-8"))
     pruning = scheduler["type"] != "none"
     compute = int(size.compute * ASHA_SHARE) if pruning else size.compute
-    space = {**job["sweep"]["space"], "schedule.warmup_steps": WARMUP}
+    longest = 3 * size.first_rung // 4  # before its warm-up ends a trial says nothing of its rate
+    warmup = {"type": "int_uniform", "low": 0, "high": longest}
+    space = {**job["sweep"]["space"], "schedule.warmup_steps": warmup}
     del space["schedule.warmup_ratio"]
     job |= {
         "name": name,
