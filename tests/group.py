@@ -97,6 +97,11 @@ def losses(plan: Plan) -> list[float]:
     return [r["loss"] for r in read_steps(RunFolder(Path(plan.run_dir)).steps)]
 
 
+def figures(plan: Plan) -> list[tuple[float, float]]:
+    """(loss, gradient norm) per step: a last bit shows in the norm where the loss hides it."""
+    return [(r["loss"], r["grad_norm"]) for r in read_steps(RunFolder(Path(plan.run_dir)).steps)]
+
+
 def named(plan: Plan, name: str, **changes: Any) -> Plan:
     """The same plan with a run folder of its own."""
     run_dir = str(Path(plan.run_dir).parent / name)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as functional
 from torch._utils import _unflatten_dense_tensors as unflattened
 
 from orchestrator.data.stream import StepRows, micro_batches
@@ -25,6 +26,8 @@ from orchestrator.train.unfreezing import Unfreezing, unfreezing_of
 
 TAG = "engine"
 """Name of DeepSpeed's folder inside a checkpoint."""
+LINEAR = functional.linear
+"""torch's own. ZeRO 3 puts one in its place that saves memory, rounds another way, and stays when its engine goes."""
 
 
 def import_ahead() -> None:
@@ -50,6 +53,7 @@ def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
 
     if not plan.on_gpu and not plan.optimizer_class.startswith("deepspeed"):
         deepspeed.ops.__compatible_ops__ = {}
+    functional.linear = LINEAR  # where an engine was not closed, as it failed to open
     model.train()  # `from_pretrained` gives a model in evaluation mode: no dropout, no noise
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -269,7 +273,7 @@ def close_engine(engine: Any) -> None:
 
     ZeRO 3's `destroy` leaves each parameter alive in autograd's C++ part, where Python's collector does
     not see it, with attributes that lead to the optimizer and the engine: the whole trial's memory.
-    So the parameters are emptied and everything lets go of everything.
+    So the parameters are emptied and everything lets go of everything. What ZeRO 3 changed in torch is put back.
     """
     optimizer, parameters = engine.optimizer, list(engine.module.parameters())
     engine.destroy()
@@ -279,6 +283,7 @@ def close_engine(engine: Any) -> None:
         parameter.data = torch.empty(0, dtype=parameter.dtype)
     optimizer.__dict__.clear()
     engine.__dict__.clear()
+    functional.linear = LINEAR
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
