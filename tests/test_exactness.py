@@ -193,6 +193,38 @@ def test_a_trial_is_bit_identical_whatever_ran_before_it_in_its_workers(
     assert figures(pair["again"]) == figures(pair["zero2"])
 
 
+def test_no_kind_of_trial_changes_what_the_next_one_computes(
+    ray: Any, models: tiny.Tiny, tmp_path: Path
+) -> None:
+    """Each kind in one worker, and after it the same trial at ZeRO 2."""
+    kinds: list[dict[str, Any]] = [
+        {"zero": {"stage": 3}},
+        {"tuning": {"type": "lora"}, "zero": {"stage": 3}},
+        {"tuning": {"type": "prompt"}},
+        {"tuning": {"type": "full", "unfreeze_every_steps": 3}},
+        {"precision": "bf16", "zero": {"stage": 3}},
+        {"zero": {"stage": 2, "offload_optimizer": "cpu"}},
+        {"regularisation": {"neftune_alpha": 5.0, "averaging": {"type": "ema", "decay": 0.9}}},
+    ]
+    short = {
+        "stop": {"max_steps": 12},
+        "resources": {"num_workers": 1},
+        "model": {"dropout": 0.1},
+        "optimizer": {
+            "lr": 3e-2
+        },  # biases begin at zero: where they are added shows only once they have grown
+    }
+    always = plan_of(job(models, tmp_path, "always", zero={"stage": 2}, **short))
+    plans = [named(always, "first")]
+    for i, fields in enumerate(kinds):
+        other = plan_of(job(models, tmp_path, f"other{i}", **short, **fields))
+        plans += [named(other, f"other{i}"), named(always, f"after{i}")]
+    assert {r["status"] for r in run_trials(plans)} == {"finished"}
+    first, *rest = plans
+    for other, after in zip(rest[::2], rest[1::2], strict=True):
+        assert figures(after) == figures(first), other.spec
+
+
 @pytest.mark.parametrize(("trial", "rows"), [("zero2", 31), ("one-row", 1)])
 def test_evaluation_counts_every_row_once(trial: str, rows: int, pair: dict[str, Plan]) -> None:
     folder = RunFolder(Path(pair[trial].run_dir))
