@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
@@ -20,14 +21,21 @@ class _Named:
     trial_id: str
 
 
+@dataclass
+class _Means:
+    """At one rung: each trial's mean until there, and how much of the log's order it was taken from."""
+
+    by_trial: dict[str, float] = field(default_factory=dict)
+    read: int = 0
+
+
 class Referee:
     """Judges reports. ASHA's rungs are refilled from the log; Tune itself forgets them on a restore."""
 
     def __init__(self, plan: SweepPlan, log: SweepLog) -> None:
         self.plan, self.log = plan, log
         self.asha = _asha(plan, log.maximize)
-        self._means_at: dict[float, dict[str, float]] = {}
-        self._read_at: dict[float, int] = {}
+        self._means_at: defaultdict[float, _Means] = defaultdict(_Means)
         for kind, trial, step in log.order:
             self._replay(kind, log.trials[trial], step)
 
@@ -90,15 +98,15 @@ class Referee:
 
         Such a mean stays what it is, so it is computed once.
         """
-        found = self._means_at.setdefault(key, {})
-        read, self._read_at[key] = self._read_at.get(key, 0), len(self.log.order)
-        for kind, name, step in self.log.order[read:]:
+        means = self._means_at[key]
+        for kind, name, step in self.log.order[means.read :]:
             trial = self.log.trials[name]
-            if kind == "report" and name not in found and trial.keys[step] >= key:
+            if kind == "report" and name not in means.by_trial and trial.keys[step] >= key:
                 upto = [self.log.value(trial, s) for s, k in trial.keys.items() if k <= key]
                 finite = [value for value in upto if math.isfinite(value)]
-                found[name] = fmean(finite) if finite else math.nan
-        return [m for name, m in found.items() if name != but.id and math.isfinite(m)]
+                means.by_trial[name] = fmean(finite) if finite else math.nan
+        means.read = len(self.log.order)
+        return [m for name, m in means.by_trial.items() if name != but.id and math.isfinite(m)]
 
 
 def _asha(plan: SweepPlan, maximize: bool) -> AsyncHyperBandScheduler | None:

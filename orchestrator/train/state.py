@@ -6,7 +6,7 @@ import math
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -62,7 +62,7 @@ def is_better(value: float, best: dict[str, Any] | None, plan: Plan) -> bool:
 
 @dataclass(frozen=True)
 class Pulse:
-    """What all ranks know after a step."""
+    """What a rank has to say after a step, and, summed, what all know."""
 
     loss_sum: float
     task_loss_sum: float
@@ -77,6 +77,14 @@ class Pulse:
     """Time to ask the cluster whether it takes a node away."""
     leave: bool
     """It does, and soon."""
+
+
+def summed(mine: Pulse, device: torch.device) -> Pulse:
+    """Figures added up over ranks; a reason to stop is one wherever any rank has it. Collective."""
+    figures = torch.tensor(astuple(mine), dtype=torch.float64, device=device)
+    dist.all_reduce(figures)
+    loss_sum, task_loss_sum, tokens, elapsed_s, *flags = figures.tolist()
+    return Pulse(loss_sum, task_loss_sum, int(tokens), elapsed_s, *(flag > 0 for flag in flags))
 
 
 def memory_in_use_bytes(device: torch.device) -> int:

@@ -7,9 +7,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from orchestrator.data.stream import StepRows
 from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.plan.data import DataFacts
 from orchestrator.plan.plan import Plan, at_workers
@@ -41,6 +41,7 @@ from orchestrator.train.state import (
     is_better,
     memory_in_use_bytes,
     peak_memory_bytes,
+    summed,
 )
 from orchestrator.train.warm import Warm
 
@@ -132,64 +133,80 @@ class Trial:
 
     def train(self) -> Result:
         """The loop. Every decision is taken from figures that all ranks share."""
-        plan, progress = self.plan, self.progress
-        if reason := ended_early(plan, progress):
+        if reason := ended_early(self.plan, self.progress):
             return self._result("finished", reason)
         wanted = time.perf_counter()
         for batch in self.stream:
-            got = time.perf_counter()
-            batch = self.reference.joined(batch) if self.reference else batch
-            factor = rate_factor(plan, progress)
-            lr = zero.set_learning_rate(self.engine, plan, progress.step, factor)
-            skipped_before = self.engine.skipped_steps
-            if self.averager:
-                self.averager.share = average_share(plan, progress.step)
-            losses = zero.train_step(self.engine, plan, batch, self.objective)
-            pulse = self._pulse(losses, batch.tokens)
-            norm = zero.gradient_norm(self.engine)
-            progress.elapsed_s = pulse.elapsed_s
-            loss = pulse.loss_sum / max(batch.denominator, 1)
-            task_loss = pulse.task_loss_sum / max(batch.denominator, 1)
-            if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
-                return self._result(
-                    "diverged", endings.divergence(progress.step + 1, loss, norm, lr)
-                )
-            progress.step += 1
-            progress.first_loss = task_loss if progress.step == 1 else progress.first_loss
-            progress.loss_sum += pulse.task_loss_sum
-            progress.targets += batch.denominator
-            self._record(
-                (loss, task_loss),
-                lr,
-                norm,
-                pulse.tokens,
-                wait_s=got - wanted,
-                step_s=time.perf_counter() - wanted,
-            )
-            stopping = pulse.stop and progress.step < plan.total_steps
-            try:
-                if pulse.storage_failed:
-                    self._check_storage()
-                go_on, worth_saving = self._evaluate_if_due(stopping)
-                reason = ended_early(plan, progress)
-                leaving = self._heed_notice(pulse) or pulse.handover
-                self._save_if_due(worth_saving, stopping or bool(reason) or leaving)
-            except CheckpointError as error:
-                return self._result("storage_failed", str(error))
-            if stopping:
-                return self._result(
-                    "stopped", endings.how_to_go_on(progress.step, plan.total_steps)
-                )
-            if reason:
-                return self._result("finished", reason)
-            if not go_on and progress.step < plan.total_steps:
-                return self._result("pruned")
-            if pulse.handover and progress.step < plan.total_steps:
-                self._hand_over()
-            if pulse.leave and progress.step < plan.total_steps:
-                self.notice.wait_to_be_taken()
+            pulse, message = self._step(batch, wanted)
+            if message:
+                return self._result("diverged", message)
+            if (ended := self._settle(pulse)) is not None:
+                return self._result(*ended)
             wanted = time.perf_counter()
         return self._result("finished")
+
+    def _step(self, batch: StepRows, wanted: float) -> tuple[Pulse, str]:
+        """One step of the optimizer, written down: (what all ranks know, how it diverged where it did).
+
+        `wanted`: when the rows were asked for, by `time.perf_counter`.
+        """
+        got = time.perf_counter()
+        plan, progress = self.plan, self.progress
+        batch = self.reference.joined(batch) if self.reference else batch
+        lr = zero.set_learning_rate(self.engine, plan, progress.step, rate_factor(plan, progress))
+        skipped_before = self.engine.skipped_steps
+        if self.averager:
+            self.averager.share = average_share(plan, progress.step)
+        losses = zero.train_step(self.engine, plan, batch, self.objective)
+        pulse = self._pulse(losses, batch.tokens)
+        norm = zero.gradient_norm(self.engine)
+        progress.elapsed_s = pulse.elapsed_s
+        loss = pulse.loss_sum / max(batch.denominator, 1)
+        task_loss = pulse.task_loss_sum / max(batch.denominator, 1)
+        if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
+            return pulse, endings.divergence(progress.step + 1, loss, norm, lr)
+        progress.step += 1
+        progress.first_loss = task_loss if progress.step == 1 else progress.first_loss
+        progress.loss_sum += pulse.task_loss_sum
+        progress.targets += batch.denominator
+        self.journal.step(
+            step=progress.step,
+            loss=loss,
+            **({"task_loss": task_loss} if task_loss != loss else {}),
+            lr=lr,
+            grad_norm=norm,
+            tokens=pulse.tokens,
+            rows=plan.global_rows,
+            step_s=round(time.perf_counter() - wanted, 5),
+            wait_s=round(got - wanted, 5),
+            memory_bytes=memory_in_use_bytes(self.engine.device),
+        )
+        return pulse, ""
+
+    def _settle(self, pulse: Pulse) -> tuple[Status, str] | None:
+        """What is due after a step, evaluation, checkpoint, leaving; (status, message) where training ends."""
+        plan, progress = self.plan, self.progress
+        stopping = pulse.stop and progress.step < plan.total_steps
+        try:
+            if pulse.storage_failed:
+                self._check_storage()
+            go_on, worth_saving = self._evaluate_if_due(stopping)
+            reason = ended_early(plan, progress)
+            leaving = self._heed_notice(pulse) or pulse.handover
+            self._save_if_due(worth_saving, stopping or bool(reason) or leaving)
+        except CheckpointError as error:
+            return "storage_failed", str(error)
+        if stopping:
+            return "stopped", endings.how_to_go_on(progress.step, plan.total_steps)
+        if reason or progress.step == plan.total_steps:
+            return "finished", reason
+        if not go_on:
+            return "pruned", ""
+        if pulse.handover:
+            self._hand_over()
+        if pulse.leave:
+            self.notice.wait_to_be_taken()
+        return None
 
     def _hand_over(self) -> None:
         """All is committed, and a group of another size is to go on from here: wait for the end.
@@ -209,27 +226,20 @@ class Trial:
             zero.close_engine(self.engine)
 
     def _pulse(self, losses: tuple[float, float], tokens: int) -> Pulse:
-        """Sum over ranks, once per step: the loss, and every reason to stop."""
-        stop = self.rank == 0 and self.folder.stop_request.exists()
-        handover = self.rank == 0 and self.folder.handover_request.exists()
+        """What all ranks know after a step: the loss, and every reason to stop."""
+        leads = self.rank == 0
         spent_s = self.resumed_at_s + time.monotonic() - self.started_at
-        figures = torch.tensor(
-            [
-                *losses,
-                tokens,
-                0.0 if self.rank else spent_s,
-                stop,
-                handover,
-                self.writer.failed(),
-                self.notice.due(),
-                self.notice.over(),
-            ],
-            dtype=torch.float64,
-            device=self.engine.device,
+        mine = Pulse(
+            *losses,
+            tokens=tokens,
+            elapsed_s=spent_s if leads else 0.0,
+            stop=leads and self.folder.stop_request.exists(),
+            handover=leads and self.folder.handover_request.exists(),
+            storage_failed=self.writer.failed(),
+            ask=self.notice.due(),
+            leave=self.notice.over(),
         )
-        dist.all_reduce(figures)
-        total, own, all_tokens, elapsed_s, *flags = figures.tolist()
-        return Pulse(total, own, int(all_tokens), elapsed_s, *(flag > 0 for flag in flags))
+        return summed(mine, self.engine.device)
 
     def _heed_notice(self, pulse: Pulse) -> bool:
         """Whether a checkpoint must be committed now: a node has been announced to go, or goes."""
@@ -323,29 +333,6 @@ class Trial:
         if status == "diverged":  # what the first broken step began from is no good either
             facts["good_until_step"] = progress.step - max(progress.skipped_in_a_row, 1)
         return Result(status, progress.step, progress.best, progress.last_eval, message, facts)
-
-    def _record(
-        self,
-        losses: tuple[float, float],
-        lr: float,
-        norm: float | None,
-        tokens: int,
-        wait_s: float,
-        step_s: float,
-    ) -> None:
-        loss, task_loss = losses
-        self.journal.step(
-            step=self.progress.step,
-            loss=loss,
-            **({"task_loss": task_loss} if task_loss != loss else {}),
-            lr=lr,
-            grad_norm=norm,
-            tokens=tokens,
-            rows=self.plan.global_rows,
-            step_s=round(step_s, 5),
-            wait_s=round(wait_s, 5),
-            memory_bytes=memory_in_use_bytes(self.engine.device),
-        )
 
     def _committed(self, checkpoint: Committed) -> None:
         self.journal.event("commit", step=checkpoint.step, folder=checkpoint.folder.name)
