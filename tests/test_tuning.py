@@ -141,7 +141,9 @@ def test_adapters_on_images_and_sound_train_the_head_and_merge(kind: str, tmp_pa
     job = parse_spec(
         {**NAMED, "task": task, "model": {"pretrained": str(tmp_path)}, "tuning": tuning}
     )
-    model: Any = scattered(build_model(job, LABELS))
+    # In fp64: normalising values that hardly differ magnifies rounding.
+    model: Any = scattered(build_model(job, LABELS)).double()
+    values = values.double()
     assert {n.split(".")[-1] if "lora_" not in n else "lora" for n in moving(model)} == {
         "weight", "bias", "lora",
     }  # fmt: skip
@@ -151,11 +153,12 @@ def test_adapters_on_images_and_sound_train_the_head_and_merge(kind: str, tmp_pa
     with torch.no_grad():
         adapted = model(values).logits
         merged: Any = model.merge_and_unload()
-        torch.testing.assert_close(adapted, merged(values).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapted, merged(values).logits)
     merged.save_pretrained(tmp_path / "merged")
     again = getattr(transformers, auto).from_pretrained(tmp_path / "merged").eval()
+    assert again.dtype == torch.float64
     with torch.no_grad():
-        torch.testing.assert_close(adapted, again(values).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapted, again(values).logits)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
