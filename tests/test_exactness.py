@@ -210,9 +210,8 @@ def test_no_kind_of_trial_changes_what_the_next_one_computes(
         "stop": {"max_steps": 12},
         "resources": {"num_workers": 1},
         "model": {"dropout": 0.1},
-        "optimizer": {
-            "lr": 3e-2
-        },  # biases begin at zero: where they are added shows only once they have grown
+        # Biases begin at zero: how they are added shows only once they have grown.
+        "optimizer": {"lr": 3e-2},
     }
     always = plan_of(job(models, tmp_path, "always", zero={"stage": 2}, **short))
     plans = [named(always, "first")]

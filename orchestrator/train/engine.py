@@ -53,7 +53,6 @@ def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
 
     if not plan.on_gpu and not plan.optimizer_class.startswith("deepspeed"):
         deepspeed.ops.__compatible_ops__ = {}
-    functional.linear = LINEAR  # where an engine was not closed, as it failed to open
     model.train()  # `from_pretrained` gives a model in evaluation mode: no dropout, no noise
     engine, *_ = deepspeed.initialize(
         model=model,
