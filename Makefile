@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test chaos lint docs clean
+.PHONY: setup demo test compat chaos lint docs clean
 
 setup: $(VENV)/.ready
 
@@ -21,7 +21,11 @@ demo: setup
 	$(BIN)/orchestrator train jobs/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest -m 'not chaos'
+	$(BIN)/python -m pytest -m 'not chaos and not compat'
+
+# All architectures × tasks × tuning, and docs/compatibility.md, which says what each does.
+compat: setup
+	$(BIN)/python -m pytest tests/compat/test_cells.py --write-page
 
 chaos: setup
 	$(BIN)/python -m pytest -m chaos --timeout 3600 -s

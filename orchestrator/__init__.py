@@ -16,6 +16,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.product import VERSION
+
 if TYPE_CHECKING:
     from orchestrator.api import (
         Outcome,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     )
     from orchestrator.spec import JobSpec, load_spec
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "JobSpec", "Outcome", "Plan", "SweepOutcome", "evaluate", "export", "find_run", "load_spec",
     "make_plan", "make_sweep_plan", "predict", "prepare", "report", "sweep", "train",

@@ -15,11 +15,13 @@ from orchestrator.launch.run import Outcome, plan_job, train
 from orchestrator.launch.session import ray_session
 from orchestrator.plan import Cluster, Plan
 from orchestrator.report.runs import write_report_on
-from orchestrator.run_folder import RunFolder, SweepFolder, find_run, read_json
+from orchestrator.run_folder import RunFolder, SweepFolder, find_run, read_object, read_outcome
 from orchestrator.spec import JobSpec
+from orchestrator.spec.secret_rules import refuse_secrets
 from orchestrator.sweep.ending import SweepOutcome
 from orchestrator.sweep.run import make_sweep_plan, sweep
 from orchestrator.train.export import export_run, load_exported, load_plan
+from orchestrator.train.predict import predictions
 
 __all__ = [
     "Outcome", "Plan", "SweepOutcome", "evaluate", "export", "find_run", "make_plan",
@@ -48,7 +50,11 @@ def prepare(spec: JobSpec) -> dict[Split, Prepared]:
 def evaluate(
     folder: RunFolder, data: Sequence[str], num_workers: int | None = None
 ) -> dict[str, Any]:
-    """Exact metrics of the run's exported model on other files of the same columns."""
+    """Exact metrics of the run's exported model on other files of the same columns.
+
+    Raises SpecError where a URL among them holds a secret, DataError for rows that cannot be used.
+    """
+    refuse_secrets(list(data), "data")
     plan = load_plan(folder)
     exported = export(folder, folder.export) if not folder.export.exists() else folder.export
     return evaluate_export(
@@ -59,19 +65,14 @@ def evaluate(
 def predict(
     folder: RunFolder, inputs: Sequence[str | dict[str, Any]], batch_rows: int = 32
 ) -> list[dict[str, Any]]:
-    """One prediction per input, in order.
+    """Return one prediction per input, in order; `why` in its place where there can be none.
 
     An input is a row with the columns that the task predicts from; a text stands for a row with one.
     Raises DataError for an input without them.
     """
     exported = export(folder, folder.export) if not folder.export.exists() else folder.export
     plan, model, tokenizer = load_exported(exported)
-    rows = [plan.spec.task.row_of(one) for one in inputs]
-    out: list[dict[str, Any]] = []
-    for start in range(0, len(rows), batch_rows):
-        chunk = rows[start : start + batch_rows]
-        out += plan.spec.task.predict(model, tokenizer, chunk, plan.max_length_tokens)
-    return out
+    return predictions(plan, model, tokenizer, inputs, batch_rows)
 
 
 def export(folder: RunFolder, target: Path) -> Path:
@@ -84,11 +85,10 @@ def export(folder: RunFolder, target: Path) -> Path:
     if folder.export.exists() and target != folder.export:
         shutil.copytree(folder.export, target, dirs_exist_ok=True)
         return target
-    outcome = read_json(folder.outcome) or {}
+    outcome = read_outcome(folder) or {}
     figures = {k: outcome.get(k) for k in ("best", "last_eval")}
-    return export_run(
-        load_plan(folder), folder, target, {**figures, "baseline": read_json(folder.baseline)}
-    )
+    baseline = read_object(folder.baseline, {"name": str, "train_rows": int, "metrics": dict})
+    return export_run(load_plan(folder), folder, target, {**figures, "baseline": baseline})
 
 
 def report(folder: RunFolder | SweepFolder) -> Path:

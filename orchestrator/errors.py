@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.redaction import REMOVED, SECRET_KEY, SECRET_NAME, redact
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -16,14 +18,23 @@ class Problem:
     value: Any = None
 
     def __str__(self) -> str:
-        shown = "" if self.value is None else f" = {self.value!r}"
-        return f"{self.field}{shown}: {self.why}" + (f" → {self.fix}" if self.fix else "")
+        shown = "" if self.value is None else f" = {self._shown_value()}"
+        return redact(f"{self.field}{shown}: {self.why}" + (f" → {self.fix}" if self.fix else ""))
+
+    def _shown_value(self) -> str:
+        name = self.field.rpartition(".")[2]
+        secret = SECRET_NAME.search(name) or SECRET_KEY.search(name)
+        return REMOVED if secret and not isinstance(self.value, bool | None) else repr(self.value)
 
 
 class OrchestratorError(Exception):
     """Base of every error this product raises on purpose."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message without secrets that a library's error or a user's value brought in."""
+        return redact(super().__str__())
 
 
 class SpecError(OrchestratorError):
@@ -46,6 +57,14 @@ class PlanError(OrchestratorError):
     """The job is well-formed but cannot run on the cluster it was planned for."""
 
     exit_code = 2
+
+
+class StorageError(OrchestratorError, OSError):
+    """A file that cannot be written or read: a full disk, missing permissions, a folder that is gone."""
+
+
+class DamagedFileError(OrchestratorError, ValueError):
+    """A file of a run that is torn, edited by hand or damaged; names the file and the fix."""
 
 
 class CheckpointError(OrchestratorError):

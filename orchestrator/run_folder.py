@@ -2,26 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import DamagedFileError, OrchestratorError, StorageError
+
+FIXES = {
+    "plan.json": "Restore it from a copy, or start over with --fresh (keeps the old folder).",
+    "sweep.json": "Restore it from a copy, or start over with --fresh (keeps the old folder).",
+    "outcome.json": "Delete it and run the same command again: it resumes from the newest checkpoint.",
+    "baseline.json": "Delete it: it is computed again.",
+    "teacher.json": "Delete it: it is computed again.",
+    "manifest.json": "Delete its folder and run `orchestrator prepare` again.",
+    "orchestrator.json": "Delete this folder and export the run again.",
+}
+"""What to do about a damaged file, by its name."""
+OUTCOME_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+    "status": str,
+    "step": int,
+    "message": str,
+    "best": (dict, type(None)),
+    "last_eval": (dict, type(None)),
+    "facts": dict,
+}
+"""The fields of `outcome.json` of a run, and their types."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` so that a reader sees the old file or the new one, never a torn one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(content.encode() if isinstance(content, str) else content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    fsync_dir(path.parent)
+    """Write `content` durably, so that a reader sees the old file or the new one, never a torn one.
+
+    Raises StorageError where that fails; nothing of the attempt stays behind.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(content.encode() if isinstance(content, str) else content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a StorageError that names `path` and the fix."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: Path, error: Exception) -> StorageError:
+    """Return the error for a file that cannot be written, with the error number of its cause."""
+    why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    told = StorageError(
+        f"{path} cannot be written: {why}. Free space or fix the permissions of {path.parent}, "
+        "then run the same command again."
+    )
+    told.errno = getattr(error, "errno", None)
+    return told
 
 
 def fsync_dir(path: Path) -> None:
@@ -39,11 +92,61 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`, or None where the file does not exist."""
+    """Return the JSON in `path`, or None where the file does not exist.
+
+    Raises DamagedFileError where it is no JSON, StorageError where it cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"not valid JSON ({error})") from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_object(
+    path: Path, fields: Mapping[str, type | tuple[type, ...]] | None = None
+) -> dict[str, Any] | None:
+    """Return the JSON object in `path`, or None where the file does not exist.
+
+    Args:
+        path: the file.
+        fields: names that the object must have, each with the type of its value.
+
+    Raises DamagedFileError where the file holds anything else.
+    """
+    found = read_json(path)
+    if found is None and not path.exists():
+        return None
+    if not isinstance(found, dict):
+        raise damaged(path, f"it holds {type(found).__name__} instead of an object")
+    for name, wanted in (fields or {}).items():
+        value = found.get(name)
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            shown = "is missing" if name not in found else f"is {value!r}"
+            raise damaged(path, f"{name} {shown}")
+    return found
+
+
+def damaged(path: Path, why: str) -> DamagedFileError:
+    """Return the error for a file that is not as it was written, with the fix for its kind."""
+    fix = FIXES.get(path.name, "Restore it from a copy, or delete it.")
+    return DamagedFileError(f"{path} is damaged: {why}. {fix}")
+
+
+def read_outcome(folder: RunFolder) -> dict[str, Any] | None:
+    """Return how the run's last launch ended, or None while it runs.
+
+    Raises DamagedFileError where the file is not as it was written.
+    """
+    outcome = read_object(folder.outcome, OUTCOME_FIELDS)
+    for name in ("best", "last_eval"):
+        record = (outcome or {}).get(name)
+        if record is not None and not isinstance(record.get("step"), int):
+            raise damaged(folder.outcome, f"{name}.step is {record.get('step')!r}")
+    return outcome
 
 
 @dataclass(frozen=True)

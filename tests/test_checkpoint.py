@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import faults
 import pytest
 
 from orchestrator.errors import CheckpointError
-from orchestrator.run_folder import RunFolder
+from orchestrator.run_folder import RunFolder, write_json
 from orchestrator.train.checkpoint import (
     COMMIT,
     SHARED_MEMORY,
     CheckpointWriter,
+    Committed,
     committed,
     damage,
     newest_valid,
     put_aside_newer,
     remove_uncommitted,
 )
+from orchestrator.train.opening import progress_in
 
 
 def save(folder: Path, step: int, writers: list[CheckpointWriter], size: int = 1000) -> None:
@@ -109,17 +113,112 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert broken.name in warnings[0]
 
 
-@pytest.mark.parametrize("text", ["", '{"step": 2', "[]", '{"other": 1}'])
-def test_a_torn_commit_marker_is_no_commit(
-    text: str, folder: RunFolder, writers: list[CheckpointWriter]
+DAMAGED_MARKERS = {
+    "empty": lambda text: "",
+    "torn": lambda text: text[: len(text) // 2],
+    "list": lambda text: "[]",
+    "null": lambda text: "null",
+    "number": lambda text: "20",
+    "other fields": lambda text: '{"other": 1}',
+    "edited step": lambda text: text.replace('"step": 20', '"step": 21'),
+    "no checksum": lambda text: re.sub(r',\s*"sha256": "\w+"\n}', "}", text),
+    "later format": lambda text: text.replace('"format": 2', '"format": 3'),
+    "nested": lambda text: "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED_MARKERS)
+def test_a_damaged_commit_marker_is_named_and_its_checkpoint_passed_over(
+    how: str, folder: RunFolder, writers: list[CheckpointWriter]
 ) -> None:
     save(folder.checkpoints, 10, writers)
     save(folder.checkpoints, 20, writers)
     newest = committed(folder.checkpoints)[0]
-    (newest.folder / COMMIT).write_text(text)
-    found = newest_valid(folder.checkpoints, lambda _: None)
+    marker = newest.folder / COMMIT
+    marker.write_text(DAMAGED_MARKERS[how](marker.read_text()))
+    warnings: list[str] = []
+    found = newest_valid(folder.checkpoints, warnings.append)
     assert found is not None
     assert found.step == 10
+    assert [newest.folder.name in text for text in warnings] == [True]
+    put_aside_newer(folder.checkpoints, found)
+    assert (folder.checkpoints / f"damaged-{newest.folder.name}").is_dir()
+
+
+def test_any_flipped_bit_of_a_commit_marker_is_noticed(
+    folder: RunFolder, writers: list[CheckpointWriter]
+) -> None:
+    save(folder.checkpoints, 51, writers)
+    marker = committed(folder.checkpoints)[0].folder / COMMIT
+    whole = marker.read_bytes()
+    unnoticed = []
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        marker.write_bytes(data)
+        if committed(folder.checkpoints):
+            unnoticed.append((bit, bytes(data)))
+    assert unnoticed == []
+    marker.write_bytes(whole)
+    assert [c.step for c in committed(folder.checkpoints)] == [51]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "20"}, {"step": None}, {"step": -1}, {"step": True}, {"world_size": 0}, {"world_size": "2"},
+        {"stage": "x"}, {"time": "now"}, {"progress": 5}, {"progress": {"step": 19}}, {"step": 24},
+    ],
+)  # fmt: skip
+def test_wrong_values_in_a_marker_without_a_checksum_are_no_raw_errors(
+    change: dict[str, Any], folder: RunFolder, writers: list[CheckpointWriter]
+) -> None:
+    save(folder.checkpoints, 20, writers)
+    marker = committed(folder.checkpoints)[0].folder / COMMIT
+    version_1 = {"step": 20, "world_size": 2, "time": 1.5, "stage": 2, "progress": {"step": 20}}
+    write_json(marker, version_1)
+    found = newest_valid(folder.checkpoints, lambda _: None)
+    assert found is not None
+    assert found.step == 20, "markers of version 1 are still read"
+    write_json(marker, {**version_1, **change})
+    warnings: list[str] = []
+    assert newest_valid(folder.checkpoints, warnings.append) is None
+    assert len(warnings) == 1
+
+
+def test_a_marker_in_another_checkpoints_folder_is_damaged(
+    folder: RunFolder, writers: list[CheckpointWriter]
+) -> None:
+    save(folder.checkpoints, 20, writers)
+    (one,) = committed(folder.checkpoints)
+    one.folder.rename(folder.checkpoints / "step-00000030-abc123")
+    assert committed(folder.checkpoints) == []
+
+
+def test_a_changed_list_of_files_is_noticed(
+    folder: RunFolder, writers: list[CheckpointWriter]
+) -> None:
+    save(folder.checkpoints, 10, writers)
+    (one,) = committed(folder.checkpoints)
+    (one.folder / "files-00001.json").write_text("{}\n")
+    assert damage(one) == "files-00001.json does not match its checksum"
+
+
+def test_damaged_checkpoints_are_removed_once_enough_newer_ones_are_there(
+    folder: RunFolder, writers: list[CheckpointWriter]
+) -> None:
+    save(folder.checkpoints, 10, writers)
+    save(folder.checkpoints, 20, writers)
+    faults.truncate(committed(folder.checkpoints)[0].folder / COMMIT)
+    put_aside_newer(folder.checkpoints, newest_valid(folder.checkpoints, lambda _: None))
+    broken = folder.checkpoints / "damaged-step-00000020-abc123"
+    again = [CheckpointWriter(folder.checkpoints, rank, 2, 2, "def456") for rank in range(2)]
+    save(folder.checkpoints, 20, again)
+    assert broken.is_dir(), (
+        "its data may be of use while no more than one newer checkpoint is there"
+    )
+    save(folder.checkpoints, 30, again)
+    assert not broken.exists()
 
 
 def test_the_newest_and_the_best_are_kept(
@@ -200,3 +299,10 @@ def test_a_failed_write_is_told_later_and_leaves_earlier_checkpoints(
     with pytest.raises(CheckpointError, match="No space left"):
         writers[0].wait()
     assert [c.step for c in committed(folder.checkpoints)] == [10]
+
+
+@pytest.mark.parametrize("facts", [{}, {"progress": {"of_a_later_version": 1}}])
+def test_progress_of_another_version_is_named(facts: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="another version"):
+        progress_in(Committed(tmp_path, facts))
+    assert progress_in(Committed(tmp_path, {"progress": {"step": 3}})).step == 3

@@ -14,7 +14,7 @@ from test_plan import LAPTOP
 
 from orchestrator.data.prepare import prepare
 from orchestrator.model.build import build_model
-from orchestrator.model.config import load_tokenizer
+from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan import make_plan
 from orchestrator.tasks.base import IGNORED, token_scores
 from orchestrator.train.objective import Objective

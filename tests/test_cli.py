@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,8 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 import orchestrator
@@ -239,3 +243,199 @@ def test_deepspeed_says_nothing_among_what_a_verb_prints() -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "no GPU" not in said.stdout
     assert "broken" in said.stdout
+
+
+# --- inputs and terminals that nobody meant
+
+
+PLAIN = """
+name: job
+task: {type: causal_lm, packing: false}
+model: {pretrained: org/model}
+data: {train: "memory://x.jsonl"}
+"""
+
+
+def command(*words: str, cwd: Path, stdin: str = "", **environment: str) -> Any:
+    """Run `orchestrator WORDS…` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator", *words], cwd=cwd, input=stdin.encode(), capture_output=True,
+        env={**os.environ, **environment}, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("check", "missing.yaml"), 2),
+        (("check", "."), 2),
+        (("check", sys.executable), 2),
+        (("check", "[/]"), 2),
+        (("check", "job.yaml", "no override"), 2),
+        (("check", "job.yaml", 'data.train="a\\0b"'), 2),
+        (("check", "job.yaml", "name=[/bold]"), 2),
+        (("plan", "."), 2),
+        (("train", "missing.yaml"), 2),
+        (("sweep", "missing.yaml"), 1),
+        (("train", "missing", "--best"), 1),
+        (("results", "[bold]"), 1),
+        (("predict", "missing"), 1),
+        (("report", "\x1b[31m"), 1),
+        (("export", "missing", "there"), 1),
+        (("runs", "--storage", "job.yaml"), 0),
+        (("render", "--validate", "."), 2),
+        (("render", "--validate", sys.executable), 2),
+        (("render",), 1),
+        (("--[/]",), 2),
+        (("no-such-verb",), 2),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(
+    words: tuple[str, ...], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.yaml").write_text(PLAIN)
+    monkeypatch.chdir(tmp_path)
+    assert verb(*words) == status
+
+
+def verb(*words: str) -> int:
+    """Run a verb as `main` does and return its exit status; an error that `main` does not expect is raised."""
+    import orchestrator.cli as cli
+
+    before = sys.argv
+    sys.argv = ["orchestrator", *words]
+    try:
+        return cli._run()
+    finally:
+        sys.argv = before
+
+
+WORDS = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(
+        [
+            "job.yaml",
+            ".",
+            "a=1",
+            "--json",
+            "--storage",
+            "--cluster",
+            "--",
+            "-h",
+            "[/]",
+            "\0",
+            "x=\0",
+            "\ud800",
+        ]
+    ),
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(
+        ["check", "results", "report", "runs", "render", "export", "schema", "jobs-"]
+    ),
+    words=st.lists(WORDS, max_size=4),
+)
+def test_no_arguments_end_in_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: list[str]
+) -> None:
+    (tmp_path / "job.yaml").write_text(PLAIN)
+    monkeypatch.chdir(tmp_path)
+    assert verb(name, *words) in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"COLUMNS": "20"},
+        {"COLUMNS": "1"},
+        {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"},
+    ],
+)
+def test_a_poor_terminal_changes_no_exit_status(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "job.yaml").write_text(PLAIN, encoding="utf-8")
+    (tmp_path / "runs" / "größe-→").mkdir(parents=True)
+    (tmp_path / "runs" / "größe-→" / "job.yaml").write_text("x")
+    for words, status in (
+        (("runs",), 0),
+        (("check", "ö…→.yaml"), 2),
+    ):
+        done = command(*words, cwd=tmp_path, **environment)
+        assert done.returncode == status, done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+def test_closed_streams_and_readers_who_leave(tmp_path: Path) -> None:
+    shell = f"{shlex.quote(sys.executable)} -m orchestrator"
+    for script, status in (
+        (f"{shell} schema | head -1", 0),
+        (f"{shell} schema >&-", 0),
+        (f"{shell} check missing.yaml 2>&-", 2),
+        (f"{shell} predict missing <&-", 1),
+        (f"{shell} schema > /dev/full", 1),
+    ):
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", script],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == status, (script, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("after_s", [0.1, 0.3, 0.6, 1.5])
+def test_ctrl_c_at_any_time_of_the_start_is_one_word(after_s: float, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(PLAIN)
+    code = (
+        "import sys, orchestrator.cli as cli; print('up', flush=True); "
+        "sys.argv[1:] = ['plan', 'job.yaml']; cli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    process.stdout.readline()
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert "Traceback" not in said
+    assert process.returncode == 130 or (after_s > 1 and process.returncode == 1), (
+        "it may have ended"
+    )
+
+
+def test_check_is_fast_because_it_imports_little(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(PLAIN)
+    code = (
+        "import sys, orchestrator.cli as cli; sys.argv[1:] = ['check', 'job.yaml']\n"
+        "try: cli.main()\nfinally: print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert not loaded & {
+        "torch",
+        "ray",
+        "transformers",
+        "deepspeed",
+        "datasets",
+        "pandas",
+        "pyarrow",
+        "numpy",
+        "peft",
+    }

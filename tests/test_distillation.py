@@ -24,9 +24,9 @@ from orchestrator.data.stream import unpack_rows
 from orchestrator.data.teacher import Teacher
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.model.config import load_tokenizer
 from orchestrator.model.parts import PROJECTION
 from orchestrator.model.teacher import check_teacher, paired_layers
+from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan import Plan, make_plan
 from orchestrator.remote.package import named_by
 from orchestrator.spec import JobSpec, parse_spec

@@ -97,7 +97,7 @@ def last_weights(plan: Plan) -> dict[str, torch.Tensor]:
     newest = newest_valid(RunFolder(Path(plan.run_dir)).checkpoints, print)
     assert newest is not None
     assert newest.step == STEPS
-    return checkpoint_state(newest, only_trainable=plan.model.frozen > 0)
+    return checkpoint_state(newest)
 
 
 def test_asked_to_hand_over_workers_commit_and_go_on_where_nobody_takes_over(

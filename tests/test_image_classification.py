@@ -16,7 +16,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConf
 from transformers import ViTForImageClassification as ViT
 
 from orchestrator.data.stream import StepRows
-from orchestrator.errors import OrchestratorError, SpecError
+from orchestrator.errors import SpecError
 from orchestrator.model.build import build_model
 from orchestrator.plan.facts import facts_of
 from orchestrator.plan.memory import MemorySetup, activation_bytes
@@ -106,9 +106,10 @@ def job(tmp_path: Path, config: dict[str, Any], **fields: Any) -> Any:
     return tiny.job(tmp_path, rows, tmp_path, task=task, model=model, **fields)
 
 
-def test_batch_norm_is_refused_since_it_mixes_rows(tmp_path: Path) -> None:
-    with pytest.raises(OrchestratorError, match="mobilenet_v2 has batch norm"):
-        build_model(job(tmp_path, {"model_type": "mobilenet_v2"}), LABELS)
+def test_a_model_with_several_classes_for_images_is_built_from_its_config(tmp_path: Path) -> None:
+    config = {"model_type": "deit", **SHAPE, "image_size": 8}
+    model = build_model(job(tmp_path, config), LABELS, on_meta=True)
+    assert type(model).__name__ == "DeiTForImageClassification"
 
 
 @pytest.mark.parametrize(

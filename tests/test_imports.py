@@ -10,7 +10,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 FLOORS = {
-    "errors": 0, "values": 0,
+    "redaction": -1,
+    "errors": 0, "values": 0, "product": 0,
     "run_folder": 1,
     "tasks": 2, "report": 2,
     "spec": 3,
@@ -24,8 +25,18 @@ FLOORS = {
 }  # fmt: skip
 TOP = ("__init__", "__main__", "api", "cli")
 HEAVY = {"torch", "ray", "deepspeed", "transformers"}
-LIGHT_ROOMS = {"errors", "values", "run_folder", "tasks", "report", "spec", "kube"}
-DEEPSPEED_FILES = {"train/engine.py", "train/export.py"}
+LIGHT_ROOMS = {
+    "redaction",
+    "errors",
+    "values",
+    "product",
+    "run_folder",
+    "tasks",
+    "report",
+    "spec",
+    "kube",
+}
+DEEPSPEED_FILES = {"train/engine.py", "train/tensors.py"}
 
 
 @dataclass(frozen=True)

@@ -720,16 +720,19 @@ def test_a_classifier_for_other_labels_keeps_its_body_and_gets_a_new_head(
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
-def test_a_model_without_positions_is_refused_for_language_modelling(
+def test_a_model_without_positions_is_trained_on_rows_of_one_document(
     spec: JobSpec, models: tiny.Tiny, packing: str
 ) -> None:
     config = "{model_type: bloom, hidden_size: 16, n_head: 2, n_layer: 1, vocab_size: 400}"
     model = f"model={{config: {config}, tokenizer: {models.llama}}}"
     job = changed(spec, model, "task={type: causal_lm}", f"task.packing={packing}")
-    with pytest.raises(OrchestratorError, match="bloom takes no position_ids"):
-        make_plan(job, LAPTOP, prepared())
+    plan = make_plan(job, LAPTOP, prepared())
+    assert plan.spec.task.packing is False  # type: ignore[attr-defined]
+    assert plan.group_by_length
+    said = [text for text in plan.warnings if text.startswith("task.packing is off")]
+    assert len(said) == (packing == "true")
     lora = changed(job, f"model={{pretrained: {models.gpt2}}}", "tuning={type: lora}")
-    make_plan(lora, LAPTOP, prepared())
+    assert make_plan(lora, LAPTOP, prepared()).spec.task.packing is (packing == "true")  # type: ignore[attr-defined]
     make_plan(changed(spec, model), LAPTOP, prepared())
 
 

@@ -106,7 +106,7 @@ def test_an_untrained_model_has_no_margin_and_is_not_called_right() -> None:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({"prompt": None}, "'prompt' is missing"),
+        ({"prompt": None}, "no prompt can be told"),
         ({"rejected": ""}, "'rejected' is empty"),
         ({"chosen": " dull"}, "both answers are the same"),
         ({"prompt": "good " * 40}, "nothing of column 'chosen' is within 16 tokens"),

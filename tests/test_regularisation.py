@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from orchestrator.errors import OrchestratorError, PlanError
 from orchestrator.model.build import build_model
-from orchestrator.model.config import load_config, load_tokenizer
+from orchestrator.model.config import load_config
+from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plan.show_learning import learning
 from orchestrator.spec import JobSpec, parse_spec

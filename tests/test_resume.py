@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from group import losses, named, plan_of, probe, run_trials
 from peft import PeftModel
 from test_exactness import plain_loop
@@ -27,6 +28,7 @@ from orchestrator.report.records import read_records, read_steps
 from orchestrator.run_folder import RunFolder, read_json, write_json
 from orchestrator.train.checkpoint import Committed, committed
 from orchestrator.train.compare import compare_with_teacher
+from orchestrator.train.engine import TAG
 from orchestrator.train.export import (
     checkpoint_state,
     export_run,
@@ -222,10 +224,25 @@ def test_a_checkpoint_of_an_adapter_holds_all_of_it_and_nothing_of_the_base(
     plan, _ = runs[knob]
     begun: Any = build_model(plan.spec, plan.labels)
     wanted = {name: p for name, p in begun.named_parameters() if p.requires_grad}
-    found = checkpoint_state(at(plan, STEPS), only_trainable=True)
+    found = checkpoint_state(at(plan, STEPS))
     assert found.keys() == wanted.keys()
     moved = {n for n in wanted if not torch.equal(found[n].float(), wanted[n].detach())}
     assert moved == wanted.keys()
+
+
+@pytest.mark.parametrize(
+    "knob", [k for k in KNOBS if "zero" in k and "ema" not in k and "swa" not in k]
+)
+def test_whole_weights_are_those_that_deepspeed_puts_together(
+    knob: str, runs: dict[str, tuple[Plan, Plan]]
+) -> None:
+    plan, _ = runs[knob]
+    assert plan.stage > 0
+    checkpoint = at(plan, STEPS)
+    wanted = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint.folder), tag=TAG, exclude_frozen_parameters=plan.model.frozen > 0
+    )
+    assert differences(checkpoint_state(checkpoint), wanted) == []
 
 
 @pytest.mark.parametrize("knob", ADAPTERS)
@@ -290,7 +307,7 @@ def test_a_student_is_exported_alone_and_compared_with_its_teacher(
     plan = runs[knob][0]
     checkpoint, folder = at(plan, STEPS), RunFolder(Path(plan.run_dir))
     own, beside = plan.model.parameters, plan.model.projection
-    kept = checkpoint_state(checkpoint, only_trainable=False)
+    kept = checkpoint_state(checkpoint)
     projected = {n: t for n, t in kept.items() if n.startswith(PROJECTION)}
     assert sum(t.numel() for t in projected.values()) == beside == 33 * 32
     assert projected[f"{PROJECTION}.0.bias"].abs().max() > 0, "it began at 0"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.model.config import check_tokenizer
+from orchestrator.model.tokenizer import check_tokens, largest_id
 from orchestrator.plan.facts import facts_of, model_facts
 from orchestrator.plan.memory import MemorySetup, memory_bytes
 from orchestrator.tasks import BadRow, Seq2Seq
@@ -147,7 +147,7 @@ def test_a_model_from_a_config_begins_to_write_with_padding(
     models: tiny.Tiny, tmp_path: Path, tokenizer: Any
 ) -> None:
     spec = job(models, tmp_path)
-    check_tokenizer(spec, (), tokenizer)
+    check_tokens(spec, (), tokenizer, largest_id(tokenizer))
     model: Any = build_model(spec, ())
     assert model.config.decoder_start_token_id == model.config.pad_token_id == 0
     facts = model_facts(spec, ())
@@ -159,7 +159,7 @@ def test_a_model_from_a_config_begins_to_write_with_padding(
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"vocab_size": 100}, r"vocab_size = 100 is too small: the tokenizer's ids go up to \d+"),
+        ({"vocab_size": 100}, r"embeds 100 tokens.*model.config.vocab_size to \d+"),
         ({"eos_token_id": 3}, r"eos_token_id = 3, but the tokenizer ends texts with 6"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_model_that_does_not_share_the_tokenizers_ids_is_refused(
     models: tiny.Tiny, tmp_path: Path, tokenizer: Any, config: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(OrchestratorError, match=why):
-        check_tokenizer(job(models, tmp_path, **config), (), tokenizer)
+        check_tokens(job(models, tmp_path, **config), (), tokenizer, largest_id(tokenizer))
 
 
 def shaped(kind: str) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,7 @@ def test_every_override_that_is_none_is_named() -> None:
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"line 3, column 3: .*'lr' stands twice"):
+    with pytest.raises(SpecError, match=r"line 3, column 3: .*duplicate key 'lr'"):
         read_yaml(written(tmp_path, "optimizer:\n  lr: 1\n  lr: 2\n"))
 
 
@@ -388,9 +388,9 @@ HEAVY = {"torch", "ray", "deepspeed", "transformers", "numpy", "pyarrow", "panda
 
 
 def run_python(code: str, *arguments: str) -> tuple[str, float]:
-    """Standard output and wall time of a fresh interpreter."""
+    """Standard output and CPU seconds of a fresh interpreter; other work on the machine changes neither."""
     root = str(Path(__file__).parent.parent)
-    start = time.perf_counter()
+    start = cpu_s_of_children()
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
@@ -398,7 +398,12 @@ def run_python(code: str, *arguments: str) -> tuple[str, float]:
         check=True,
         env={**os.environ, "PYTHONPATH": root},
     )
-    return done.stdout, time.perf_counter() - start
+    return done.stdout, cpu_s_of_children() - start
+
+
+def cpu_s_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 CHECK = """

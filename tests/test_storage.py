@@ -93,7 +93,7 @@ def test_an_outage_is_waited_out_at_every_step_of_preparing(
     (file,) = find_files(rows, "auto")
     assert endpoint.refused > 0
     (piece,) = split_into_pieces([file])
-    work = PieceWork(spec, piece, None, ("good", "bad"), str(tmp_path))
+    work = PieceWork(spec, (piece,), None, ("good", "bad"), str(tmp_path))
     endpoint.fail(OUTAGE_S)
     done = _patiently(prepare_piece, work)
     assert endpoint.refused > 0
@@ -123,7 +123,9 @@ def test_pods_reach_the_store_that_their_manifest_names(
             monkeypatch.setenv(one["name"], one["value"])
     (file,) = find_files(url, "auto")
     (piece,) = split_into_pieces([file])
-    done = _patiently(prepare_piece, PieceWork(spec, piece, None, ("good", "bad"), str(tmp_path)))
+    done = _patiently(
+        prepare_piece, PieceWork(spec, (piece,), None, ("good", "bad"), str(tmp_path))
+    )
     assert done["rows"] == 40
 
 

@@ -69,7 +69,7 @@ def test_words_without_a_token_are_counted_as_outside_any_entity(pieces: Any) ->
         ({"tokens": ["a"], "tags": []}, "'tags' must be a non-empty list"),
         ({"tokens": ["a"], "tags": ["O", "O"]}, "1 words have 2 tags"),
         ({"tokens": [1], "tags": ["O"]}, "must hold texts"),
-        ({"tokens": ["a"], "tags": ["NN"]}, "set task.entities=false"),
+        ({"tokens": ["a"], "tags": ["NN"]}, "unknown tag 'NN'"),
         ({"tokens": ["a"], "tags": ["I-Z"]}, "unknown tag 'I-Z'"),
         ({"tokens": [""], "tags": ["O"]}, "no word has a token"),
     ],

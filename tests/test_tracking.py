@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.launch.session import send_chatter_to
+from orchestrator.product import install_hint
 from orchestrator.report.records import RecordWriter
 from orchestrator.report.tracking import Tracker
 from orchestrator.run_folder import RunFolder
@@ -84,7 +86,7 @@ def test_a_job_that_wants_mlflow_without_it_is_told_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(OrchestratorError, match=r"pip install 'orchestrator\[mlflow\]'"):
+    with pytest.raises(OrchestratorError, match=re.escape(install_hint("mlflow"))):
         Tracker(RunFolder(tmp_path / "run"), "http://mlflow", "project")
 
 

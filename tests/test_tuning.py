@@ -20,8 +20,9 @@ from transformers import ConvNextConfig, ViTConfig, Wav2Vec2Config
 
 from orchestrator.errors import OrchestratorError, PlanError, SpecError
 from orchestrator.model.build import build_model
-from orchestrator.model.config import load_tokenizer, max_length_tokens
 from orchestrator.model.parts import distances, no_decay
+from orchestrator.model.positions import max_length_tokens
+from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan import Plan, describe_cluster, make_plan
 from orchestrator.plan.facts import model_facts
 from orchestrator.plan.show import show_plan

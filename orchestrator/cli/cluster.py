@@ -145,7 +145,7 @@ def render(
 
     if validate is not None:
         for line in check_file(validate, crds):
-            out.print(line, highlight=False, soft_wrap=True)
+            say(line)
         return
     flags = {
         "kubernetes.cluster": cluster, "kubernetes.kueue.queue": kueue,

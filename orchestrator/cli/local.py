@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.cli.options import (
@@ -18,10 +17,13 @@ from orchestrator.cli.options import (
     Resume,
     Run,
     Storage,
+    expanded,
     out,
     quiet_libraries,
+    say,
 )
 from orchestrator.cli.sweeps import best_job, show_sweep_plan
+from orchestrator.report.terminal import cells, joined, styled
 from orchestrator.spec import load_spec
 
 if TYPE_CHECKING:
@@ -31,9 +33,8 @@ if TYPE_CHECKING:
 def check(job: Job, overrides: Overrides = None) -> None:
     """Every problem of a job file at once."""
     spec = load_spec(job, overrides or [])
-    out.print(
-        f"[green]ok[/] {spec.name}: {spec.task.type}, {spec.tuning.type} tuning", highlight=False
-    )
+    what = f" {spec.name}: {spec.task.type}, {spec.tuning.type} tuning"
+    out.print(joined(styled("ok", "green"), what), soft_wrap=True)
 
 
 def plan(
@@ -78,25 +79,20 @@ def prepare(job: Job, overrides: Overrides = None) -> None:
     for split, done in run(spec).items():
         m = done.manifest
         how = "ready" if done.was_ready else "prepared"
-        out.print(
-            f"[bold]{split}[/] {how}: {m.rows:,} rows, {m.tokens:,} tokens, {m.truncated_rows:,} truncated, "
-            f"{m.bad_rows:,} bad → {done.folder}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        counts = f" {how}: {m.rows:,} rows, {m.tokens:,} tokens, {m.truncated_rows:,} truncated, {m.bad_rows:,} bad"
+        out.print(joined(styled(split, "bold"), counts, f" → {done.folder}"), soft_wrap=True)
         if done.teacher is not None:
             how, size = (
                 "ready" if done.teacher.was_ready else "asked",
                 done.teacher.manifest.size_bytes,
             )
-            out.print(
-                f"  teacher {how}: {size / 2**20:,.1f} MiB → {done.teacher.folder}",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            say(f"  teacher {how}: {size / 2**20:,.1f} MiB → {done.teacher.folder}")
+        for warning in m.warnings:
+            out.print(styled(f"  {warning}", "yellow"))
+        for text, count in m.notes.items():
+            out.print(styled(f"  {count:,} rows: {text}", "yellow"))
         for record in m.bad_row_examples:
-            out.print(
-                f"  [yellow]{record.file}, row {record.row}: {escape(record.why)}[/]",
-                highlight=False,
-            )
+            out.print(styled(f"  {record.file}, row {record.row}: {record.why}", "yellow"))
 
 
 def train(
@@ -124,27 +120,28 @@ def train(
     outcome = run(spec, fresh=not resume, console=out)
     out.print(_final_table(outcome))
     if outcome.message:
-        out.print(outcome.message, highlight=False)
+        say(outcome.message)
     if outcome.status == "stopped":
         raise typer.Exit(130)
 
 
 def _final_table(outcome: Outcome) -> Table:
     table = Table(
-        title=f"{outcome.folder.name}: {outcome.status}", show_header=False, title_justify="left"
+        title=styled(f"{outcome.folder.name}: {outcome.status}"),
+        show_header=False,
+        title_justify="left",
     )
     metric, best, baseline = outcome.plan.metric, outcome.best, outcome.baseline
     if best:
-        table.add_row(
-            f"best {metric}",
-            f"{best[metric]:.4f} at step {best['step']} ({best['rows']} held-out rows)",
-        )
+        held_out = f"{best[metric]:.4f} at step {best['step']} ({best['rows']} held-out rows)"
+        table.add_row(*cells(f"best {metric}", held_out))
     if baseline:
         name = f"{baseline['name']}, {baseline['train_rows']:,} rows"
-        table.add_row(f"baseline {metric}", f"{baseline['metrics'][metric]:.4f} ({name})")
+        figure = f"{baseline['metrics'][metric]:.4f} ({name})"
+        table.add_row(*cells(f"baseline {metric}", figure))
     if outcome.export:
-        table.add_row("model", str(outcome.export))
-    table.add_row("report", str(outcome.report))
+        table.add_row(*cells("model", outcome.export))
+    table.add_row(*cells("report", outcome.report))
     return table
 
 
@@ -180,7 +177,9 @@ def predict(run: Run, storage: Storage = Path("runs")) -> None:
 
 def export(
     run: Run,
-    target: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the model.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DIR", help="New folder for the model.", callback=expanded)
+    ],
     storage: Storage = Path("runs"),
 ) -> None:
     """A run's best model as a folder that transformers loads, with tokenizer and model card."""
@@ -188,7 +187,7 @@ def export(
     from orchestrator.api import export as write
     from orchestrator.api import find_run
 
-    out.print(str(write(find_run(run, storage), target)), soft_wrap=True)
+    say(str(write(find_run(run, storage), target)))
 
 
 def runs(storage: Storage = Path("runs")) -> None:
@@ -203,7 +202,7 @@ def report(run: Run, storage: Storage = Path("runs")) -> None:
     from orchestrator.report.runs import write_report_on
     from orchestrator.run_folder import find_either
 
-    out.print(str(write_report_on(find_either(run, storage))), soft_wrap=True)
+    say(str(write_report_on(find_either(run, storage))))
 
 
 def doctor(storage: Storage = Path("runs")) -> None:
@@ -211,11 +210,12 @@ def doctor(storage: Storage = Path("runs")) -> None:
     quiet_libraries()
     from orchestrator.launch.doctor import examine
 
-    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
+    styles = {"ok": "green", "note": "yellow", "problem": "red"}
     table = Table(box=None, show_header=False, pad_edge=False)
     findings = examine(storage)
     for finding in findings:
-        table.add_row(marks[finding.level], finding.what, finding.found, finding.fix)
+        level = styled(finding.level, styles[finding.level])
+        table.add_row(level, *cells(finding.what, finding.found, finding.fix))
     out.print(table)
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(1)

@@ -9,19 +9,27 @@ from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
-from rich.console import Console
+
+from orchestrator.report.terminal import Terminal
 
 LOG_WIDTH = 160
 """Columns of tables in a file or a pipe, where nobody knows how wide the reader's screen is."""
 
 
-def _width(stream: TextIO) -> int | None:
+def _width(stream: TextIO | None) -> int | None:
     """None: as wide as the terminal, or as COLUMNS says."""
-    return None if stream.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+    if "COLUMNS" in os.environ or (stream is not None and stream.isatty()):
+        return None
+    return LOG_WIDTH
 
 
-out = Console(width=_width(sys.stdout))
-err = Console(stderr=True, width=_width(sys.stderr))
+def expanded(path: Path) -> Path:
+    """Return a path with `~` expanded: shells leave it alone in `--storage=~/runs`."""
+    return Path(os.path.expanduser(path))
+
+
+out = Terminal(width=_width(sys.stdout))
+err = Terminal(stderr=True, width=_width(sys.stderr))
 Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -30,9 +38,15 @@ Overrides = Annotated[
     ),
 ]
 Run = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's name, or its folder.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's name, or its folder.",
+        show_default=False,
+        callback=os.path.expanduser,
+    ),
 ]
-Storage = Annotated[Path, typer.Option(help="Folder of all runs.")]
+Storage = Annotated[Path, typer.Option(help="Folder of all runs.", callback=expanded)]
 Resume = Annotated[
     bool,
     typer.Option(
@@ -61,4 +75,4 @@ def quiet_libraries() -> None:
 
 def say(text: str) -> None:
     """Print a line as it is: no markup, no wrapping."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    out.print(text, soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from orchestrator.cli.options import Job, Overrides, Resume, Run, Storage, out, quiet_libraries
+from orchestrator.cli.options import Job, Overrides, Resume, Run, Storage, out, quiet_libraries, say
 from orchestrator.errors import OrchestratorError
 from orchestrator.spec import JobSpec, load_spec
 
@@ -32,14 +32,14 @@ def sweep(
     outcome = run(spec, fresh=not resume, console=out)
     out.print(results_table(open_log(outcome.folder), outcome.folder))
     if outcome.message:
-        out.print(outcome.message, highlight=False)
+        say(outcome.message)
     for name, path in (
         ("best job", outcome.folder.best),
         ("model", outcome.export),
         ("report", outcome.report),
     ):
         if path is not None and path.exists():
-            out.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+            say(f"{name}: {path}")
     if outcome.status == "stopped":
         raise typer.Exit(130)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -13,8 +15,13 @@ from typing import Any
 
 from orchestrator.data.manifest import Manifest, read_manifest
 from orchestrator.errors import OrchestratorError
-from orchestrator.run_folder import fsync_dir, write_json
+from orchestrator.run_folder import fsync_dir, storage_error, write_json
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+PROGRESS_S = 5.0
+"""Seconds between lines on the progress."""
+RAY_ADVICE = "\nFailed to apply UDF transform"
+"""Begins what Ray Data 2.60 appends to the message of an error."""
 STALE_S = 3600.0
 """A temporary folder in which nothing was written for this long belongs to a process that died."""
 
@@ -66,6 +73,26 @@ def _remove_stale(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+class Progress:
+    """Lines on standard error that tell how much of a long preparation is done."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+        self.started = self.shown = time.monotonic()
+
+    def show(self, done: int) -> None:
+        """Print a line where the last one is PROGRESS_S old."""
+        now = time.monotonic()
+        if now - self.shown < PROGRESS_S or done == self.parts:
+            return
+        self.shown = now
+        print(
+            f"prepared {done} of {self.parts} parts, {now - self.started:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def run_all(work: Sequence[Any], function: Any, **how: Any) -> list[dict[str, Any]]:
     """What `function` says of each item (see `work_of`) under `out`, as JSON, in the order of `work`.
 
@@ -82,12 +109,27 @@ def run_all(work: Sequence[Any], function: Any, **how: Any) -> list[dict[str, An
     items = [{"work": w, "here": os.getcwd()} for w in work]
     with ray.data.DataContext.current(context):
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(function, **how)
+    done: list[dict[str, Any]] = []
+    progress = Progress(len(items))
     try:
-        return [json.loads(r["out"]) for r in dataset.take_all()]
+        for row in dataset.iter_rows():
+            done.append(json.loads(row["out"]))
+            progress.show(len(done))
+        return done
     except RayTaskError as error:
         if isinstance(error.cause, OrchestratorError):
-            raise error.cause from None  # its words are for the user, Ray's traceback is not
+            raise _without_advice(error.cause) from None
+        if getattr(error.cause, "errno", None) in DISK_ERRORS:
+            named = getattr(error.cause, "filename", None) or "data.prepared_dir"
+            raise storage_error(Path(named), error.cause) from None
         raise
+
+
+def _without_advice(error: OrchestratorError) -> OrchestratorError:
+    """Return a task's error without the lines that Ray Data adds to its message on retries."""
+    message = str(error).partition(RAY_ADVICE)[0]
+    error.args = (message, *error.args[1:])
+    return error
 
 
 def work_of(item: dict[str, Any]) -> Any:

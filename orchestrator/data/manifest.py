@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from pydantic import Field, ValidationError
+
 from orchestrator.errors import DataError
-from orchestrator.run_folder import read_json
+from orchestrator.run_folder import damaged, read_object
 from orchestrator.values import Frozen
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3
 """Raised when prepared shards of an older version must not be read."""
 BATCH_ROWS = 1024
 """Rows per Arrow record batch of prepared rows: what one random read touches."""
@@ -51,6 +53,10 @@ class Manifest(Frozen):
     truncated_rows: int
     bad_rows: int
     bad_row_examples: tuple[BadRowRecord, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What is odd about the input, though it can be used."""
+    notes: dict[str, int] = Field(default_factory=dict)
+    """Remarks on rows that were used all the same, and the number of rows that each concerns."""
     shards: tuple[Shard, ...]
     batch_rows: int = BATCH_ROWS
     """Rows of each shard's record batches but its last."""
@@ -68,10 +74,15 @@ class Manifest(Frozen):
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest in `folder`; None where there is none or it is of another version."""
-    data = read_json(folder / "manifest.json")
+    data = read_object(folder / "manifest.json")
     if data is None or data.get("version") != FORMAT_VERSION:
         return None
-    return Manifest.model_validate(data)
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise damaged(folder / "manifest.json", f"{where}: {first['msg']}") from error
 
 
 def sha256_of(path: Path) -> str:

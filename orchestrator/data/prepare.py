@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.commit import make_folder, run_all, work_of
+from orchestrator.data.label_scan import label_set, names_of_classes, reason_lines
 from orchestrator.data.manifest import (
     FORMAT_VERSION,
     BadRowRecord,
@@ -20,26 +23,29 @@ from orchestrator.data.manifest import (
     verify_shards,
 )
 from orchestrator.data.patience import patiently
-from orchestrator.data.sources import Piece, SourceFile, find_files, split_into_pieces
+from orchestrator.data.readers import Notes
+from orchestrator.data.sources import SourceFile, find_files, grouped, split_into_pieces
 from orchestrator.data.teacher import ask_teacher, teacher_folder
 from orchestrator.data.write import (
     BAD_ROWS,
     COUNTS,
     EXAMPLES,
+    HASHES,
     PieceWork,
     Split,
     prepare_piece,
-    scan_piece,
 )
 from orchestrator.errors import DataError
-from orchestrator.model.config import (
-    check_max_length,
-    max_length_tokens,
-    tokenizer_fingerprint,
-)
+from orchestrator.model.causal import settled
+from orchestrator.model.positions import check_max_length, max_length_tokens
+from orchestrator.model.tokenizer import check_tokenizer, tokenizer_fingerprint
 from orchestrator.spec import JobSpec
 
 __all__ = ["Prepared", "Split", "find_prepared", "prepare", "prepare_split"]
+
+
+MAX_HASH_BYTES = 2**28
+"""Larger sets of rows are not searched for rows that they share."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,9 @@ def prepare(spec: JobSpec) -> dict[Split, Prepared]:
 
     Needs a running Ray where there is work to do. Raises DataError for input that cannot be used.
     """
+    spec = settled(spec)
     check_max_length(spec)
+    check_tokenizer(spec)
     out: dict[Split, Prepared] = {"train": _taught(spec, prepare_split(spec, "train"))}
     if spec.data.eval is not None or spec.data.eval_fraction is not None:
         out["eval"] = prepare_split(spec, "eval", out["train"].manifest.labels)
@@ -67,8 +75,10 @@ def prepare(spec: JobSpec) -> dict[Split, Prepared]:
 
 def find_prepared(spec: JobSpec) -> dict[Split, Prepared] | None:
     """What `prepare` would return, where it has nothing to do; else None."""
+    spec = settled(spec)
     check_max_length(spec)
-    files = find_files(spec.data.train, spec.data.format)
+    check_tokenizer(spec)
+    files = _files_of(spec, spec.data.train)
     train = _find(spec, "train", files, getattr(spec.task, "labels", None))
     if train is None:
         return None
@@ -78,17 +88,22 @@ def find_prepared(spec: JobSpec) -> dict[Split, Prepared] | None:
             return None
     if spec.data.eval is None and spec.data.eval_fraction is None:
         return {"train": train}
-    files = files if spec.data.eval is None else find_files(spec.data.eval, spec.data.format)
+    files = files if spec.data.eval is None else _files_of(spec, spec.data.eval)
     evaluation = _find(spec, "eval", files, train.manifest.labels)
     return {"train": train, "eval": evaluation} if evaluation else None
+
+
+def _files_of(spec: JobSpec, paths: str | Sequence[str]) -> list[SourceFile]:
+    return find_files(paths, spec.data.format, spec.data.delimiter)
 
 
 def prepare_split(
     spec: JobSpec, split: Split, labels: tuple[str, ...] | None = None, paths: Any = None
 ) -> Prepared:
     """Prepare one split, or any `paths` in its place (`eval RUN --data …` does so)."""
+    spec = _of_split(settled(spec), split)
     source = paths or (spec.data.eval if split == "eval" and spec.data.eval else spec.data.train)
-    files = find_files(source, spec.data.format)
+    files = _files_of(spec, source)
     held_out = paths is None and spec.data.eval_fraction is not None
     labels = labels if labels is not None else getattr(spec.task, "labels", None)
     if ready := _find(spec, split, files, labels, held_out):
@@ -111,8 +126,15 @@ def _find(
     held_out: bool | None = None,
 ) -> Prepared | None:
     held_out = spec.data.eval_fraction is not None if held_out is None else held_out
-    folder = prepared_folder(spec, split, files, labels, held_out)
+    folder = prepared_folder(_of_split(spec, split), split, files, labels, held_out)
     return _ready(folder)
+
+
+def _of_split(spec: JobSpec, split: Split) -> JobSpec:
+    """The job with its task as the rows of a split are prepared by it."""
+    if split == "train":
+        return spec
+    return spec.model_copy(update={"task": spec.task.for_evaluation()})
 
 
 def _ready(folder: Path) -> Prepared | None:
@@ -144,7 +166,7 @@ def prepared_folder(
     """Where the rows of these inputs lie once they are prepared: named by all that they depend on."""
     facts = {
         "version": FORMAT_VERSION,
-        "files": [(f.format, f.size_bytes, f.digest) for f in files],
+        "files": [(f.format, f.delimiter, f.size_bytes, f.digest) for f in files],
         "task": spec.task.model_dump(mode="json", exclude=set(spec.task.after_prepare)),
         "tokenizer": tokenizer_fingerprint(spec),
         "max_length_tokens": max_length_tokens(spec),
@@ -165,69 +187,99 @@ def _make(
     labels: tuple[str, ...] | None,
     folder: Path,
 ) -> Prepared:
-    pieces = split_into_pieces(files)
+    groups = grouped(split_into_pieces(files))
+    names = names_of_classes(spec, files)
+    warnings = _repeated_files(files)
+
+    def work_on(folder: str, keep: Split | None) -> list[PieceWork]:
+        known = labels or ()
+        return [
+            PieceWork(spec, pieces, keep, known, folder, i, names)
+            for i, pieces in enumerate(groups)
+        ]
+
     if labels is None and spec.task.label_source is not None:
-        labels = _scan_labels(spec, pieces, keep)
+        labels, on_labels = label_set(spec, work_on("", None), _run)
+        warnings += on_labels
 
     def write(temporary: Path) -> Manifest:
-        work = [PieceWork(spec, p, keep, labels or (), str(temporary)) for p in pieces]
-        done = _run(work, prepare_piece)
-        _join_bad_rows(temporary)
-        return _manifest(spec, folder.name, files, labels or (), done)
+        done = _run(work_on(str(temporary), keep), prepare_piece)
+        _join(temporary, "bad-*.jsonl", BAD_ROWS)
+        _join(temporary, "hashes-*.bin", HASHES)
+        return _manifest(spec, keep, folder.name, files, labels or (), warnings, done)
 
     return Prepared(*make_folder(folder, write), was_ready=False)
 
 
-def _join_bad_rows(folder: Path) -> None:
-    """One list of all pieces' bad rows, in the order of the input; no file where there are none."""
-    for part in sorted(folder.glob("bad-*.jsonl")):
-        with open(folder / BAD_ROWS, "ab") as whole:
+def _repeated_files(files: Sequence[SourceFile]) -> list[str]:
+    """Return warnings on files that are named twice, or have the same content."""
+    seen: dict[str, SourceFile] = {}
+    out = []
+    for file in files:
+        other = seen.setdefault(file.digest, file)
+        if other is file:
+            continue
+        same = f"{file.url} is named more than once"
+        alike = f"{file.url} has the same content as {other.url}"
+        out.append(f"{same if other.url == file.url else alike}: its rows count each time")
+    return out[:5] + ([f"… and {len(out) - 5} more repeated files"] if len(out) > 5 else [])
+
+
+def _join(folder: Path, parts: str, name: str) -> None:
+    """Join what the tasks wrote into one file, in the order of the input; no file where there is nothing."""
+    for part in sorted(folder.glob(parts)):
+        with open(folder / name, "ab") as whole:
             whole.write(part.read_bytes())
         part.unlink()
 
 
 def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
-    """Apply `function` to each piece, results in the order of the pieces."""
+    """Apply `function` to each item of work, results in their order."""
     return run_all(work, lambda item: {"out": json.dumps(_patiently(function, work_of(item)))})
 
 
 def _patiently(function: Any, work: PieceWork) -> dict[str, Any]:
-    done: dict[str, Any] = patiently(work.piece.file.url, partial(function, work))
+    done: dict[str, Any] = patiently(work.pieces[0].file.url, partial(function, work))
     return done
 
 
-def _scan_labels(spec: JobSpec, pieces: Sequence[Piece], keep: Split | None) -> tuple[str, ...]:
-    found = _run([PieceWork(spec, p, None, (), "") for p in pieces], scan_piece)
-    labels = sorted({label for one in found for label in one["labels"]})
-    if len(labels) < 2:
-        raise DataError(
-            f"task.label_column {spec.task.label_source!r} holds {len(labels)} distinct value(s): {labels}. "
-            "Classification needs two or more."
-        )
-    if len(labels) > 1000:
-        raise DataError(
-            f"task.label_column {spec.task.label_source!r} holds {len(labels)} distinct values. "
-            "If it is the right column, list them under task.labels."
-        )
-    return tuple(labels)
+def shared_rows(train: Prepared, evaluation: Prepared) -> int | None:
+    """Return how many evaluation rows equal a training row; None where that is not known."""
+    import numpy as np
+
+    paths = [one.folder / HASHES for one in (train, evaluation)]
+    if not all(p.is_file() and p.stat().st_size <= MAX_HASH_BYTES for p in paths):
+        return None
+    hashes = [np.fromfile(p, dtype=np.uint64) for p in paths]
+    return int(np.isin(hashes[1], hashes[0]).sum())
 
 
 def _manifest(
     spec: JobSpec,
+    keep: Split | None,
     fingerprint: str,
     files: Sequence[SourceFile],
     labels: tuple[str, ...],
+    warnings: Sequence[str],
     done: Sequence[dict[str, Any]],
 ) -> Manifest:
     total = {name: sum(one[name] for one in done) for name in COUNTS}
     bad = [BadRowRecord(**record) for one in done for record in one["bad"]][:EXAMPLES]
     if total["bad_rows"] and spec.data.on_bad_row == "error":
         raise DataError(_bad_rows_message(total["bad_rows"], total["input_rows"], bad))
+    if keep is not None and total["input_rows"] == 0 and total["other_rows"]:
+        raise DataError(_split_message(spec, keep, total["other_rows"], done))
     if total["rows"] == 0:
-        names = ", ".join(f.url for f in files)
-        raise DataError(
-            f"{names}: no usable row ({total['input_rows']} read, {total['bad_rows']} bad)."
-        )
+        names = ", ".join(f.url for f in files[:5])
+        reasons = sum((Counter(one["reasons"]) for one in done), Counter[str]())
+        lines = [f"{names}: no usable row ({total['input_rows']} read, {total['bad_rows']} bad)."]
+        if reasons:
+            lines += reason_lines(reasons, [record.model_dump() for record in bad])
+        raise DataError("\n".join(lines))
+    notes = Notes()
+    for one in done:
+        for kind, (count, example) in one["warnings"].items():
+            notes.add(kind, example, count)
     return Manifest(
         fingerprint=fingerprint,
         inputs=tuple(f.url for f in files),
@@ -243,8 +295,34 @@ def _manifest(
         truncated_rows=total["truncated"],
         bad_rows=total["bad_rows"],
         bad_row_examples=tuple(bad),
+        notes=dict(sum((Counter(one["notes"]) for one in done), Counter[str]())),
+        warnings=(*warnings, *notes.lines()),
         shards=tuple(Shard(**s) for one in done for s in one["shards"]),
     )
+
+
+def _split_message(spec: JobSpec, keep: Split, rows: int, done: Sequence[dict[str, Any]]) -> str:
+    """Return why data.eval_fraction leaves one side without rows, and a value that does not."""
+    lowest, highest = min(one["shares"][0] for one in done), max(one["shares"][1] for one in done)
+    what = "none" if keep == "eval" else "all"
+    text = (
+        f"data.eval_fraction = {spec.data.eval_fraction:g} holds out {what} of the {rows:,} rows, "
+        "each of which is drawn by a hash of its number and the seed."
+    )
+    fraction = _fraction_between(lowest, highest, near_lowest=keep == "eval")
+    if fraction is None:
+        return f"{text} Name more rows as data.train, or others as data.eval."
+    return f"{text} Set data.eval_fraction={fraction:g}, or name other rows as data.eval."
+
+
+def _fraction_between(lowest: float, highest: float, near_lowest: bool) -> float | None:
+    """Return a short fraction above the lowest share and not above the highest, so that both sides have rows."""
+    for scale in (10**digits for digits in range(1, 7)):
+        below = math.floor(lowest * scale) + 1
+        number = below if near_lowest else math.floor(highest * scale)
+        if lowest < number / scale <= highest and number < scale:
+            return number / scale
+    return None
 
 
 def _bad_rows_message(count: int, total: int, examples: Sequence[BadRowRecord]) -> str:
@@ -253,6 +331,6 @@ def _bad_rows_message(count: int, total: int, examples: Sequence[BadRowRecord]) 
     if count > len(examples):
         lines.append(f"  … and {count - len(examples)} more")
     lines.append(
-        f"Mend them, or set data.on_bad_row=skip: they are then counted, and listed in {BAD_ROWS} beside the shards."
+        f"Fix them, or set data.on_bad_row=skip: they are then counted, and listed in {BAD_ROWS} beside the shards."
     )
     return "\n".join(lines)

@@ -25,8 +25,11 @@ from orchestrator.data.shards import open_shards
 from orchestrator.data.sources import find_files
 from orchestrator.data.stream import unpack_rows
 from orchestrator.errors import DataError, OrchestratorError
-from orchestrator.model.config import load_config, load_tokenizer
+from orchestrator.model.causal import teacher_job
+from orchestrator.model.config import load_config
+from orchestrator.model.identity import source_identity
 from orchestrator.model.layers import LayerOutputs
+from orchestrator.model.padding import padded_on, padding_id, padding_side
 from orchestrator.model.teacher import (
     asked,
     check_teacher,
@@ -34,6 +37,7 @@ from orchestrator.model.teacher import (
     paired_layers,
     teacher_source,
 )
+from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.spec import JobSpec
 
 SHARD_ROWS = 8192
@@ -63,7 +67,8 @@ def _fingerprint(spec: JobSpec) -> list[str]:
     """Changes when the teacher does: digests of its files, or the hub id and revision."""
     folder = Path(teacher_source(spec))
     if not folder.is_dir():
-        return [f"{folder}@{asked(spec).revision or 'main'}"]
+        revision = asked(spec).revision
+        return [f"{folder}@{source_identity(str(folder), revision).commit or revision or 'main'}"]
     names = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]
     return [_digest(str(name), name.stat().st_mtime_ns) for name in sorted(names)]
 
@@ -152,8 +157,10 @@ class Teacher:
     def __init__(self, spec: JobSpec, labels: tuple[str, ...]) -> None:
         import torch
 
-        self.spec, self.task, self.settings = spec, spec.task, asked(spec)
-        self.pad_token_id = getattr(load_tokenizer(spec), "pad_token_id", None) or 0
+        taught = teacher_job(spec)
+        self.spec, self.task, self.settings = spec, taught.task, asked(spec)
+        self.pad_token_id = padding_id(spec, labels, load_tokenizer(spec))
+        self.padding_side, _ = padding_side(taught, labels)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_teacher(spec, labels, self.pad_token_id).to(self.device)
         layers = sorted({theirs for _, theirs in paired_layers(spec)})
@@ -166,6 +173,7 @@ class Teacher:
 
         weights = np.ones(len(rows), np.float32)
         batch = self.task.collate(rows, weights, self.pad_token_id)
+        batch = padded_on(batch, self.padding_side)
         with torch.no_grad():
             scores = self.task.scores(self.model, {k: v.to(self.device) for k, v in batch.items()})
         counts = scores.weights.view(len(rows), -1).gt(0).sum(1).tolist()

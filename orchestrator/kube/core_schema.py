@@ -7,10 +7,12 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
+from orchestrator.product import install_hint
+
 KUBERNETES_VERSION = "1.34"
 """Whose schemas are taken."""
 POD_TEMPLATE = "io.k8s.api.core.v1.PodTemplateSpec"
-HOW_TO_GET = "pip install 'orchestrator[kubernetes]' brings Kubernetes' schemas"
+HOW_TO_GET = f"{install_hint('kubernetes')} installs Kubernetes' schemas"
 
 
 @lru_cache(maxsize=1)

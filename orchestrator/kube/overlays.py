@@ -8,10 +8,11 @@ from typing import Any
 
 from orchestrator.kube.render import render
 from orchestrator.kube.text import dump_documents
+from orchestrator.product import VERSION
 from orchestrator.spec import parse_spec
 from orchestrator.spec.load import STAND_INS
 
-IMAGE = "orchestrator:0.1.0"
+IMAGE = f"orchestrator:{VERSION}"
 """Replaced by the `images` of a kustomization."""
 GPU = {"cluster": "8xH100x2"}
 OVERLAYS: dict[str, dict[str, Any]] = {

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from orchestrator.errors import OrchestratorError, RunExistsError
+from orchestrator.model.identity import ModelIdentity
 from orchestrator.plan.plan import Plan, at_workers
-from orchestrator.run_folder import RunFolder, lock_of, read_json, write_atomically, write_json
+from orchestrator.run_folder import (
+    RunFolder,
+    damaged,
+    lock_of,
+    read_object,
+    storage_errors,
+    write_atomically,
+    write_json,
+)
 from orchestrator.spec import dump_spec
 
+STALE_S = 3600.0
+"""A temporary file in which nothing was written for this long belongs to a process that died."""
 MAY_CHANGE = (
-    "name", "storage", "runtime", "tracking", "checkpoint", "faults", "evaluation", "stop.max_time_s",
+    "name", "storage", "runtime", "tracking", "checkpoint", "faults", "evaluation.baseline_rows", "stop.max_time_s",
     "data.prepared_dir", "distillation.teacher_rows", "distillation.compare_rows", "resources.cpus_per_worker",
     "resources.num_workers",
 )  # fmt: skip
 """Fields that do not touch the mathematics: a run may be continued with other values."""
+BY_CONTENT = (
+    "data.train", "data.eval", "model.pretrained", "model.revision", "model.tokenizer",
+    "distillation.teacher", "distillation.revision",
+)  # fmt: skip
+"""Fields that name files: they may change where what they name is the same."""
 MUST_MATCH = ("stage", "bf16", "global_rows", "total_steps", "labels")
 """Derived figures that a checkpoint depends on. The same number of workers must also keep `micro_rows`:
 it then goes on bit-identically; another number adds up in another order anyway."""
@@ -31,7 +51,10 @@ def at_saved_stage(plan: Plan) -> Plan:
 
     Another number of workers may fit a lower stage; checkpoints are bound to the one they have.
     """
-    old = read_json(RunFolder(Path(plan.run_dir)).plan)
+    source = RunFolder(Path(plan.run_dir)).plan
+    old = read_object(source)
+    if old is not None and old.get("stage") not in (None, 0, 1, 2, 3):
+        raise damaged(source, f"stage is {old['stage']!r}")
     if old is None or plan.spec.zero.stage != "auto" or old.get("stage") in (None, plan.stage):
         return plan
     kept = at_workers(plan, plan.num_workers, old["stage"])
@@ -69,33 +92,56 @@ def claimed_folder(root: Path, fresh: bool) -> Iterator[None]:
         if fresh:
             _put_aside(root)
             _make_writable(root)
-        yield
+        _remove_leftovers(root)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                RunFolder(root).reserve.unlink(missing_ok=True)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove temporaries of atomic writes and of exports that killed processes left in `root`."""
+    for left in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp"), *root.glob(".export-*")):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime < STALE_S:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
 
 
 def _make_writable(root: Path) -> None:
     """Find out now, not at the first checkpoint."""
+    reserve = RunFolder(root).reserve
     try:
         root.mkdir(parents=True, exist_ok=True)
-        RunFolder(root).reserve.write_bytes(bytes(2**20))
+        reserve.write_bytes(bytes(2**20))
     except OSError as error:
+        with contextlib.suppress(OSError):  # what was written of it would keep the disk full
+            reserve.unlink(missing_ok=True)
         raise OrchestratorError(
             f"{root} cannot be written: {error.strerror}. "
-            "Mend its permissions or free space, or set storage=… to another folder."
+            "Fix its permissions or free space, or set storage=… to another folder."
         ) from error
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """The lock dies with its process, so a killed driver leaves nothing to clean up."""
-    with open(lock_of(root), "w", encoding="ascii") as handle:
+    with storage_errors(lock_of(root)):
+        lock = open(lock_of(root), "w", encoding="ascii")  # noqa: SIM115, closed below
+    with lock as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunExistsError(
                 f"{root}: another process is training this run. Wait for it, stop it, or use name=…"
             ) from error
-        handle.write(str(os.getpid()))
-        handle.flush()
+        with contextlib.suppress(OSError):  # only for people to read
+            handle.write(str(os.getpid()))
+            handle.flush()
         yield
 
 
@@ -107,21 +153,90 @@ def _put_aside(root: Path) -> None:
 
 
 def _must_fit(folder: RunFolder, plan: Plan) -> None:
-    old: dict[str, Any] = read_json(folder.plan)
+    old = read_object(folder.plan, {"spec": dict, "train_data": dict}) or {}
     new = plan.model_dump(mode="json")
-    changed = [
-        f"{name}: {_at(old['spec'], name)!r} → {_at(new['spec'], name)!r}"
-        for name in differences(old["spec"], new["spec"])
-    ]
+    same, changed = compare_content(old, new, folder.plan)
+    needed_by = evaluation_dependents(old["spec"])
+    free = [name for name, dependents in needed_by.items() if not dependents]
+    for name in differences(old["spec"], new["spec"], (*MAY_CHANGE, *same, *free)):
+        why = f" ({', '.join(needed_by[name])} depends on it)" if needed_by.get(name) else ""
+        changed.append(f"{name}: {_at(old['spec'], name)!r} → {_at(new['spec'], name)!r}{why}")
     same_size = old.get("num_workers") == new["num_workers"]
     must_match = (*MUST_MATCH, "micro_rows") if same_size else MUST_MATCH
-    changed += [f"{k}: {old[k]!r} → {new[k]!r}" for k in must_match if old.get(k) != new[k]]
-    for name, what in (("folder", "the training data"), ("teacher_folder", "the teacher")):
-        before, now = (Path(one["train_data"].get(name) or "").name for one in (old, new))
-        if before != now:
-            changed.append(f"the content of {what}")
+    changed += [f"{k}: {old.get(k)!r} → {new[k]!r}" for k in must_match if old.get(k) != new[k]]
     if changed:
         raise another_job(folder.root, changed)
+
+
+def compare_content(
+    old: dict[str, Any], new: dict[str, Any], source: Path
+) -> tuple[tuple[str, ...], list[str]]:
+    """Compare what two plans' files hold: prepared rows, the teacher's answers, pretrained weights.
+
+    Args:
+        old: the plan of the run, as JSON.
+        new: the plan of the job that continues it, as JSON.
+        source: the file that `old` was read from.
+
+    Returns (fields that may change, since they name the same content; descriptions of other content).
+    Raises DamagedFileError where `old` is not as a plan is written.
+    """
+    try:
+        known = None if old.get("base") is None else ModelIdentity.model_validate(old["base"])
+    except ValidationError as error:
+        raise damaged(source, "base is not a model's identity") from error
+    wanted = ModelIdentity.model_validate(new["base"] or {})
+    same: list[str] = []
+    changed: list[str] = []
+    for part, name, fields, what in (
+        ("train_data", "folder", ("data.train", "model.tokenizer"), "the training data"),
+        ("eval_data", "folder", ("data.eval",), "the evaluation data"),
+        ("train_data", "teacher_folder", ("distillation.teacher", "distillation.revision"), "the teacher"),
+    ):  # fmt: skip
+        before, now = (_folder_name(one, part, name) for one in (old, new))
+        if before != now:
+            changed.append(f"the content of {what}")
+        elif now:
+            same += fields
+    differs = None if known is None else known.differs(wanted)
+    if differs is False:
+        same += ("model.pretrained", "model.revision")
+    elif differs:
+        pinned = (
+            f"; model.revision={known.commit} has the old ones" if known and known.commit else ""
+        )
+        changed.append(f"the weights of model.pretrained: {known} → {wanted}{pinned}")
+    return tuple(same), changed
+
+
+def _folder_name(plan: dict[str, Any], part: str, name: str) -> str:
+    """Return the name of a folder of prepared rows, which tells their content; empty for none."""
+    section = plan.get(part)
+    folder = section.get(name) if isinstance(section, dict) else None
+    return Path(folder).name if isinstance(folder, str) else ""
+
+
+def evaluation_dependents(spec: dict[str, Any]) -> dict[str, list[str]]:
+    """Return, of each field of `evaluation`, the fields of a job whose decisions depend on it."""
+    stop, schedule = (_section(spec, name) for name in ("stop", "schedule"))
+
+    def is_set(*names: str) -> list[str]:
+        return [f"stop.{name}" for name in names if stop.get(name) is not None]
+
+    plateau = ["schedule.type = plateau"] if schedule.get("type") == "plateau" else []
+    return {
+        "evaluation.every_steps": [
+            *plateau, *is_set("target", "patience", "overfitting_evals", "max_loss_ratio"),
+        ],
+        "evaluation.metric": [
+            *(plateau if schedule.get("metric") is None else []), *is_set("target", "patience"),
+        ],
+    }  # fmt: skip
+
+
+def _section(spec: dict[str, Any], name: str) -> dict[str, Any]:
+    found = spec.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def another_job(root: Path, changed: list[str]) -> RunExistsError:

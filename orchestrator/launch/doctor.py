@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.errors import OrchestratorError
+
 GIB = 2**30
 PACKAGES = ("ray", "deepspeed", "torch", "transformers", "pyarrow", "peft")
 TESTED = {
@@ -186,7 +188,18 @@ def _disk(storage: Path) -> Iterator[Finding]:
     low = free < 5 * GIB
     fix = "checkpoints of a 1 B model take about 15 GiB each" if low else ""
     yield Finding(f"disk at {place}", f"{free / GIB:.1f} GiB free", "note" if low else "ok", fix)
-    tmp = shutil.disk_usage("/tmp")
+    yield from _temporary_disk()
+
+
+def _temporary_disk() -> Iterator[Finding]:
+    from orchestrator.launch.temporary import temporary_root
+
+    try:
+        root = temporary_root()
+    except OrchestratorError as error:
+        yield Finding("folder for Ray", str(error), "problem", "export RAY_TMPDIR=/a/short/folder")
+        return
+    tmp = shutil.disk_usage(root)
     full = tmp.free / tmp.total < 0.05
     fix = (
         "Ray stops placing objects on a disk that is 95 % full: free some, or set RAY_TMPDIR"
@@ -194,7 +207,7 @@ def _disk(storage: Path) -> Iterator[Finding]:
         else ""
     )
     yield Finding(
-        "disk at /tmp (Ray)", f"{tmp.free / GIB:.1f} GiB free", "problem" if full else "ok", fix
+        f"disk at {root} (Ray)", f"{tmp.free / GIB:.1f} GiB free", "problem" if full else "ok", fix
     )
 
 

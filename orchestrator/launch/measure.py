@@ -10,8 +10,8 @@ from orchestrator.data.prepare import prepare_split
 from orchestrator.launch.session import ray_session
 from orchestrator.launch.workers import enter_work_dir
 from orchestrator.plan import Plan, this_machine
-from orchestrator.plan.data import data_facts
-from orchestrator.run_folder import read_json, write_json
+from orchestrator.plan.data import check_rows, data_facts
+from orchestrator.run_folder import read_object, write_json
 
 
 def evaluate_export(
@@ -26,6 +26,7 @@ def evaluate_export(
         from ray.train.torch import TorchConfig, TorchTrainer
 
         prepared = prepare_split(plan.spec, "eval", plan.labels, paths=data)
+        check_rows(plan.spec, plan.labels, {"eval": prepared})
         plan = plan.model_copy(update={"eval_data": data_facts(prepared)})
         on_gpu = plan.on_gpu and this_machine().gpus > 0
         TorchTrainer(
@@ -41,8 +42,7 @@ def evaluate_export(
             ),
             run_config=RunConfig(name="eval", storage_path=str(out.parent / "ray")),
         ).fit()
-    metrics: dict[str, Any] = read_json(out)
-    return metrics
+    return read_object(out) or {}
 
 
 def measure_worker(config: dict[str, Any]) -> None:

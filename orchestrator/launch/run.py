@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,23 @@ from rich.console import Console
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.launch.claim import at_saved_stage, claimed
+from orchestrator.launch.ray_watch import RayWatch
 from orchestrator.launch.session import attached_address, ray_session, send_chatter_to
+from orchestrator.launch.signals import stop_on_signals
 from orchestrator.launch.workers import make_trainer
 from orchestrator.plan import Cluster, Plan, make_plan, this_machine
 from orchestrator.plan.cluster import live_cluster
 from orchestrator.report.html import write_report
 from orchestrator.report.progress import ProgressView
-from orchestrator.report.records import append_event
+from orchestrator.report.records import append_event, read_steps
+from orchestrator.report.terminal import Terminal, styled
 from orchestrator.report.tracking import Tracker
-from orchestrator.run_folder import RunFolder, read_json, write_json
+from orchestrator.run_folder import RunFolder, read_object, read_outcome, write_json
 from orchestrator.spec import JobSpec
 
 POLL_S = 0.1
+COMMIT_S = 30.0
+"""How long workers without a GCS may take to commit; Ray ends this process 60 s after it was lost."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     `fresh` puts an earlier run of that name aside. Raises what prepare, make_plan and claimed raise,
     and TrainingError where training diverged, storage failed or restarts ran out.
     """
-    console = console or Console(quiet=True)
+    console = console or Terminal(quiet=True)
     must_have_secrets(spec)
     with ray_session():
         prepared = prepared_data(spec, console)
@@ -81,9 +85,9 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
             plan = at_saved_stage(plan)
         with claimed(plan, fresh) as folder:
             send_chatter_to(folder.logs / "driver.log")
-            outcome = read_json(folder.outcome)
+            outcome = read_outcome(folder)
             over = _is_over(outcome, spec)
-            if not over:
+            if outcome is None or not over:
                 outcome = launch(plan, folder, console)
             return finish(plan, folder, outcome, console, anew=not over)
 
@@ -95,7 +99,7 @@ def _is_over(outcome: dict[str, Any] | None, spec: JobSpec) -> bool:
     if not outcome["facts"].get("out_of_time"):
         return True
     limit_s = spec.stop.max_time_s
-    return limit_s is not None and limit_s <= outcome["facts"]["elapsed_s"]
+    return limit_s is not None and limit_s <= outcome["facts"].get("elapsed_s", 0.0)
 
 
 def must_have_secrets(spec: JobSpec) -> None:
@@ -116,17 +120,14 @@ def prepared_data(spec: JobSpec, console: Console) -> dict[Split, Prepared]:
     for split, one in done.items():
         m = one.manifest
         how = "found ready" if one.was_ready else "prepared"
-        console.print(
-            f"[dim]{split}: {m.rows:,} rows, {m.tokens:,} tokens, {how}[/]", highlight=False
-        )
+        console.print(styled(f"{split}: {m.rows:,} rows, {m.tokens:,} tokens, {how}", "dim"))
         if one.teacher is not None:
             how = "found ready" if one.teacher.was_ready else "asked"
             size = one.teacher.manifest.size_bytes / 2**20
-            console.print(f"[dim]teacher: {size:,.1f} MiB of outputs, {how}[/]", highlight=False)
+            console.print(styled(f"teacher: {size:,.1f} MiB of outputs, {how}", "dim"))
         if m.bad_rows:
-            console.print(
-                f"[yellow]{m.bad_rows} bad rows skipped; see {one.folder}/bad_rows.jsonl[/]"
-            )
+            bad = f"{m.bad_rows} bad rows skipped; see {one.folder}/bad_rows.jsonl"
+            console.print(styled(bad, "yellow"))
     return done
 
 
@@ -145,13 +146,28 @@ def launch(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any]:
         ProgressView(folder, plan.total_steps, plan.metric, console) as view,
         stop_on_signals(lambda: _ask_to_stop(folder), view.say),
     ):
+        watch = RayWatch()
         fit.start()
-        while fit.is_alive():
+        while fit.is_alive() and not watch.lost():
             tracker.update(view.update())
             time.sleep(POLL_S)
+        why = watch.lost() if fit.is_alive() else None
+        if why and watch.workers_live():
+            _let_workers_commit(folder)
         tracker.update(view.update())
     tracker.close()
+    if why:
+        folder.outcome.unlink(missing_ok=True)  # the workers' own word: they were asked to stop
+        return _outcome(plan, folder, TrainingError(f"{why} The workers are lost with it."))
     return _outcome(plan, folder, fit.error)
+
+
+def _let_workers_commit(folder: RunFolder) -> None:
+    """Ask workers that have lost their Ray to commit a checkpoint, and give them time for it."""
+    _ask_to_stop(folder)
+    deadline = time.monotonic() + COMMIT_S
+    while time.monotonic() < deadline and not folder.outcome.exists():
+        time.sleep(POLL_S)
 
 
 def _forget_results(folder: RunFolder) -> None:
@@ -163,9 +179,11 @@ def _forget_results(folder: RunFolder) -> None:
 
 def _outcome(plan: Plan, folder: RunFolder, error: BaseException | None) -> dict[str, Any]:
     """How the workers ended; where that is no success, the report is written before the error is raised."""
-    outcome: dict[str, Any] | None = read_json(folder.outcome)
+    outcome = read_outcome(folder)
     if outcome is None:
-        outcome = {"status": "lost", "step": 0, "best": None, "last_eval": None, "facts": {}}
+        steps = read_steps(folder.steps)
+        step = steps[-1]["step"] if steps else 0
+        outcome = {"status": "lost", "step": step, "best": None, "last_eval": None, "facts": {}}
         outcome["message"] = _lost(folder, error)
         with contextlib.suppress(OSError):  # a full disk must not hide what happened
             write_json(folder.outcome, outcome)
@@ -216,29 +234,6 @@ def _ask_to_stop(folder: RunFolder) -> bool:
     return True
 
 
-@contextmanager
-def stop_on_signals(ask: Callable[[], bool], say: Callable[[str], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM `ask` the workers to commit and leave; a second one quits at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number: int, frame: Any) -> None:
-        if not ask():
-            raise KeyboardInterrupt
-        say(
-            f"[yellow]{signal.Signals(number).name}: finishing the step and committing a checkpoint "
-            "(once more quits at once)[/]"
-        )
-
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _lost(folder: RunFolder, error: BaseException | None) -> str:
     """Why the worker group is gone for good, in its own last words."""
     text = str(error).strip() if error else "the workers left without a result"
@@ -252,7 +247,7 @@ def _how_to_go_on(folder: RunFolder, outcome: dict[str, Any]) -> str:
     from orchestrator.train.checkpoint import committed
 
     diverged = outcome["status"] == "diverged"
-    good_until = outcome["facts"]["good_until_step"] if diverged else outcome["step"]
+    good_until = outcome["facts"].get("good_until_step", 0) if diverged else outcome["step"]
     found = [c for c in committed(folder.checkpoints) if not diverged or c.step <= good_until]
     kind = "good" if diverged else "committed"
     where = (
@@ -275,16 +270,19 @@ def finish(
 
     `anew`: it has just been trained; `predict` may have exported it meanwhile, from a checkpoint before the last.
     """
-    baseline = _baseline(plan, folder, console)
+    with _safe_to_repeat(folder, outcome):
+        baseline = _baseline(plan, folder, console)
     exported: Path | None = folder.export if folder.export.exists() else None
     if outcome["status"] == "finished" and (anew or exported is None):
         from orchestrator.train.export import export_run
 
         figures = {k: outcome[k] for k in ("best", "last_eval")} | {"baseline": baseline}
-        exported = export_run(plan, folder, folder.export, figures)
-    if exported is not None:
-        _compare(plan, folder, exported, console)
-    report = write_report(folder)
+        with _safe_to_repeat(folder, outcome):
+            exported = export_run(plan, folder, folder.export, figures)
+    with _safe_to_repeat(folder, outcome):
+        if exported is not None:
+            _compare(plan, folder, exported, console)
+        report = write_report(folder)
     return Outcome(
         folder,
         plan,
@@ -297,12 +295,31 @@ def finish(
     )
 
 
+@contextmanager
+def _safe_to_repeat(folder: RunFolder, outcome: dict[str, Any]) -> Iterator[None]:
+    """Turn a full or read-only disk inside the block into a TrainingError that says what is safe.
+
+    The space that was held back is released, so that the report can be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder.reserve.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            write_report(folder)
+        raise TrainingError(
+            f"{error}\nTraining itself is safe: it {outcome['status']} at step {outcome['step']}, and its "
+            f"checkpoints are in {folder.checkpoints}. Run the same command again once there is space: it "
+            "repeats no step, and writes the export and the report."
+        ) from error
+
+
 def _compare(plan: Plan, folder: RunFolder, exported: Path, console: Console) -> None:
     """What the report says of teacher and student, measured once."""
     asked = plan.spec.distillation is not None and plan.spec.distillation.compare_rows
     if not asked or plan.eval_data is None or folder.teacher.exists():
         return
-    console.print("[dim]comparing teacher and student …[/]")
+    console.print(styled("comparing teacher and student …", "dim"))
     from orchestrator.train.compare import compare_with_teacher
 
     write_json(folder.teacher, compare_with_teacher(plan, exported))
@@ -311,9 +328,9 @@ def _compare(plan: Plan, folder: RunFolder, exported: Path, console: Console) ->
 def _baseline(plan: Plan, folder: RunFolder, console: Console) -> dict[str, Any] | None:
     if plan.spec.evaluation.baseline_rows is None or plan.eval_data is None:
         return None
-    found: dict[str, Any] | None = read_json(folder.baseline)
+    found = read_object(folder.baseline, {"name": str, "train_rows": int, "metrics": dict})
     if found is None:
-        console.print("[dim]fitting the frozen-feature baseline …[/]")
+        console.print(styled("fitting the frozen-feature baseline …", "dim"))
         from orchestrator.train.baseline import frozen_feature_baseline
 
         found = frozen_feature_baseline(plan)

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.launch import local_ray
 from orchestrator.launch.forks import fork_server
+from orchestrator.launch.signals import hangup_blocked, hangup_ends
+from orchestrator.launch.temporary import session_folder
+from orchestrator.redaction import redact
 
 EXTRA_CPUS = 2
 """Logical CPUs a local Ray gets beyond the machine's: reads and actors run beside the workers."""
@@ -74,9 +77,31 @@ def ray_session(cpus: int | None = None) -> Iterator[Any]:
     if loaded is not None and loaded.is_initialized():
         yield loaded
         return
-    with _attached() if attached_address() else _own(cpus or len(os.sched_getaffinity(0))) as ray:
+    session = _attached() if attached_address() else _own(cpus or len(os.sched_getaffinity(0)))
+    with hangup_ends(), session as ray:
         send_chatter_to(None)
+        _log_node_errors(ray)
         yield ray
+
+
+def _log_node_errors(ray: Any) -> None:
+    """Send what Ray says of lost nodes to its log; it prints 20 lines of a raylet's log, twice, on standard output.
+
+    The loss itself is noticed and told by the run. The function is that of Ray 2.60.
+    """
+    worker = ray._private.worker
+    show = worker.print_to_stdstream
+    if getattr(show, "sends_node_errors_to_log", False):
+        return
+
+    def log_or_show(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if data.get("pid") == "raylet":
+            logging.getLogger("ray").error("\n".join(data["lines"]))
+        else:
+            show(data, ignore_prefix)
+
+    log_or_show.sends_node_errors_to_log = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = log_or_show
 
 
 @contextmanager
@@ -102,14 +127,13 @@ def _own(cpus: int) -> Iterator[Any]:
     set_here = [name for name in LOCAL_SETTINGS if name not in os.environ]
     os.environ.update({name: LOCAL_SETTINGS[name] for name in set_here})
     try:
-        with fork_server(
-            **MEMORY_SETTINGS
-        ) as python:  # first of all: whatever starts, waits for it
+        # The fork server first of all: whatever starts, waits for it.
+        with session_folder() as folder, fork_server(folder, **MEMORY_SETTINGS) as python:
             import ray
 
             # Workers inherit the settings from this process.
-            with _importing(("torch", "transformers.modeling_utils")):
-                _start(ray, cpus + EXTRA_CPUS, python)
+            with _importing(("torch", "transformers.modeling_utils")), hangup_blocked():
+                local_ray.start(ray, folder, cpus + EXTRA_CPUS, python)
             try:
                 yield ray
             finally:
@@ -117,24 +141,6 @@ def _own(cpus: int) -> Iterator[Any]:
     finally:
         for name in set_here:
             del os.environ[name]
-
-
-def _start(ray: Any, cpus: int, python: str) -> None:
-    """Raises OrchestratorError where Ray's own processes do not come up, as on a machine that is far too busy."""
-    try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            runtime_env={"py_executable": python},
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except Exception as error:  # Ray raises no class of its own
-        raise OrchestratorError(
-            f"Ray did not start on this machine: {error}\n  Its logs: /tmp/ray/session_latest/logs. Ray waits some "
-            "seconds for each of its processes: a machine with far more work than cores is too slow. Try again."
-        ) from error
 
 
 @contextmanager
@@ -170,6 +176,20 @@ def _job_variables() -> dict[str, str]:
     return found
 
 
+class _Redacted(logging.Formatter):
+    """Log lines without the credentials that libraries quote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class LogFile(logging.FileHandler):
+    """A log file whose lines are lost where the disk is full; logging would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the record."""
+
+
 def send_chatter_to(log_file: Path | None) -> None:
     """Send Ray's, DeepSpeed's and transformers' logging to a file, or nowhere.
 
@@ -185,8 +205,6 @@ def send_chatter_to(log_file: Path | None) -> None:
             logger.addHandler(logging.NullHandler())
         else:
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(log_file)
-            handler.setFormatter(
-                logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
-            )
+            handler = LogFile(log_file)
+            handler.setFormatter(_Redacted("%(asctime)s %(name)s %(levelname)s %(message)s"))
             logger.addHandler(handler)

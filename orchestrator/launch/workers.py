@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, StorageError
 from orchestrator.launch.crashes import came_again, note_crash
-from orchestrator.launch.session import keep_ray_data_quiet
+from orchestrator.launch.session import LogFile, keep_ray_data_quiet
 from orchestrator.plan.plan import Plan
 from orchestrator.report.records import append_event
 from orchestrator.run_folder import RunFolder, write_json
@@ -89,7 +89,11 @@ def work(config: dict[str, Any]) -> None:
     if rank == 0:
         if result.status == "storage_failed":
             folder.reserve.unlink(missing_ok=True)
-        write_json(folder.outcome, asdict(result))
+        try:
+            write_json(folder.outcome, asdict(result))
+        except StorageError:  # a full disk: the space for it was held back
+            folder.reserve.unlink(missing_ok=True)
+            write_json(folder.outcome, asdict(result))
 
 
 def enter_work_dir(plan: Plan) -> None:
@@ -127,7 +131,7 @@ def log_to(path: Path) -> None:
     """Everything that libraries say in this process goes to a file."""
     keep_ray_data_quiet()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:

@@ -22,9 +22,11 @@ def fate_of_head(spec: JobSpec, labels: tuple[str, ...]) -> Literal["kept", "new
     same name and shape. Labels without names are taken for the job's. Raises OrchestratorError where
     the names are the same in another order: training would start from outputs that mean something else.
     """
-    if not spec.task.labelled_head or spec.model.pretrained is None:
+    if spec.model.pretrained is None:
         return "kept"
     config = raw_config(spec)
+    if not spec.task.labelled_head:
+        return "new" if spec.task.head_is_new(config) else "kept"
     kinds = {m[0] for name in config.get("architectures") or () if (m := LABELLED.search(name))}
     if kinds and spec.task.auto_class.removeprefix("AutoModel") not in kinds:
         return "new"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.product import install_hint
 from orchestrator.spec import JobSpec
 from orchestrator.spec.tuning import LoraTuning, quantized
 
@@ -25,7 +26,7 @@ def quantized_load(spec: JobSpec, skeleton: Callable[[], Any]) -> dict[str, Any]
         raise OrchestratorError("tuning.quantization: 4-bit layers run on GPUs only; none is here.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise OrchestratorError(
-            "tuning.quantization needs bitsandbytes: pip install 'orchestrator[qlora]' on every node."
+            f"tuning.quantization needs bitsandbytes: {install_hint('qlora')} on every node."
         )
     in_bf16 = spec.precision != "fp32" and torch.cuda.is_bf16_supported()
     config = BitsAndBytesConfig(

@@ -7,15 +7,12 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.model.config import (
-    load_config,
-    load_tokenizer,
-    max_length_tokens,
-    raw_config,
-    text_positions,
-)
+from orchestrator.model.config import load_config, raw_config
 from orchestrator.model.head import fate_of_head
 from orchestrator.model.layers import layer_stack
+from orchestrator.model.padding import set_tokens
+from orchestrator.model.positions import max_length_tokens, text_positions
+from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.spec import JobSpec
 from orchestrator.spec.distillation import DistillationSpec
 from orchestrator.spec.model import ModelSpec
@@ -61,8 +58,7 @@ def teacher_spec(spec: JobSpec) -> JobSpec:
 def load_teacher(spec: JobSpec, labels: tuple[str, ...], pad_token_id: int) -> Any:
     """The teacher in fp32, at rest."""
     model: Any = build_model(teacher_spec(spec), labels)
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = pad_token_id
+    set_tokens(model, pad_token_id, {})
     return model.eval().requires_grad_(False)
 
 

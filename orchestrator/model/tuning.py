@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.parts import distances
+from orchestrator.model.targets import (
+    adaptable,
+    endings,
+    feed_forward,
+    head_modules,
+    keys_and_values,
+    narrowed,
+    whole_modules,
+    without_experts,
+)
 from orchestrator.spec import JobSpec
 from orchestrator.spec.tuning import (
     FullTuning,
@@ -22,35 +33,40 @@ if TYPE_CHECKING:
     import torch
 
 
-def apply_tuning(model: Any, spec: JobSpec) -> torch.nn.Module:
+def apply_tuning(model: Any, spec: JobSpec, new: frozenset[str] = frozenset()) -> torch.nn.Module:
     """Freeze, or wrap with adapters, as `tuning` says.
+
+    `new`: parameters that the checkpoint did not hold. They are trained in any case, as random weights
+    that stay as they are would be noise; `tuning.freeze` alone holds them.
 
     Raises OrchestratorError for names that match nothing, where nothing is left to train, and where
     the model cannot be tuned like that.
     """
-    match spec.tuning:
-        case FullTuning() as full:
-            return _freeze(model, full)
-        case LoraTuning() as lora:
-            return _adapted(model, spec, _lora_config(model, lora, _head(model, spec)))
-        case IA3Tuning() as ia3:
-            return _adapted(model, spec, _ia3_config(ia3, _head(model, spec)))
-        case PromptTuning() as prompt:
+    tuning = spec.tuning
+    if isinstance(tuning, FullTuning):
+        return _freeze(model, tuning, new)
+    whole = _trained_whole(model, spec, new)
+    match tuning:
+        case LoraTuning():
+            return _adapted(model, spec, _lora_config(model, tuning, whole.settings), whole)
+        case IA3Tuning():
+            return _adapted(model, spec, _ia3_config(model, tuning, whole.settings), whole)
+        case PromptTuning():
             _check_prompt(model, spec)
-            return _adapted(model, spec, _prompt_config(model, prompt, spec))
-        case PrefixTuning() as prefix:
+            return _adapted(model, spec, _prompt_config(model, tuning, spec, whole), whole)
+        case PrefixTuning():
             _check_prefix(model, spec)
-            return _adapted(model, spec, _prefix_config(prefix, spec.task.peft_task))
+            return _adapted(model, spec, _prefix_config(tuning, spec.task.peft_task, whole), whole)
 
 
-def _freeze(model: torch.nn.Module, tuning: FullTuning) -> torch.nn.Module:
+def _freeze(model: torch.nn.Module, tuning: FullTuning, new: frozenset[str]) -> torch.nn.Module:
     names = [name for name, _ in model.named_parameters()]
     for pattern in tuning.freeze:
         if not fnmatch.filter(names, pattern):
             raise OrchestratorError(
                 f"tuning.freeze: {pattern!r} matches no parameter. Some names: {', '.join(names[:4])}, …"
             )
-    below = _below(names, tuning)
+    below = _below(names, tuning) - new
     for name, parameter in model.named_parameters():
         if name in below or any(fnmatch.fnmatch(name, pattern) for pattern in tuning.freeze):
             parameter.requires_grad_(False)
@@ -77,23 +93,94 @@ def _below(names: list[str], tuning: FullTuning) -> set[str]:
     return {name for name, distance in found.items() if distance > tuning.last_layers}
 
 
-def _adapted(model: Any, spec: JobSpec, config: Any) -> torch.nn.Module:
+@dataclass(frozen=True)
+class _Whole:
+    """What is trained whole beside an adapter."""
+
+    task_type: str
+    """peft's kind of task; empty where it has none, or one that does not do."""
+    modules: list[str]
+    """The head, and modules that the checkpoint lacks."""
+    loose: list[str]
+    """Parameters that the checkpoint lacks, in modules that it holds otherwise."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As peft's configs take it."""
+        kind = {"task_type": self.task_type} if self.task_type else {}
+        return {**kind, "modules_to_save": list(self.modules)} if self.modules else kind
+
+
+def _trained_whole(model: Any, spec: JobSpec, new: frozenset[str]) -> _Whole:
+    """The head, unless it predicts tokens of the vocabulary, and all that is new.
+
+    peft's own wrapper for question answering swallows `token_type_ids`, which a merged export gets.
+    """
+    kind = spec.task.peft_task
+    heads = [] if kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else head_modules(model)
+    in_heads = [n for n in new if any(n.startswith(f"{head}.") for head in heads)]
+    modules, loose = whole_modules(model, new.difference(in_heads))
+    if loose and not getattr(spec.tuning, "merge_on_export", False):
+        raise OrchestratorError(
+            f"tuning.type = {spec.tuning.type!r}: the checkpoint lacks {loose[0]}, which an adapter exported by "
+            "itself cannot hold. Use tuning.merge_on_export=true with tuning.type=lora, or tuning.type=full."
+        )
+    if modules and virtual_tokens(spec.tuning) and kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        raise OrchestratorError(
+            f"tuning.type = {spec.tuning.type!r}: the checkpoint lacks {modules[0]}, which virtual tokens cannot "
+            "stand in for. Use tuning.type=lora or tuning.type=full."
+        )
+    return _Whole("" if kind == "QUESTION_ANS" else kind, [*heads, *modules], loose)
+
+
+def _adapted(model: Any, spec: JobSpec, config: Any, whole: _Whole) -> torch.nn.Module:
     from peft import get_peft_model
 
     if spec.gradient_checkpointing:
         model.enable_input_require_grads()
+    parameters = dict(model.named_parameters())
     try:
         tuned: Any = get_peft_model(model, config)
-    except (ValueError, OSError) as error:  # the latter for a tokenizer that is not there
+    except (ValueError, TypeError, OSError) as error:  # the last for a tokenizer that is not there
         if virtual_tokens(spec.tuning):
             raise OrchestratorError(f"tuning: {error}") from error
         raise OrchestratorError(
             f"tuning.target_modules: {error} Layers with a matrix here: {', '.join(_matrices(model))}."
         ) from error
+    _show_convolutions(tuned)
+    for name in whole.loose:
+        parameters[name].requires_grad_(True)
     if words := tuned._modules.pop("word_embeddings", None):
         # peft registers the model's embeddings a second time, and checkpoints would hold them.
         tuned.__dict__["word_embeddings"] = words
     return tuned
+
+
+def _show_convolutions(model: torch.nn.Module) -> None:
+    """Give peft's wrappers of convolutions the sizes of what they wrap: MobileNet's code looks at them."""
+    from torch.nn.modules.conv import _ConvNd
+
+    for module in model.modules():
+        inner = getattr(module, "base_layer", None)
+        if isinstance(inner, _ConvNd):
+            for name in ("stride", "kernel_size", "padding", "dilation", "groups"):
+                module.__dict__.setdefault(name, getattr(inner, name))
+
+
+def merged(model: Any) -> Any:
+    """The plain model with its adapter folded in.
+
+    peft's IA³ cannot let go of modules that are trained whole and hold several layers: they are put in place
+    first.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, own = name.rpartition(".")
+            (trained,) = module.modules_to_save.values()
+            setattr(model.get_submodule(parent), own, trained)
+    return model.merge_and_unload()
 
 
 def _matrices(model: torch.nn.Module) -> list[str]:
@@ -111,50 +198,68 @@ def _matrices(model: torch.nn.Module) -> list[str]:
     )
 
 
-def _head(model: Any, spec: JobSpec) -> dict[str, Any]:
-    """What tells peft to keep the head trainable: the kind of task, or the head's modules by name.
-
-    It has no kinds for images and sound. Its own wrapper for question answering swallows
-    `token_type_ids`, which a merged export gets.
-    """
-    if spec.task.peft_task not in ("", "QUESTION_ANS"):
-        return {"task_type": spec.task.peft_task}
-    beside = {name: m for name, m in model.named_children() if name != model.base_model_prefix}
-    return {"modules_to_save": [n for n, m in beside.items() if any(True for _ in m.parameters())]}
-
-
 def _lora_config(model: Any, lora: LoraTuning, head: dict[str, Any]) -> Any:
     from peft import LoraConfig
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     targets = lora.target_modules
-    if targets == "auto":
-        known = KNOWN.get(model.config.model_type)
-        targets = tuple(known) if known else "all-linear"
+    if targets in ("auto", "all-linear"):
+        found = _adaptable(model)
+        known = KNOWN.get(model.config.model_type, ()) if targets == "auto" else ()
+        chosen = narrowed(found, known) or found
+        if targets == "auto":
+            chosen = without_experts(model, chosen)
+        targets = tuple(endings(chosen, (name for name, _ in model.named_modules())))
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft takes floats, its hint says int
         lora_dropout=lora.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=list(targets),
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         **head,
     )
 
 
-def _ia3_config(ia3: IA3Tuning, head: dict[str, Any]) -> Any:
+def _ia3_config(model: Any, ia3: IA3Tuning, head: dict[str, Any]) -> Any:
     from peft import IA3Config
+    from peft.utils import constants
 
-    if ia3.target_modules == "auto":
-        return IA3Config(**head)
+    if ia3.target_modules != "auto":
+        return IA3Config(
+            target_modules=list(ia3.target_modules),
+            feedforward_modules=list(ia3.feedforward_modules),
+            **head,
+        )
+    kind, found = model.config.model_type, _adaptable(model)
+    known = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(kind, ())
+    if chosen := narrowed(found, known):
+        within = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, ())
+        inputs = narrowed(chosen, within)
+    else:
+        inputs = feed_forward(found)
+        chosen = {**keys_and_values(found), **inputs}
+    names = [name for name, _ in model.named_modules()]
+    outputs = [name for name in chosen if name not in inputs]
+    scaled_inputs = endings(inputs, names)
     return IA3Config(
-        target_modules=list(ia3.target_modules),
-        feedforward_modules=list(ia3.feedforward_modules),
+        target_modules=sorted({*endings(outputs, names), *scaled_inputs}),
+        feedforward_modules=scaled_inputs,
         **head,
     )
 
 
-def _prompt_config(model: Any, prompt: PromptTuning, spec: JobSpec) -> Any:
+def _adaptable(model: Any) -> dict[str, Any]:
+    """Raises OrchestratorError where the model has no layer that an adapter can go on."""
+    if found := adaptable(model):
+        return found
+    raise OrchestratorError(
+        f"tuning.target_modules: {model.config.model_type} has no linear layer and no convolution in its body. "
+        "Use tuning.type=full."
+    )
+
+
+def _prompt_config(model: Any, prompt: PromptTuning, spec: JobSpec, whole: _Whole) -> Any:
     """Sizes are given, as peft knows not every architecture's names for them."""
     from peft import PromptTuningConfig
 
@@ -174,17 +279,19 @@ def _prompt_config(model: Any, prompt: PromptTuning, spec: JobSpec) -> Any:
         num_layers=text.num_hidden_layers,
         num_attention_heads=text.num_attention_heads,
         task_type=spec.task.peft_task,
+        modules_to_save=whole.modules or None,
         **begin,
     )
 
 
-def _prefix_config(prefix: PrefixTuning, task_type: str) -> Any:
+def _prefix_config(prefix: PrefixTuning, task_type: str, whole: _Whole) -> Any:
     from peft import PrefixTuningConfig
 
     return PrefixTuningConfig(
         num_virtual_tokens=prefix.num_virtual_tokens,
         prefix_projection=prefix.prefix_projection,
         task_type=task_type,
+        modules_to_save=whole.modules or None,
     )
 
 

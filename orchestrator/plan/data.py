@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from orchestrator.data.prepare import Prepared
+from typing import Any
+
+from orchestrator.data.prepare import Prepared, Split
+from orchestrator.data.shards import open_shards
+from orchestrator.model.config import load_config
+from orchestrator.model.tokenizer import check_tokens, largest_id, load_tokenizer, vocabulary_size
+from orchestrator.spec import JobSpec
 from orchestrator.values import Frozen
 
 
@@ -35,3 +41,26 @@ def data_facts(prepared: Prepared) -> DataFacts:
         teacher_bytes=teacher.manifest.size_bytes if teacher else 0,
         **{name: getattr(manifest, name) for name in names},
     )
+
+
+def check_rows(spec: JobSpec, labels: tuple[str, ...], prepared: dict[Split, Prepared]) -> None:
+    """Raise OrchestratorError where prepared rows hold tokens that the model does not embed."""
+    tokenizer = load_tokenizer(spec)
+    check_tokens(spec, labels, tokenizer, _largest_token(spec, labels, tokenizer, prepared))
+
+
+def _largest_token(
+    spec: JobSpec, labels: tuple[str, ...], tokenizer: Any, prepared: dict[Split, Prepared]
+) -> int:
+    """The largest token id that the prepared rows may hold.
+
+    The tokenizer's largest, where the model embeds it; else the rows are looked through.
+    """
+    if tokenizer is None:
+        return 0
+    known, largest = vocabulary_size(load_config(spec, labels)), largest_id(tokenizer)
+    if known is None or largest < known:
+        return largest
+    readers = [open_shards(one.folder, one.manifest) for one in prepared.values()]
+    columns = [reader.column(name) for reader in readers for name in spec.task.token_features]
+    return max((int(column.max()) for column in columns if len(column)), default=0)

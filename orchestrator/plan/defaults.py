@@ -78,7 +78,9 @@ def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Knob, ...]:
 
 
 def _listed(spec: JobSpec) -> Iterator[Knob]:
-    of_task = {f"task.{spec.task.type}/{name}": why for name, why in spec.task.sources.items()}
+    of_task = {
+        f"task.{spec.task.type}/{name}": why for name, why in spec.task.default_sources.items()
+    }
     for field, why in (SOURCES | of_task).items():
         section, _, name = field.rpartition(".")
         owner: Any = spec

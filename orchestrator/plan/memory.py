@@ -39,6 +39,8 @@ class ModelFacts(Frozen):
     """Kept per token before the layers: by convolutions over a waveform."""
     image_tokens: int = 0
     """Patches of an image, which rows of images are as long as."""
+    kept_values: int = 0
+    """Of a row of fixed size, kept for the backward pass, as counted in a forward pass; 0 where it was not."""
     decoder_layers: int = 0
     """Of a model that also has an encoder, whose layers `layers` then counts."""
     adapted_modules: tuple[str, ...] = ()
@@ -142,9 +144,12 @@ def activation_bytes(
     Per layer and token: 34 hidden-sized half-precision values with a 4× wide MLP, of which the MLP
     accounts for 19; eager attention adds 5 × heads × tokens. A decoder's layers also attend to the
     encoder, by the same count: 9 more values per target token (input, queries, context, norm, dropout
-    mask), 4 per source token (keys, values). fp32 doubles all of it.
+    mask), 4 per source token (keys, values). fp32 doubles all of it. Where a forward pass was counted
+    (`kept_values`), that counts instead.
     """
     scale = 1 if setup.bf16 else 2
+    if model.kept_values and not setup.gradient_checkpointing:
+        return 2 * scale * micro_rows * model.kept_values
     tokens, targets = (
         scale * micro_rows * tokens_per_row,
         scale * micro_rows * target_tokens_per_row,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from orchestrator.data.order import rows_per_rank
 from orchestrator.data.prepare import Prepared, Split
-from orchestrator.model.config import check_tokenizer, load_tokenizer
+from orchestrator.model.causal import check_causal, how_packed, settled
+from orchestrator.model.identity import ModelIdentity, identity_of
+from orchestrator.model.padding import Side, padded_on, padding_id, padding_side
+from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan.cluster import Cluster
-from orchestrator.plan.data import DataFacts, data_facts
+from orchestrator.plan.data import DataFacts, check_rows, data_facts
 from orchestrator.plan.defaults import defaults, learning_rate
 from orchestrator.plan.disk import check_disk
 from orchestrator.plan.facts import model_facts, part_rates
@@ -43,9 +49,21 @@ from orchestrator.plan.steps import (
     total_steps,
 )
 from orchestrator.plan.unfreezing import unfreezing_steps
-from orchestrator.plan.warnings import config_warnings, data_warnings, start_warnings
+from orchestrator.plan.warnings import (
+    config_warnings,
+    data_warnings,
+    generation_warnings,
+    packing_warnings,
+    start_warnings,
+    weight_warnings,
+)
 from orchestrator.spec import JobSpec
+from orchestrator.tasks.tokenizing import target_start
 from orchestrator.values import Frozen
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 class Plan(Frozen):
@@ -57,10 +75,16 @@ class Plan(Frozen):
     """Where the job's relative paths start."""
     run_dir: str
     model: ModelFacts
+    base: ModelIdentity | None = None
+    """The weights that the model begins with; None in plans of earlier versions."""
     labels: tuple[str, ...]
     max_length_tokens: int
     pad_token_id: int
     """Fills rows to one length. In the plan, so that a worker need not load a tokenizer to start."""
+    padding_side: Side = "right"
+    """Side of a row on which padding changes no result of the model."""
+    target_start: dict[str, int] = Field(default={})
+    """Settings of generation by which a target begins with its language; empty for most tokenizers."""
     train_data: DataFacts
     eval_data: DataFacts | None
     num_workers: int
@@ -112,6 +136,11 @@ class Plan(Frozen):
     def on_gpu(self) -> bool:
         return self.gpus_per_worker > 0
 
+    def collate(self, rows: Sequence[Any], weights: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the tensors of a micro-batch, padded as the model needs it; see `Task.collate`."""
+        batch = self.spec.task.collate(rows, weights, self.pad_token_id)
+        return padded_on(batch, self.padding_side)
+
     @property
     def workers(self) -> Workers:
         """How many workers there are, and what each one gets."""
@@ -133,8 +162,10 @@ def make_plan(
     reasons: dict[str, str] = {}
     train = prepared["train"]
     labels = train.manifest.labels
+    asked, spec = spec, _settled(spec, reasons)
     model, tokenizer = model_facts(spec, labels), load_tokenizer(spec)
-    check_tokenizer(spec, labels, tokenizer)
+    check_rows(spec, labels, prepared)
+    side, padding_warning = padding_side(spec, labels)
     workers = share_out(spec, cluster, reasons)
     bf16 = uses_bf16(spec, cluster, workers, reasons)
     global_rows = global_rows_of(spec, train.manifest.rows, reasons)
@@ -162,9 +193,12 @@ def make_plan(
         work_dir=str(work_dir),
         run_dir=run_dir,
         model=model,
+        base=identity_of(spec),
         labels=labels,
         max_length_tokens=train.manifest.max_length_tokens,
-        pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0,
+        pad_token_id=padding_id(spec, labels, tokenizer),
+        padding_side=side,
+        target_start=target_start(tokenizer) if tokenizer is not None else {},
         mask_token_id=mask_token(spec, tokenizer, reasons),
         special_token_ids=special_tokens(spec, tokenizer),
         class_weights=class_weights(spec, labels, train.folder, reasons),
@@ -197,11 +231,26 @@ def make_plan(
         warnings=(
             *data_warnings(spec, prepared),
             *config_warnings(spec),
+            *weight_warnings(spec, labels),
+            *generation_warnings(spec),
+            *packing_warnings(asked, spec, reasons),
+            *([padding_warning] if padding_warning else ()),
             *averaging_warnings(spec, total, steps_per_epoch),
             *start_warnings(cluster, model, shares),
         ),
         **shares,
     )
+
+
+def _settled(spec: JobSpec, reasons: dict[str, str]) -> JobSpec:
+    """Return the job with its documents packed as its model allows.
+
+    Raises OrchestratorError for a model that sees the tokens it is to predict.
+    """
+    check_causal(spec)
+    if getattr(spec.task, "packing", False):
+        reasons["packing"] = how_packed(spec)[1]
+    return settled(spec)
 
 
 def at_workers(plan: Plan, num_workers: int, stage: Stage | None = None) -> Plan:

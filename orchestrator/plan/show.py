@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from orchestrator.data.order import rows_per_rank
 from orchestrator.plan.cluster import GIB
@@ -20,13 +19,14 @@ from orchestrator.plan.show_learning import (
     schedule_chart,
     setting_rows,
 )
+from orchestrator.report.terminal import cells, styled
 
 Row = tuple[str, str, str]
 
 
 def show_plan(plan: Plan) -> RenderableType:
     """Tables of what would run; every derived figure carries its reason."""
-    parts: list[RenderableType] = [Text(f"{plan.spec.name}", style="bold"), Text(str(plan.cluster))]
+    parts: list[RenderableType] = [styled(plan.spec.name, "bold"), styled(plan.cluster)]
     for title, rows in (
         ("model and data", _what(plan)),
         ("batch and steps", _how_long(plan)),
@@ -40,21 +40,21 @@ def show_plan(plan: Plan) -> RenderableType:
         parts.append(table(title, rows))
         if title == "learning":
             parts.append(schedule_chart(plan))
-    parts += [Text("DeepSpeed", style="bold cyan"), Text(json.dumps(plan.deepspeed), style="dim")]
-    parts += [Text(f"warning: {text}", style="yellow") for text in plan.warnings]
+    parts += [styled("DeepSpeed", "bold cyan"), styled(json.dumps(plan.deepspeed), "dim")]
+    parts += [styled(f"warning: {text}", "yellow") for text in plan.warnings]
     return Group(*parts)
 
 
 def table(title: str, rows: Iterator[Row]) -> Table:
     """Rows of (what, value, reason) under a title."""
     shown = Table(
-        title=title, title_justify="left", title_style="bold cyan", box=None, pad_edge=False
+        title=styled(title), title_justify="left", title_style="bold cyan", box=None, pad_edge=False
     )
     for header, style in (("", "bold"), ("", ""), ("", "dim")):
         shown.add_column(header, style=style, overflow="fold")
     shown.show_header = False
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*cells(*row))
     return shown
 
 
@@ -74,6 +74,9 @@ def _what(plan: Plan) -> Iterator[Row]:
         )
         yield "adapters on", ", ".join(model.adapted_modules), why
     yield "task", spec.task.type, f"labels: {', '.join(plan.labels)}" if plan.labels else ""
+    if (packing := getattr(spec.task, "packing", None)) is not None and "packing" in plan.reasons:
+        ways = {True: "position ids", "mask": "a mask of blocks", False: "off"}
+        yield "packing", ways[packing], plan.reasons["packing"]
     yield "training rows", _rows(plan.train_data), plan.train_data.folder
     if plan.eval_data:
         yield "evaluation rows", _rows(plan.eval_data), plan.eval_data.folder

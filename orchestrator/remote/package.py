@@ -37,9 +37,9 @@ def files_to_pack(root: Path, spec: JobSpec, job: Path) -> list[Path]:
 
 
 def named_by(spec: JobSpec) -> list[str]:
-    """Relative paths and globs in the job: input files, model, tokenizer and teacher folders."""
+    """Relative paths and globs in the job: input files, model, tokenizer and teacher folders, the chat template."""
     data, model = spec.data, spec.model
-    named: list[str | None] = [model.pretrained, model.tokenizer]
+    named: list[str | None] = [model.pretrained, model.tokenizer, model.chat_template]
     named += [spec.distillation.teacher] if spec.distillation else []
     for value in (data.train, data.eval):
         named += [value] if isinstance(value, str) else (value or ())

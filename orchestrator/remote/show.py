@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from orchestrator.report.terminal import cells
+
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
 
@@ -38,7 +40,7 @@ def job_table(info: JobDetails) -> Table:
         if name == "started_at_s" and value is not None:
             name, value = "started", _clock(value)
         if value is not None:
-            table.add_row(name, _first_lines(str(value)))
+            table.add_row(*cells(name, _first_lines(str(value))))
     return table
 
 
@@ -50,8 +52,7 @@ def jobs_table(found: Sequence[JobDetails]) -> Table:
     for facts in map(job_facts, found):
         started = _clock(facts["started_at_s"]) if facts["started_at_s"] else ""
         row = (facts["id"], facts["run"], facts["status"], facts["exit_code"], started)
-        cells = ["" if cell is None else str(cell) for cell in (*row, facts["duration_s"])]
-        table.add_row(*cells)
+        table.add_row(*cells(*("" if v is None else v for v in (*row, facts["duration_s"]))))
     return table
 
 

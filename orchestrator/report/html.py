@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -48,9 +50,42 @@ def write_report(folder: RunFolder) -> Path:
 
     Never fails on missing, empty or torn records: the page says what is not there.
     """
-    run = read_run(folder)
-    write_atomically(folder.report, render(run))
+    write_atomically(folder.report, _rendered(read_run(folder)))
     return folder.report
+
+
+def _rendered(run: Run) -> str:
+    """Return the page; of a run with a damaged file, the page without what that file says.
+
+    A file may be whole and hold values that this product did not write. It is left out, with a note.
+    """
+    from jinja2 import UndefinedError
+
+    wrong = (
+        UndefinedError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        TypeError,
+        ValueError,
+    )
+    empty: Facts = {
+        "plan": {},
+        "outcome": {},
+        "baseline": {},
+        "teacher": {},
+        "evals": [],
+        "events": [],
+    }
+    parts = [{name: value} for name, value in empty.items()]
+    for left_out in ({}, *parts, {"steps": [], "all_steps": []}):
+        names = ", ".join(name for name in left_out if name != "all_steps")
+        note = [f"{names}: damaged, with values of the wrong type; not shown"] if left_out else []
+        with suppress(*wrong):
+            return render(replace(run, **left_out, notes=[*run.notes, *note]))
+    nothing = {**empty, "steps": [], "all_steps": []}
+    return render(replace(run, **nothing, notes=[*run.notes, "several files are damaged"]))
 
 
 def render(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from datetime import timedelta
@@ -10,17 +11,20 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from orchestrator.report.records import Tail
+from orchestrator.report.terminal import joined, styled
 from orchestrator.run_folder import RunFolder
 
 PLAIN_EVERY_S = 10.0
 """Seconds between lines where the output is no terminal."""
 PATIENCE_S = 45.0
 """Seconds after which it is said that no worker has started."""
-NO_WORKERS = (
-    "[yellow]no worker has started yet:[/] the cluster may have no room for the group (`ray status` on a "
-    "cluster; other runs on this machine), or be slow. Waiting; Ctrl-C twice leaves."
+NO_WORKERS = joined(
+    styled("no worker has started yet:", "yellow"),
+    " the cluster may have no room for the group (`ray status` on a cluster; other runs on this machine), or be slow. "
+    "Waiting; Ctrl-C twice leaves.",
 )
 SMOOTHING = 0.9
 
@@ -39,10 +43,10 @@ class ProgressView:
         self._starts, self._resizing = 0, False
         self._wait_until = time.monotonic() + PATIENCE_S
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
@@ -65,9 +69,10 @@ class ProgressView:
         if self.console.is_terminal:
             self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str | Text) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
+        with contextlib.suppress(OSError):  # nobody reads any more; the run goes on
+            self.console.print(joined(text), soft_wrap=not self.console.is_terminal)
 
     def update(self) -> list[dict[str, Any]]:
         """Show what is new; returns the new step records for whoever tracks them."""
@@ -105,14 +110,15 @@ class ProgressView:
     def _show_eval(self, record: dict[str, Any]) -> None:
         shown = [self.metric, *(k for k in ("loss", "perplexity") if k != self.metric)]
         figures = "  ".join(f"{name} {record[name]:.4f}" for name in shown if name in record)
-        self.say(f"[cyan]step {record['step']}[/]  held-out {figures}  ({record['eval_s']:.1f} s)")
+        step = styled(f"step {record['step']}", "cyan")
+        self.say(joined(step, f"  held-out {figures}  ({record['eval_s']:.1f} s)"))
 
     def _show_event(self, event: dict[str, Any]) -> None:
         match event["kind"]:
             case "imports":
                 self._starts += 1
                 if self._starts > 1 and not self._resizing:
-                    self.say("[yellow]a worker was lost: the group starts again[/]")
+                    self.say(styled("a worker was lost: the group starts again", "yellow"))
                 self._resizing = False
                 self._bar.update(self._task, description="starting workers")
             case "resize":
@@ -127,9 +133,9 @@ class ProgressView:
                     self.say(f"resumed at step {event['step']}")
                 self._bar.update(self._task, completed=event.get("step", 0))
             case "warning":
-                self.say(f"[yellow]warning:[/] {event['text']}")
+                self.say(joined(styled("warning:", "yellow"), f" {event['text']}"))
             case "commit":
-                self.say(f"[dim]checkpoint {event['folder']}[/]")
+                self.say(styled(f"checkpoint {event['folder']}", "dim"))
 
 
 def _smoothed(before: float, new: float) -> float:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from orchestrator.redaction import redact
+
 FLUSH_S = 0.5
 """Longest time a record waits in memory."""
 
@@ -36,8 +38,8 @@ class RecordWriter:
 
 
 def append_event(path: Path, kind: str, **facts: Any) -> None:
-    """Append one event with the time of day."""
-    _append(path, [json.dumps({"time": time.time(), "kind": kind, **facts})])
+    """Append one event with the time of day. Texts of libraries may quote credentials, which are removed."""
+    _append(path, [redact(json.dumps({"time": time.time(), "kind": kind, **facts}))])
 
 
 def _append(path: Path, lines: list[str]) -> None:
@@ -57,7 +59,7 @@ def _append(path: Path, lines: list[str]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All complete records; a torn last line, left by a killed writer, is passed over."""
+    """Return all complete records; torn lines, left by killed writers, and damaged ones are left out."""
     if not path.exists():
         return []
     return list(_parse(path.read_text(encoding="utf-8", errors="replace").split("\n")))
@@ -67,14 +69,20 @@ def _parse(lines: list[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         if line.strip():
             try:
-                yield json.loads(line)
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(record, dict):
+                yield record
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Records by step, ascending. A step that was replayed after a restart counts once, the last time."""
-    latest = {record["step"]: record for record in read_records(path)}
+    """Return records by step, ascending. A step replayed after a restart counts once, the last time.
+
+    Records without a step are left out.
+    """
+    records = [r for r in read_records(path) if type(r.get("step")) is int]
+    latest = {record["step"]: record for record in records}
     return [latest[step] for step in sorted(latest)]
 
 

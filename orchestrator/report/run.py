@@ -61,6 +61,8 @@ def facts_in(path: Path, notes: list[str]) -> Facts:
     except ValueError as error:
         notes.append(f"{path.name} cannot be read: {error}")
         return {}
+    if found is not None and not isinstance(found, dict):
+        notes.append(f"{path.name} holds {type(found).__name__} instead of an object")
     return found if isinstance(found, dict) else {}
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from orchestrator.report.html import write_report
 from orchestrator.report.records import read_steps
 from orchestrator.report.sweep_html import write_sweep_report
+from orchestrator.report.terminal import cells, styled
 from orchestrator.report.trial_log import open_log
 from orchestrator.run_folder import (
     RunFolder,
@@ -29,15 +30,16 @@ def write_report_on(folder: RunFolder | SweepFolder) -> Path:
 
 def runs_table(storage: Path) -> Table:
     """One line per run or sweep below `storage`, oldest first."""
-    table = Table(title=f"runs in {storage}", title_justify="left")
+    table = Table(title=styled(f"runs in {storage}"), title_justify="left")
     for name in ("run", "task", "status", "step", "best", "started"):
         table.add_column(name, justify="right" if name == "step" else "left")
     found: list[RunFolder | SweepFolder] = [*list_runs(storage), *list_sweeps(storage)]
     for folder in sorted(found, key=lambda f: f.root.stat().st_mtime):
         try:
-            table.add_row(*(_row(folder) if isinstance(folder, RunFolder) else _sweep_row(folder)))
+            row = _row(folder) if isinstance(folder, RunFolder) else _sweep_row(folder)
+            table.add_row(*cells(*row))
         except (AttributeError, KeyError, OSError, TypeError, ValueError):  # a torn or edited file
-            table.add_row(folder.name, "", "unreadable")
+            table.add_row(*cells(folder.name, "", "unreadable"))
     return table
 
 
@@ -46,8 +48,8 @@ def _row(folder: RunFolder) -> tuple[str, ...]:
     outcome: dict[str, Any] = read_json(folder.outcome) or {}
     steps = read_steps(folder.steps)
     step = outcome.get("step") or (steps[-1]["step"] if steps else 0)
-    status = outcome.get("status") or _without_end(folder, bool(steps))
-    task = plan["spec"]["task"]["type"]
+    status = str(outcome.get("status") or _without_end(folder, bool(steps)))
+    task = str(plan["spec"]["task"]["type"])
     return (
         folder.name, task, status, f"{step}/{plan['total_steps']}", _best(outcome), _began(folder.spec)
     )  # fmt: skip
@@ -59,7 +61,7 @@ def _sweep_row(folder: SweepFolder) -> tuple[str, ...]:
     log = open_log(folder)
     best = log.best()
     shown = "" if best is None else f"{log.metric} {best.best:.4f}  ({best.id})"
-    status = outcome.get("status") or _without_end(folder, bool(log.trials))
+    status = str(outcome.get("status") or _without_end(folder, bool(log.trials)))
     task = f"{plan['spec']['task']['type']}, sweep"
     return folder.name, task, status, f"{len(log.trials)} trials", shown, _began(folder.spec)
 

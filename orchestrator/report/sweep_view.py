@@ -12,6 +12,7 @@ from rich.text import Text
 
 from orchestrator.report.gauges import SweepGauges
 from orchestrator.report.records import read_records
+from orchestrator.report.terminal import cells, joined, styled
 from orchestrator.report.trial_log import SweepLog, TrialState
 from orchestrator.report.words import shown
 from orchestrator.run_folder import SweepFolder, in_use, read_json
@@ -60,9 +61,9 @@ class SweepView:
         if self.console.is_terminal:
             self._live.stop()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str | Text) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(joined(text), soft_wrap=not self.console.is_terminal)
 
     def update(self, at_once: bool = False) -> None:
         """Show what is new."""
@@ -86,7 +87,7 @@ class SweepView:
         trials = list(self.log.trials.values())
         recent = [t for t in trials if t.status is None] + self.log.ranked()
         shown = list({t.id: t for t in recent}.values())[:SHOWN_TRIALS]
-        head = Text(self._summary(), style="bold")
+        head = styled(self._summary(), "bold")
         return Group(head, trials_table(self.log, shown, self._standing))
 
     def _summary(self) -> str:
@@ -158,9 +159,11 @@ def trials_table(log: SweepLog, trials: list[TrialState], standing: Standing) ->
     paths = list(dict.fromkeys(path for t in list(log.trials.values()) for path in t.values))
     table = Table(box=None, pad_edge=False)
     for name in ("trial", "status", "step", "rung", log.metric, "best"):
-        table.add_column(name, justify="right" if name not in ("trial", "status") else "left")
+        table.add_column(
+            styled(name), justify="right" if name not in ("trial", "status") else "left"
+        )
     for path in paths:
-        table.add_column(path.rpartition(".")[2], justify="right", style="dim")
+        table.add_column(styled(path.rpartition(".")[2]), justify="right", style="dim")
     best = log.best()
     for trial in trials:
         last = f"{log.value(trial, trial.step):.4f}" if trial.reports else ""
@@ -168,7 +171,7 @@ def trials_table(log: SweepLog, trials: list[TrialState], standing: Standing) ->
         figures = ("" if trial.best is None else f"{trial.best:.4f}",)
         values = (shown(trial.values.get(path)) for path in paths)
         known = (trial.id, standing.of(trial), str(trial.step), standing.rung(trial), last)
-        table.add_row(*known, *figures, *values, style=style)
+        table.add_row(*cells(*known, *figures, *values), style=style)
     return table
 
 
@@ -178,4 +181,4 @@ def results_table(log: SweepLog, folder: SweepFolder) -> Group:
     rest = [t for t in log.trials.values() if t.best is None]
     launches = [r for r in read_records(folder.events) if r["kind"] == "launch"]
     title = f"{folder.name}: {len(log.trials)} trials, {len(launches)} launch(es)"
-    return Group(Text(title, style="bold"), trials_table(log, ranked + rest, Standing(folder)))
+    return Group(styled(title, "bold"), trials_table(log, ranked + rest, Standing(folder)))

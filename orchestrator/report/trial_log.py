@@ -136,6 +136,8 @@ class SweepLog:
         if kind == "trial":
             parent = (str(p[0]), int(p[1])) if (p := record["parent"]) else None
             values = dict(record["values"])
+            if trial in self.trials:
+                raise ValueError(f"{trial} was proposed before")
             self.trials[trial] = TrialState(trial, int(record["index"]), values, parent)
         elif kind == "report":
             verdict = Verdict(record["go_on"], record["save"])

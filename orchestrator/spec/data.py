@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from orchestrator.spec.paths import PathText
 from orchestrator.values import Frozen
 
 
@@ -23,16 +24,25 @@ class OrderSpec(Frozen):
 
 
 class DataSpec(Frozen):
-    """Input files. Paths, globs, lists of them, or any URL that pyarrow's or fsspec's file systems read."""
+    """Input files. Paths, globs, lists of them, or any URL that pyarrow's or fsspec's file systems read.
 
-    train: str | tuple[str, ...]
+    `~` is the home folder. A file of exactly the given name wins over a glob; globs skip hidden files.
+    """
+
+    train: PathText | tuple[PathText, ...]
     """Training rows."""
-    eval: str | tuple[str, ...] | None = None
+    eval: PathText | tuple[PathText, ...] | None = None
     """Evaluation rows. At most one of `eval` and `eval_fraction`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Hold out this share of the training rows, chosen by a hash of `seed` and row number."""
     format: Literal["auto", "parquet", "jsonl", "csv", "text"] = "auto"
-    """`auto` goes by the file name's ending. Blank lines of text, JSONL and CSV separate; they are no rows."""
+    """`auto` goes by the file name's ending. Blank lines of text, JSONL and CSV separate; they are no rows.
+    `jsonl` also reads one JSON array of objects, and an object with the rows in a list (`{"data": […]}`)."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Character between the fields of CSV files. Default: a tab for names ending in `.tsv`, else a comma."""
+    parse_special_tokens: bool = False
+    """Read the name of a control token inside a text (`[SEP]`, `<mask>`, `<extra_id_0>`) as that token. Default:
+    as ordinary text; a language model's documents and chats always hold control tokens."""
     max_length_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Longest row in tokens. `auto`: the model's own limit, at most 512."""
     over_long: Literal["truncate", "bad_row"] = "truncate"
@@ -44,5 +54,5 @@ class DataSpec(Frozen):
     """Order of training rows."""
     shard_rows: Annotated[int, Field(ge=1)] = 65_536
     """Most rows per Arrow shard."""
-    prepared_dir: str = "prepared"
-    """Where prepared shards are kept, one folder per fingerprint; shared by all runs."""
+    prepared_dir: PathText = "prepared"
+    """Folder of prepared shards, one folder per fingerprint; shared by all runs. Not a URL."""

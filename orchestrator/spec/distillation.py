@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from orchestrator.spec.paths import PathText
 from orchestrator.values import Frozen
 
 Layer = Annotated[int, Field(ge=1)]
@@ -28,7 +29,7 @@ class DistillationSpec(Frozen):
     softened outputs (Hinton et al., arXiv 1503.02531). The teacher runs once over the prepared training
     rows as they are, without masking or noise; what it says is stored beside them."""
 
-    teacher: str
+    teacher: PathText
     """Hub id, folder of a model, or run folder with an export; trained for the same task and labels, with
     the student's tokenizer, where the task reads text."""
     revision: str | None = None

@@ -12,6 +12,7 @@ from orchestrator.spec.kubernetes import KubernetesSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.optimization import BatchSpec, ZeroSpec
 from orchestrator.spec.optimizer import AdamW, OptimizerSpec
+from orchestrator.spec.paths import PathText
 from orchestrator.spec.regularisation import RegularisationSpec
 from orchestrator.spec.runtime import RuntimeSpec
 from orchestrator.spec.schedule import LinearSchedule, ScheduleSpec
@@ -179,5 +180,5 @@ class JobSpec(Frozen):
     """Search over fields of this job; `orchestrator sweep` runs it, `train` leaves it alone."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds order, initial weights and dropout."""
-    storage: str = "runs"
-    """Folder of all runs; on several nodes a path that every node sees."""
+    storage: PathText = "runs"
+    """Folder of all runs; on several nodes a path that every node sees. Not a URL."""

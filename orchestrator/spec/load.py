@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from pydantic import ValidationError
 from orchestrator.errors import Problem, SpecError
 from orchestrator.spec.explain import problems_from
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.paths import plain_path
 from orchestrator.spec.rules import Files, broken_rules
+from orchestrator.spec.yaml_text import Dumper, parse_yaml
 
 STAND_INS: dict[str, Any] = {
     "name": "job",
@@ -22,35 +23,6 @@ STAND_INS: dict[str, Any] = {
     "data": {"train": "memory://"},
 }
 """Required fields with values that break no rule, for the search for further problems."""
-FLOAT = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
-"""Numbers with an exponent. PyYAML reads only those with a dot and a sign: `1e-4` would be text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text `1e-4`, as `_UniqueKeys` reads the bare one as a number."""
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader keeps the last of two equal keys; a job file must not hide one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<: *defaults` is no key; what it brings may be overridden
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                break  # the safe loader refuses it by line and column
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-for _yaml in (_UniqueKeys, _Dumper):
-    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -60,17 +32,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     source = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(plain_path(str(path))).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise SpecError([Problem(source, f"cannot be read: {why}")], source) from error
-    try:
-        data = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else source
-        why = getattr(error, "problem", None) or str(error)
-        raise SpecError([Problem(where, f"not valid YAML: {why}")], source) from error
+    data = parse_yaml(text, source)
     if not isinstance(data, dict):
         raise SpecError([Problem(source, "a job file is a mapping of fields to values")], source)
     return data
@@ -88,9 +54,10 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             )
             continue
         try:
-            value = yaml.load(text, Loader=_UniqueKeys)
-        except yaml.YAMLError:
-            problems.append(Problem(key, "its value is not valid YAML", "quote it", text))
+            value = parse_yaml(text, key)
+        except SpecError as error:
+            why = error.problems[0].why.removeprefix("not valid YAML: ")
+            problems.append(Problem(key, f"its value cannot be read: {why}", "quote it", text))
             continue
         result = _with_value(result, key.strip().split("."), value)
     if problems:
@@ -171,4 +138,4 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), files: Files = "h
 def dump_spec(spec: JobSpec) -> str:
     """The spec as YAML that `load_spec` reads back to an equal value; unset fields stay unset."""
     data = spec.model_dump(mode="json", exclude_unset=True)
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,13 @@ from orchestrator.spec.distillation_rules import distillation_rules
 from orchestrator.spec.job import JobSpec, WorkerRange
 from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rules
 from orchestrator.spec.kubernetes_rules import kubernetes_rules
+from orchestrator.spec.paths import (
+    is_url,
+    local_files,
+    near_file,
+    no_such_file,
+    scheme_problem,
+)
 from orchestrator.spec.runtime_rules import in_job_package, kept_folders, runtime_rules
 from orchestrator.spec.secret_rules import secret_rules
 from orchestrator.spec.sweep_rules import sweep_rules
@@ -35,7 +41,7 @@ def broken_rules(spec: JobSpec, files: Files = "here") -> list[Problem]:
         return secrets
     rules = (
         _model, tuning_rules, _data, knob_rules, distillation_rules, _batch, _zero, _resources, _evaluation,
-        runtime_rules, kubernetes_rules, sweep_rules,
+        _folders, runtime_rules, kubernetes_rules, sweep_rules,
     )  # fmt: skip
     problems = [problem for rule in rules for problem in rule(spec)]
     problems += _files(spec, files)
@@ -65,6 +71,9 @@ def _model(spec: JobSpec) -> Iterator[Problem]:
             )
     if model.gguf_file is not None and model.pretrained is None:
         yield Problem("model.gguf_file", "needs model.pretrained", "the folder that holds the file")
+    if model.chat_template is not None and not spec.task.reads_text:
+        why = f"has no effect: {spec.task.type} reads no text"
+        yield Problem("model.chat_template", why, "drop it", model.chat_template)
     if model.keep_layers is not None:
         yield from _kept_layers(spec, model.keep_layers)
 
@@ -182,6 +191,17 @@ def _evaluation(spec: JobSpec) -> Iterator[Problem]:
         yield Problem("evaluation.baseline_rows", NO_EVAL_ROWS, GIVE_EVAL_ROWS, baseline_rows)
 
 
+def _folders(spec: JobSpec) -> Iterator[Problem]:
+    """Runs and shards are written to folders: a URL would become a folder of that name."""
+    for field, value in (("storage", spec.storage), ("data.prepared_dir", spec.data.prepared_dir)):
+        if is_url(value):
+            why = "must be a folder: URLs are not supported here"
+            fix = f"a path that every node sees: {field}=/shared/{Path(value).name}"
+            yield Problem(field, why, fix, value)
+        elif not value:
+            yield Problem(field, "is empty", f"{field}=runs")
+
+
 def _files(spec: JobSpec, files: Files) -> Iterator[Problem]:
     if files == "there":
         return
@@ -189,23 +209,44 @@ def _files(spec: JobSpec, files: Files) -> Iterator[Problem]:
     for field in ("train", "eval"):
         value = getattr(spec.data, field)
         for path in (value,) if isinstance(value, str) else (value or ()):
-            if "://" in path or (packed and Path(path).is_absolute()):
-                continue
-            if packed and _leaves(path):
-                yield Problem(f"data.{field}", LEAVES, STAY, path)
-            elif not glob.glob(path, recursive=True):
-                yield Problem(f"data.{field}", "no such file", _near_file(path), path)
+            yield from _data_path(f"data.{field}", path, packed)
+    yield from _template_file(spec.model.chat_template, packed)
     folders = {"model.pretrained": spec.model.pretrained, "model.tokenizer": spec.model.tokenizer}
     if spec.distillation:
         folders["distillation.teacher"] = spec.distillation.teacher
     for field, name in folders.items():
-        if packed and name and Path(name).is_absolute():
+        if packed and name and os.path.isabs(name):
             continue
         if packed and name and _leaves(name):
             yield Problem(field, LEAVES, STAY, name)
             continue
-        if name and _looks_local(name) and not Path(name).is_dir():
-            yield Problem(field, "no such folder", _near_file(name), name)
+        if name and _looks_local(name) and not os.path.isdir(name):
+            yield Problem(field, "no such folder", near_file(name), name)
+
+
+def _data_path(field: str, path: str, packed: bool) -> Iterator[Problem]:
+    """Problems of one path, glob or URL of rows."""
+    if is_url(path):
+        if path.startswith("memory://") or packed:
+            return
+        problem = scheme_problem(field, path)
+        if problem:
+            yield problem
+    elif packed and os.path.isabs(path):
+        return
+    elif packed and _leaves(path):
+        yield Problem(field, LEAVES, STAY, path)
+    elif not local_files(path):
+        yield Problem(field, *no_such_file(path), path)
+
+
+def _template_file(path: str | None, packed: bool) -> Iterator[Problem]:
+    if path is None or (packed and os.path.isabs(path)):
+        return
+    if packed and _leaves(path):
+        yield Problem("model.chat_template", LEAVES, STAY, path)
+    elif not os.path.isfile(path):
+        yield Problem("model.chat_template", "no such file", near_file(path), path)
 
 
 def _leaves(path: str) -> bool:
@@ -215,11 +256,3 @@ def _leaves(path: str) -> bool:
 def _looks_local(name: str) -> bool:
     """Hub ids have at most one slash and no leading dot, slash or tilde."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _near_file(path: str) -> str:
-    parent = Path(path).parent
-    if not parent.is_dir():
-        return f"the folder {str(parent)!r} does not exist here ({Path.cwd()})"
-    names = sorted(p.name for p in parent.iterdir())[:6]
-    return f"{str(parent)!r} holds: {', '.join(names) or 'nothing'}"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.errors import Problem
+from orchestrator.redaction import SECRET_NAME
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.secret_rules import SECRET_NAME
 
 
 def in_job_package() -> bool:

@@ -160,10 +160,13 @@ class BudgetSpec(Frozen):
     """Trials that may end in a row without a better best."""
 
 
+Choices = Annotated[tuple[Any, ...], Field(min_length=1)]
+
+
 class SweepSpec(Frozen):
     """Many trials of one job, each with other values of some fields."""
 
-    space: Annotated[dict[str, DimensionSpec | tuple[Any, ...]], Field(min_length=1)]
+    space: Annotated[dict[str, DimensionSpec | Choices], Field(min_length=1)]
     """Dotted path of a field → what to draw it from: a list, or a `type` with its bounds."""
     constraints: tuple[str, ...] = ()
     """Comparisons between searched fields that every trial keeps: `optimizer.lr * batch.global_rows < 0.1`."""

@@ -39,7 +39,8 @@ class LoraTuning(Frozen):
     lora_dropout: Share = 0.0
     """Dropout on the adapter's input."""
     target_modules: tuple[str, ...] | Literal["all-linear", "auto"] = "auto"
-    """Module names that get adapters; `auto` takes peft's list for the architecture, or all linear layers."""
+    """Module names that get adapters; `auto` takes peft's list for the architecture, or all linear layers of the
+    model's stacks of layers. Heads, embeddings and routers get none; heads are trained whole."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     use_dora: bool = False
@@ -59,7 +60,8 @@ class IA3Tuning(Frozen):
 
     type: Literal["ia3"]
     target_modules: tuple[str, ...] | Literal["auto"] = "auto"
-    """Module names whose outputs are scaled; `auto` takes peft's list for the architecture."""
+    """Module names whose outputs are scaled; `auto` takes peft's list for the architecture, or finds the layers
+    that make keys and values and the ends of feed-forward blocks."""
     feedforward_modules: tuple[str, ...] | Literal["auto"] = "auto"
     """Those of `target_modules` whose inputs are scaled instead; `auto` as above."""
     merge_on_export: bool = True

@@ -20,6 +20,8 @@ NO_GPU = "4-bit layers (the extra `qlora`: bitsandbytes) run on GPUs only, and w
 def tuning_rules(spec: JobSpec) -> Iterator[Problem]:
     """Every rule about `tuning` that `spec` breaks."""
     tuning = spec.tuning
+    if spec.model.resize_embeddings:
+        yield from _resized(spec)
     if isinstance(tuning, FullTuning):
         return
     if spec.model.config is not None:
@@ -35,6 +37,15 @@ def tuning_rules(spec: JobSpec) -> Iterator[Problem]:
             yield from _ia3(targets, within)
         case PromptTuning() | PrefixTuning():
             yield from _virtual_tokens(spec, tuning)
+
+
+def _resized(spec: JobSpec) -> Iterator[Problem]:
+    field = "model.resize_embeddings"
+    if not spec.task.reads_text:
+        yield Problem(field, f"{spec.task.type} reads no text", "drop it", True)
+    if not isinstance(spec.tuning, FullTuning):
+        why = f"adds rows that tuning.type: {spec.tuning.type} would leave untrained"
+        yield Problem(field, why, "tuning.type: full, or drop it", True)
 
 
 def _quantized(spec: JobSpec, kind: str) -> Iterator[Problem]:

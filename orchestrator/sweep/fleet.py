@@ -12,13 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import CheckpointError, TrainingError
+from orchestrator.errors import CheckpointError, DamagedFileError, TrainingError
 from orchestrator.launch.crashes import last_words, place_of
 from orchestrator.launch.workers import log_to, must_see, node_taken_away_at_s
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.resources import Workers
 from orchestrator.report.records import append_event
-from orchestrator.run_folder import RunFolder, SweepFolder, read_json, write_json
+from orchestrator.run_folder import RunFolder, SweepFolder, read_outcome, write_json
 
 RESTARTS_WITHOUT_WORK = 3
 """Times in a row that a slot may fail to start before it is given up."""
@@ -166,7 +166,9 @@ def _run(plan: Plan, trial: str, slot: int, broker: Any, warm: Any) -> None:
 
     folder, rank = RunFolder(Path(plan.run_dir)), dist.get_rank()
     torch.set_num_threads(plan.cpus_per_worker)
-    outcome = read_json(folder.outcome)
+    outcome: dict[str, Any] | None = None
+    with contextlib.suppress(DamagedFileError):  # the trial runs again, from its last checkpoint
+        outcome = read_outcome(folder)
     if outcome is None:
 
         def judge(record: dict[str, Any], last: bool) -> tuple[bool, bool]:

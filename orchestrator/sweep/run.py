@@ -15,26 +15,30 @@ from rich.console import Console
 
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
 from orchestrator.launch.claim import (
+    BY_CONTENT,
     MAY_CHANGE,
     another_job,
     at_saved_stage,
     claimed_folder,
+    compare_content,
     differences,
 )
+from orchestrator.launch.ray_watch import RayWatch
 from orchestrator.launch.run import (
     cluster_here,
     must_have_secrets,
     prepared_data,
-    stop_on_signals,
 )
 from orchestrator.launch.session import attached_address, ray_session, send_chatter_to
+from orchestrator.launch.signals import stop_on_signals
 from orchestrator.plan import Cluster, Plan, this_machine
 from orchestrator.plan.slots import Slots, slots_of
 from orchestrator.report.records import append_event, read_records
 from orchestrator.report.sweep_facts import attempts
 from orchestrator.report.sweep_view import SweepView
+from orchestrator.report.terminal import Terminal
 from orchestrator.report.trial_log import SweepLog
-from orchestrator.run_folder import SweepFolder, read_json, write_atomically, write_json
+from orchestrator.run_folder import SweepFolder, read_object, write_atomically, write_json
 from orchestrator.spec import JobSpec, dump_spec, parse_spec
 from orchestrator.spec.search_space import Values
 from orchestrator.spec.sweep_rules import with_values
@@ -69,7 +73,7 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     Raises what prepare and plan_sweep raise, RunExistsError for a folder of another job, and
     TrainingError where no trial could report anything.
     """
-    console = console or Console(quiet=True)
+    console = console or Terminal(quiet=True)
     must_have_secrets(spec)
     with ray_session():
         cluster = cluster_here()
@@ -96,9 +100,10 @@ def _claimed(spec: JobSpec, folder: SweepFolder, fresh: bool) -> Iterator[None]:
     written first of all: by the sweep's name it goes on from there, however early it was killed.
     """
     with claimed_folder(folder.root, fresh):
-        old = read_json(folder.plan)
+        old = read_object(folder.plan, {"spec": dict, "base": dict})
         if old is not None:
-            changed = differences(old["spec"], spec.model_dump(mode="json"), MAY_CHANGE_IN_SWEEP)
+            new = spec.model_dump(mode="json")
+            changed = differences(old["spec"], new, (*MAY_CHANGE_IN_SWEEP, *BY_CONTENT))
             if changed:
                 raise another_job(folder.root, changed)
         write_atomically(folder.spec, dump_spec(spec))
@@ -107,19 +112,13 @@ def _claimed(spec: JobSpec, folder: SweepFolder, fresh: bool) -> Iterator[None]:
 
 def _must_have_the_same_rows(folder: SweepFolder, plan: SweepPlan) -> None:
     """Raises RunExistsError where trials of an earlier launch were trained or compared on other rows."""
-    old = (read_json(folder.plan) or {}).get("base")
+    read = read_object(folder.plan, {"spec": dict, "base": dict})
+    if read is None:
+        return
     new = plan.base.model_dump(mode="json")
-    changed = [
-        f"the content of {what}"
-        for what, part, name in (
-            ("the training data", "train_data", "folder"),
-            ("the evaluation data", "eval_data", "folder"),
-            ("the teacher", "train_data", "teacher_folder"),
-        )
-        if old
-        and Path((old[part] or {}).get(name) or "").name
-        != Path((new[part] or {}).get(name) or "").name
-    ]
+    same, changed = compare_content(read["base"], new, folder.plan)
+    spec = plan.spec.model_dump(mode="json")
+    changed += differences(read["spec"], spec, (*MAY_CHANGE_IN_SWEEP, *same))
     if changed:
         raise another_job(folder.root, changed)
 
@@ -186,8 +185,11 @@ def _run(
         ) as view,
         stop_on_signals(lambda: _ask_to_stop(director), view.say),
     ):
+        watch = RayWatch()
         tuning.start()
         while tuning.is_alive():
+            if why := watch.lost():
+                return "failed", f"{why} The same command resumes the sweep."
             view.update()
             director.check_budget()
             if not fleet.alive() and director.live:

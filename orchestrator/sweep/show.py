@@ -11,6 +11,7 @@ from rich.text import Text
 
 from orchestrator.plan.show import Row, show_plan, table
 from orchestrator.report.records import read_records, read_steps
+from orchestrator.report.terminal import styled
 from orchestrator.report.trial_log import open_log
 from orchestrator.report.words import duration
 from orchestrator.run_folder import SweepFolder
@@ -27,13 +28,13 @@ def show_sweep(plan: SweepPlan, folder: SweepFolder) -> RenderableType:
     `folder`: where it runs; once a trial was measured there, the time that is left is shown too.
     """
     parts: list[RenderableType] = [
-        Text(f"{plan.spec.name}: a sweep of {plan.num_trials} trials", style="bold"),
-        Text(str(plan.cluster)),
+        styled(f"{plan.spec.name}: a sweep of {plan.num_trials} trials", "bold"),
+        styled(plan.cluster),
         table("search", _search(plan)),
         table("slots and compute", _compute(plan, folder)),
         _rungs(plan),
     ]
-    parts += [Text(f"warning: {text}", style="yellow") for text in plan.warnings]
+    parts += [styled(f"warning: {text}", "yellow") for text in plan.warnings]
     return Group(*parts, Text(), Text("one trial, with the job's own values"), show_plan(plan.base))
 
 

@@ -15,6 +15,7 @@ from orchestrator.values import LOWER_IS_BETTER, Frozen
 if TYPE_CHECKING:  # annotations only: no import at run time, so no cycle and nothing heavy
     import numpy as np
     import torch
+    from typing_extensions import Self
 
 RawRow = dict[str, Any]
 EncodedRow = dict[str, Any]
@@ -71,8 +72,18 @@ class Task(Frozen):
     """Evaluation calls `decode` before `metrics`."""
     after_prepare: ClassVar[frozenset[str]] = frozenset()
     """Fields that change nothing about prepared rows: another value finds the same ones."""
+    own_of_model: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be `auto`, and are then the model's own."""
     reads_text: ClassVar[bool] = True
     """Rows go through a tokenizer; otherwise `encode` and `predict` are given None for it."""
+    text_is_data: ClassVar[bool] = False
+    """Names of control tokens inside a text are ordinary text, unless `data.parse_special_tokens`."""
+    pools: ClassVar[bool] = False
+    """The head reads one token of a row, which padding must not change."""
+    writes_on: ClassVar[bool] = False
+    """The exported model goes on from a prompt, so that prompts of a batch end together."""
+    token_features: ClassVar[tuple[str, ...]] = ("input_ids",)
+    """Features of prepared rows that hold token ids."""
     has_reference: ClassVar[bool] = False
     """Loss and metrics need what the untouched model says of a row: `reference`."""
     usual_global_rows: ClassVar[int] = 32
@@ -92,6 +103,8 @@ class Task(Frozen):
     """The frozen-feature baseline can be fitted to its rows."""
     required_inputs: ClassVar[tuple[str, ...]] = ()
     """Arguments that the model's forward must take, beyond what every model takes."""
+    reads_left_to_right: ClassVar[bool] = False
+    """Each token is predicted from those before it: a model that also looks ahead is refused."""
     has_scores: ClassVar[bool] = False
     """The loss is the cross entropy of `scores`, so that it can be smoothed, weighted and mixed."""
     label_feature: ClassVar[str] = ""
@@ -118,6 +131,11 @@ class Task(Frozen):
         """Input columns that must exist."""
 
     @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Input columns that are read where a file has them."""
+        return ()
+
+    @property
     @abstractmethod
     def predict_columns(self) -> tuple[str, ...]:
         """The columns a prediction needs."""
@@ -127,9 +145,15 @@ class Task(Frozen):
         """The column whose distinct labels make the label set, where the job does not give one."""
         return None
 
-    def labels_in(self, value: Any) -> Iterable[str]:
-        """The labels that a value of `label_source` names."""
-        return () if value is None or value == "" else (str(value),)
+    def labels_in(self, value: Any) -> Iterable[str] | BadRow:
+        """Return the labels that a value of `label_source` names, or why it names none."""
+        return ()
+
+    def adapt_tokenizer(self, tokenizer: Any, config: Any) -> None:
+        """Set a tokenizer up for the task's text, in place; `config`: the model's.
+
+        Raises OrchestratorError for one that the task cannot use.
+        """
 
     @abstractmethod
     def features(self) -> dict[str, FeatureKind]:
@@ -141,7 +165,8 @@ class Task(Frozen):
     ) -> list[EncodedRow | BadRow]:
         """Raw rows → features, aligned with `rows`; rows that cannot be used become a BadRow.
 
-        `truncated` is 1 in rows that lost tokens to `max_length`.
+        `truncated` is 1 in rows that lost tokens to `max_length`; `notes`, where present, holds remarks
+        on a row, which are counted in the manifest.
         """
 
     def length(self, row: EncodedRow) -> int:
@@ -157,11 +182,19 @@ class Task(Frozen):
         """Those of its tokens that a decoder reads, beside the encoder's."""
         return 0
 
+    def targets(self, row: Mapping[str, Any]) -> int:
+        """Targets of a prepared row: the weight of a loss that is a mean over a micro-batch."""
+        return 1
+
     def pack(
         self, rows: Sequence[EncodedRow], max_length: int
     ) -> tuple[list[EncodedRow], list[EncodedRow]]:
         """(rows ready to be written, rows kept back for the next call); by default all as they are."""
         return list(rows), []
+
+    def for_evaluation(self) -> Task:
+        """Return the task as rows for evaluation are prepared by it."""
+        return self
 
     def config_overrides(self, labels: tuple[str, ...]) -> dict[str, Any]:
         """Fields of the model's config that the task decides."""
@@ -206,6 +239,47 @@ class Task(Frozen):
     def metrics(self, gathered: dict[str, np.ndarray], labels: tuple[str, ...]) -> dict[str, Any]:
         """Metrics over the whole evaluation set, every row once."""
 
+    @property
+    def open_fields(self) -> tuple[str, ...]:
+        """Fields that are `auto`: the model's own preprocessor decides them."""
+        names = type(self).model_fields
+        return tuple(
+            name for name in self.own_of_model if name in names and getattr(self, name) == "auto"
+        )
+
+    def filled(self, source: str | None, revision: str | None, config: Mapping[str, Any]) -> Self:
+        """Return the task with its open fields filled from a model.
+
+        Args:
+            source: folder or hub id; None for new weights.
+            revision: branch, tag or commit on the hub.
+            config: the model's own config.
+        """
+        return self
+
+    def with_fields(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with other values that still counts them as not set by the job."""
+        copy = self.model_copy(update=dict(values))
+        object.__setattr__(copy, "__pydantic_fields_set__", set(self.model_fields_set))
+        return copy
+
+    @property
+    def default_sources(self) -> Mapping[str, str]:
+        """Field → where the value comes from that it has without the job's."""
+        return self.sources
+
+    def head_is_new(self, config: Mapping[str, Any]) -> bool:
+        """Return whether the head of a checkpoint with this config stands for other outputs than the job's."""
+        return False
+
+    def sample_inputs(self, device: str) -> dict[str, torch.Tensor]:
+        """Return the model's inputs of one row where all rows have one size, else none."""
+        return {}
+
+    def forward_problem(self, model: Any) -> str | None:
+        """Return why the model (on the meta device) cannot read the task's batches, or None."""
+        return None
+
     def input_problem(self, config: Any) -> str | None:
         """Why a model of this config cannot take the task's rows, or None."""
         return None
@@ -231,6 +305,13 @@ class Task(Frozen):
             needs = ", ".join(map(repr, wanted))
             raise DataError(f"{given!r}: {self.type} predicts from an object with {needs}")
         return row
+
+    def prediction_problem(self, row: RawRow) -> str | None:
+        """Return why nothing can be predicted from a row that has the columns, or None."""
+        if not self.text_is_data:
+            return None
+        whys = (text_problem(row[column], column) for column in self.predict_columns)
+        return next((why for why in whys if why), None)
 
     @abstractmethod
     def predict(

@@ -19,9 +19,19 @@ from orchestrator.tasks.base import (
     of_tokens,
     pad,
 )
+from orchestrator.tasks.conversation import Encoded
 from orchestrator.tasks.generation import complete
-from orchestrator.tasks.packing import document, pack_stream, pack_whole
-from orchestrator.tasks.templating import Targets, chat, instruction, plain
+from orchestrator.tasks.messages import TrainOn
+from orchestrator.tasks.packing import (
+    Packing,
+    cut_long,
+    document,
+    model_inputs,
+    pack_stream,
+    pack_whole,
+    row_inputs,
+)
+from orchestrator.tasks.templating import chat, instruction, plain
 from orchestrator.tasks.usual import BY_SIZE, LM_NEW, LM_TUNED, Rate
 from orchestrator.values import Frozen, by_type
 
@@ -50,11 +60,15 @@ class InstructionRows(Frozen):
 
 class ChatRows(Frozen):
     """Each row is a list of `{role, content}` messages through the tokenizer's chat template;
-    loss on the assistant's turns only."""
+    loss on the assistant's turns only. A message with `weight: 0` or `train: false` is not learnt."""
 
     type: Literal["chat"]
     messages_column: str = "messages"
-    """Column with the list of messages."""
+    """Column with the list of messages, or its JSON text."""
+    tools_column: str = "tools"
+    """Column with the tools on offer: a list of JSON schemas, or its JSON text. Rows may lack it."""
+    train_on: TrainOn = "all"
+    """Assistant turns that are learnt: `all` of a conversation, or the `last`."""
 
 
 RowsSpec = Annotated[
@@ -71,8 +85,13 @@ class CausalLM(Task):
     type: Literal["causal_lm"]
     rows: RowsSpec = PlainRows()
     """What an input row looks like."""
-    packing: bool = True
-    """Put several documents into one sequence. Positions restart and attention stays inside each."""
+    packing: Packing = True
+    """Put several documents into one sequence. Positions restart and attention stays inside each: by position ids
+    where the model's code keeps documents apart by them, else by a mask (`mask`), else packing is off. The plan
+    probes a small copy of the model, and says which."""
+    split_documents: bool = True
+    """Of packed plain text: cut documents where a sequence is full, so that nothing is padded. False cuts only those
+    that are longer than a sequence. Rows for evaluation never cut others, so figures do not depend on packing."""
 
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     default_metric: ClassVar[str] = "loss"
@@ -80,13 +99,14 @@ class CausalLM(Task):
     pipeline_tag: ClassVar[str] = "text-generation"
     peft_task: ClassVar[str] = "CAUSAL_LM"
     all_logits: ClassVar[bool] = True
+    writes_on: ClassVar[bool] = True
     usual_global_rows: ClassVar[int] = 16
     usual_global_rows_source: ClassVar[str] = (
         "a start and no more: Touvron et al., arXiv 2307.09288, tuned Llama 2 with 64 sequences"
     )
     tuned_rates: ClassVar[Mapping[str, Rate]] = LM_TUNED
     new_rates: ClassVar[BY_SIZE] = LM_NEW
-    required_inputs: ClassVar[tuple[str, ...]] = ("position_ids",)
+    reads_left_to_right: ClassVar[bool] = True
     has_scores: ClassVar[bool] = True
     soft_targets: ClassVar[SoftTargets | None] = "tokens"
     fixed_length: ClassVar[bool] = True
@@ -100,6 +120,10 @@ class CausalLM(Task):
                 return (prompt, answer)
             case ChatRows(messages_column=column):
                 return (column,)
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        return (self.rows.tools_column,) if isinstance(self.rows, ChatRows) else ()
 
     @property
     def predict_columns(self) -> tuple[str, ...]:
@@ -117,17 +141,17 @@ class CausalLM(Task):
             if isinstance(pieces, BadRow):
                 out.append(pieces)
                 continue
-            ids, targets = pieces
-            keep = len(ids) if splits else max_length
-            row = document(ids[:keep], targets[:keep])
-            row["truncated"] = int(len(ids) > keep)
+            keep = len(pieces.ids) if splits else max_length
+            row = document(pieces.ids[:keep], pieces.targets[:keep])
+            row["truncated"] = int(len(pieces.ids) > keep)
+            row["notes"] = pieces.notes
             if row["n_targets"] == 0:
                 out.append(BadRow(f"nothing to learn within {max_length} tokens"))
             else:
                 out.append(row)
         return out
 
-    def _pieces(self, rows: Sequence[RawRow], tokenizer: Any) -> list[Targets | BadRow]:
+    def _pieces(self, rows: Sequence[RawRow], tokenizer: Any) -> list[Encoded | BadRow]:
         match self.rows:
             case PlainRows(text_column=column):
                 return plain([row.get(column) for row in rows], column, tokenizer)
@@ -137,37 +161,39 @@ class CausalLM(Task):
                     instruction(row.get(prompt), row.get(answer), columns, tokenizer)
                     for row in rows
                 ]
-            case ChatRows(messages_column=column):
-                return [chat(row.get(column), column, tokenizer) for row in rows]
+            case ChatRows(messages_column=column, tools_column=tools, train_on=train_on):
+                return [
+                    chat(row.get(column), column, tokenizer, row.get(tools), train_on)
+                    for row in rows
+                ]
+
+    def targets(self, row: Mapping[str, Any]) -> int:
+        return int(row["is_target"].sum())
 
     def pack(
         self, rows: Sequence[EncodedRow], max_length: int
     ) -> tuple[list[EncodedRow], list[EncodedRow]]:
         if not self.packing:
             return list(rows), []
-        if isinstance(self.rows, PlainRows):
+        if not isinstance(self.rows, PlainRows):
+            return pack_whole(rows, max_length), []
+        if self.split_documents:
             return pack_stream(rows, max_length)
-        return pack_whole(rows, max_length), []
+        return pack_whole(cut_long(rows, max_length), max_length), []
+
+    def for_evaluation(self) -> CausalLM:
+        return self.model_copy(update={"split_documents": False})
 
     def collate(
         self, rows: Sequence[dict[str, np.ndarray]], weights: np.ndarray, pad_id: int
     ) -> dict[str, torch.Tensor]:
         import numpy as np
-        import torch
 
-        labels, positions = [], []
-        longest = max(len(row["input_ids"]) for row in rows)
-        for row, weight in zip(rows, weights, strict=True):
-            lengths = [*row["doc_lengths"], longest - len(row["input_ids"])]
-            positions.append(np.concatenate([np.arange(n) for n in lengths]))
-            learnt = (row["is_target"] > 0) & (weight > 0)
-            labels.append(np.where(learnt, row["input_ids"], IGNORED))
-        return {
-            "input_ids": pad([row["input_ids"] for row in rows], pad_id),
-            # Padding counts as one more document: no mask is needed to keep it apart.
-            "position_ids": torch.from_numpy(np.stack(positions)),
-            "labels": pad(labels, IGNORED),
-        }
+        labels = [
+            np.where((row["is_target"] > 0) & (weight > 0), row["input_ids"], IGNORED)
+            for row, weight in zip(rows, weights, strict=True)
+        ]
+        return {**row_inputs(rows, pad_id, self.packing), "labels": pad(labels, IGNORED)}
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         import torch.nn.functional as functional
@@ -209,11 +235,11 @@ class CausalLM(Task):
     def predict(
         self, model: Any, tokenizer: Any, rows: Sequence[RawRow], max_length: int
     ) -> list[dict[str, Any]]:
-        texts = [row[self.predict_columns[0]] for row in rows]
-        as_chat = not isinstance(self.rows, PlainRows)
+        column, as_chat = self.predict_columns[0], not isinstance(self.rows, PlainRows)
+        tools = [row.get(name) for row in rows for name in self.optional_columns or ("",)]
         return [
-            {"text": text, "completion": complete(model, tokenizer, text, as_chat)}
-            for text in texts
+            {"text": row[column], "completion": complete(model, tokenizer, row[column], as_chat, t)}
+            for row, t in zip(rows, tools, strict=True)
         ]
 
 
@@ -226,9 +252,7 @@ def _shifted(
     """
     import torch.nn.functional as functional
 
-    logits = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).logits
+    logits = model(**model_inputs(model, batch), use_cache=False).logits
     logits = of_tokens(logits, batch)
     following = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     return logits.flatten(0, 1).float(), following.flatten()

@@ -18,18 +18,21 @@ def in_step_with_others() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def complete(model: Any, tokenizer: Any, prompt: str, as_chat: bool) -> str:
-    """What the model writes after the prompt, greedily; as an assistant's turn if `as_chat`."""
+def complete(model: Any, tokenizer: Any, prompt: Any, as_chat: bool, tools: Any = None) -> str:
+    """Return what the model writes after the prompt, greedily; as an assistant's turn if `as_chat`.
+
+    The prompt is a text, or a list of messages where `as_chat`; `tools` are those on offer.
+    """
     import torch
 
-    inputs = prompt_ids(prompt, as_chat, tokenizer).to(model.device)
+    inputs = prompt_ids(prompt, as_chat, tokenizer, tools).to(model.device)
     with torch.no_grad():
         tokens = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=COMPLETION_TOKENS,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            pad_token_id=tokenizer.pad_token_id,
         )
     text: str = tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True)
     return text

@@ -15,6 +15,7 @@ from orchestrator.tasks.base import (
     label_problems,
     per_label,
 )
+from orchestrator.tasks.labels import is_missing, label_name, label_number, list_in, shown
 from orchestrator.tasks.sequence import SequenceTask
 
 if TYPE_CHECKING:
@@ -32,12 +33,23 @@ def _confusion(
     return {label: of.flip(0, 1).tolist() for label, of in zip(labels, found, strict=True)}
 
 
+def _is_multi_hot(items: Sequence[Any], index: Mapping[str, int]) -> bool:
+    """Return whether a list holds a 0 or 1 per label, and is no list of different labels."""
+    if len(items) != len(index) or {"0", "1"} & index.keys():
+        return False
+    if not all(isinstance(item, int | float) and item in (0, 1) for item in items):
+        return False
+    return len(set(items)) < len(items)
+
+
 class MultiLabelClassification(SequenceTask):
     """None, one or several labels per text: one yes or no per label."""
 
     type: Literal["multi_label_classification"]
     labels_column: str = "labels"
-    """Column with the labels: a list, or a text with `separator` between them. Empty: no label holds."""
+    """Column with the labels: a list, a list written as text, or a text with `separator` between them. Empty:
+    no label holds. With `labels` given, integers count from 0 through them, and a list of 0 and 1 as long as
+    they are, with one of the two twice, says of each whether it holds."""
     separator: Annotated[str, Field(min_length=1)] = ","
     """Cuts labels that come as one text, as in CSV files."""
     labels: tuple[str, ...] | None = None
@@ -75,23 +87,42 @@ class MultiLabelClassification(SequenceTask):
     def label_source(self) -> str | None:
         return self.labels_column if self.labels is None else None
 
-    def labels_in(self, value: Any) -> Iterable[str]:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(self.separator)]
-        if not isinstance(value, list | tuple):
-            return ()
-        return (str(label) for label in value if label is not None and label != "")
+    def _items(self, value: Any) -> list[Any] | BadRow:
+        """Return the labels of a row as it writes them: a list, a list written as text, or separated text."""
+        items = list_in(value)
+        if items is None and isinstance(value, str):
+            items = [part.strip() for part in value.split(self.separator)]
+        if items is None:
+            why = f"must be a list of labels or a text, got {shown(value)}"
+            return BadRow(f"column {self.labels_column!r} {why}")
+        return [item for item in items if not is_missing(item)]
+
+    def labels_in(self, value: Any) -> Iterable[str] | BadRow:
+        items = self._items(value)
+        if isinstance(items, BadRow):
+            return items
+        names: list[str] = []
+        for name in map(label_name, items):
+            if isinstance(name, BadRow):
+                return BadRow(f"column {self.labels_column!r} holds a value that {name.why}")
+            names.append(name)
+        return names
 
     def target(self, value: Any, index: Mapping[str, int]) -> Any:
-        if not isinstance(value, str | list | tuple):
-            return BadRow(
-                f"column {self.labels_column!r} must be a list of labels or a text, got {value!r}"
-            )
-        held = set(self.labels_in(value))
-        if unknown := sorted(held - index.keys()):
-            known = ", ".join(list(index)[:10])
-            return BadRow(f"unknown label {unknown[0]!r}; the job knows: {known}")
-        return [int(label in held) for label in index]
+        items = self._items(value)
+        if isinstance(items, BadRow):
+            return items
+        if self.labels is not None and _is_multi_hot(items, index):
+            return [int(item) for item in items]
+        held = set()
+        for item in items:
+            number = label_number(item, index, given=self.labels is not None)
+            if isinstance(number, BadRow):
+                holds = number.why.startswith(("is ", "must "))
+                why = f"column {self.labels_column!r} holds a value that {number.why}"
+                return BadRow(why if holds else number.why)
+            held.add(number)
+        return [int(number in held) for number in index.values()]
 
     def config_overrides(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return {

@@ -17,7 +17,8 @@ from orchestrator.tasks.base import (
     pad,
 )
 from orchestrator.tasks.generation import complete
-from orchestrator.tasks.templating import instruction
+from orchestrator.tasks.packing import model_inputs, row_inputs
+from orchestrator.tasks.pairs import encode_pair
 from orchestrator.tasks.usual import BY_SIZE, DPO_ADAPTED, DPO_TUNED, LM_NEW, Rate
 
 if TYPE_CHECKING:
@@ -35,11 +36,14 @@ class PreferenceTuning(Task):
 
     type: Literal["preference"]
     prompt_column: str = "prompt"
-    """Column with the prompt."""
+    """Column with the prompt, a text or a list of messages. Files may lack it: the prompt is then what
+    both answers begin with."""
     chosen_column: str = "chosen"
-    """Column with the better answer."""
+    """Column with the better answer: a text, or a list of messages with or without the prompt's."""
     rejected_column: str = "rejected"
     """Column with the worse answer."""
+    tools_column: str = "tools"
+    """Column with the tools on offer: a list of JSON schemas, or its JSON text. Rows may lack it."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How strongly the model is held to the reference; rewards are beta × the log of their ratio."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -58,9 +62,10 @@ class PreferenceTuning(Task):
     peft_task: ClassVar[str] = "CAUSAL_LM"
     no_soft_targets: ClassVar[str] = "it compares two whole answers"
     all_logits: ClassVar[bool] = True
+    writes_on: ClassVar[bool] = True
     has_reference: ClassVar[bool] = True
     after_prepare: ClassVar[frozenset[str]] = frozenset({"beta", "label_smoothing"})
-    required_inputs: ClassVar[tuple[str, ...]] = ("position_ids",)
+    reads_left_to_right: ClassVar[bool] = True
     usual_global_rows: ClassVar[int] = 16
     usual_global_rows_source: ClassVar[str] = (
         "a start and no more: Rafailov et al., arXiv 2305.18290, B, used 64 pairs"
@@ -75,11 +80,17 @@ class PreferenceTuning(Task):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.prompt_column, self.chosen_column, self.rejected_column)
+        return (self.chosen_column, self.rejected_column)
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        return (self.prompt_column, self.tools_column)
 
     @property
     def predict_columns(self) -> tuple[str, ...]:
         return (self.prompt_column,)
+
+    token_features: ClassVar[tuple[str, ...]] = tuple(f"{side}_ids" for side in SIDES)
 
     def features(self) -> dict[str, FeatureKind]:
         return {f"{side}_{part}": "ints" for side in SIDES for part in ("ids", "targets")}
@@ -96,13 +107,16 @@ class PreferenceTuning(Task):
         return [self._encoded(row, tokenizer, max_length) for row in rows]
 
     def _encoded(self, row: RawRow, tokenizer: Any, max_length: int) -> EncodedRow | BadRow:
-        out: EncodedRow = {"n_targets": 1, "truncated": 0}
-        prompt = row.get(self.prompt_column)
-        for side, column in zip(SIDES, (self.chosen_column, self.rejected_column), strict=True):
-            pieces = instruction(prompt, row.get(column), (self.prompt_column, column), tokenizer)
-            if isinstance(pieces, BadRow):
-                return pieces
-            ids, targets = pieces
+        columns = (self.prompt_column, self.chosen_column, self.rejected_column)
+        sides = encode_pair(
+            [row.get(c) for c in columns], columns, tokenizer, row.get(self.tools_column)
+        )
+        if isinstance(sides, BadRow):
+            return sides
+        notes = tuple(dict.fromkeys(note for side in sides for note in side.notes))
+        out: EncodedRow = {"n_targets": 1, "truncated": 0, "notes": notes}
+        for side, column, encoded in zip(SIDES, columns[1:], sides, strict=True):
+            ids, targets = encoded.ids, encoded.targets
             if not any(targets[1:max_length]):
                 return BadRow(f"nothing of column {column!r} is within {max_length} tokens")
             out[f"{side}_ids"], out[f"{side}_targets"] = ids[:max_length], targets[:max_length]
@@ -123,15 +137,9 @@ class PreferenceTuning(Task):
             for row in rows:
                 ids.append(row[f"{side}_ids"])
                 labels.append(np.where(row[f"{side}_targets"] > 0, ids[-1], IGNORED))
-        longest = max(len(one) for one in ids)
-        positions = [
-            np.concatenate([np.arange(len(one)), np.arange(longest - len(one))]) for one in ids
-        ]
         reference = [[float(row.get(f"reference_{side}", 0)) for row in rows] for side in SIDES]
         return {
-            "input_ids": pad(ids, pad_id),
-            # Padding counts as a document of its own: no mask is needed to keep it apart.
-            "position_ids": torch.from_numpy(np.stack(positions)),
+            **row_inputs([{"input_ids": one} for one in ids], pad_id, packing=False),
             "labels": pad(labels, IGNORED),
             "reference": torch.tensor(reference),
             "weights": torch.from_numpy(weights.astype(np.float32)),
@@ -179,18 +187,16 @@ class PreferenceTuning(Task):
     def predict(
         self, model: Any, tokenizer: Any, rows: Sequence[RawRow], max_length: int
     ) -> list[dict[str, Any]]:
-        prompts = [row[self.prompt_column] for row in rows]
+        asked = [(row[self.prompt_column], row.get(self.tools_column)) for row in rows]
         return [
-            {"prompt": prompt, "completion": complete(model, tokenizer, prompt, as_chat=True)}
-            for prompt in prompts
+            {"prompt": prompt, "completion": complete(model, tokenizer, prompt, True, tools)}
+            for prompt, tools in asked
         ]
 
 
 def _log_likelihoods(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Log-probability of each answer, summed over its tokens, in fp32: (2, rows)."""
-    logits = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).logits
+    logits = model(**model_inputs(model, batch), use_cache=False).logits
     labels = batch["labels"][:, 1:]
     of_tokens = logits[:, :-1].float().log_softmax(-1)
     chosen = of_tokens.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.tasks.base import (
     BadRow,
     EncodedRow,
@@ -50,6 +51,7 @@ class QuestionAnswering(Task):
 
     metric_names: ClassVar[tuple[str, ...]] = ("f1", "exact_match", "loss")
     default_metric: ClassVar[str] = "f1"
+    text_is_data: ClassVar[bool] = True
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     pipeline_tag: ClassVar[str] = "question-answering"
     peft_task: ClassVar[str] = "QUESTION_ANS"
@@ -75,6 +77,14 @@ class QuestionAnswering(Task):
     @property
     def predict_columns(self) -> tuple[str, ...]:
         return (self.question_column, self.context_column)
+
+    def adapt_tokenizer(self, tokenizer: Any, config: Any) -> None:
+        if not tokenizer.is_fast:
+            raise OrchestratorError(
+                f"question_answering needs to know where each token stands in the context, which "
+                f"{type(tokenizer).__name__}, a tokenizer written in Python, does not tell. "
+                "Choose a model with a tokenizer.json."
+            )
 
     def features(self) -> dict[str, FeatureKind]:
         return {
@@ -249,7 +259,7 @@ class QuestionAnswering(Task):
                 window |= {"start": NO_ANSWER, "end": NO_ANSWER}
             windows[0]["context"] = row[self.context_column]
             arrays = [{k: np.asarray(v) for k, v in window.items()} for window in windows]
-            batch = self.collate(arrays, np.ones(len(arrays)), tokenizer.pad_token_id or 0)
+            batch = self.collate(arrays, np.ones(len(arrays)), tokenizer.pad_token_id)
             with torch.no_grad():
                 found: dict[str, Any] = self.measure(
                     model, {name: tensor.to(model.device) for name, tensor in batch.items()}

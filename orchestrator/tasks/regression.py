@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from orchestrator.tasks.base import BadRow, FeatureKind, SoftTargets
+from orchestrator.tasks.labels import shown
 from orchestrator.tasks.sequence import SequenceTask
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class TextRegression(SequenceTask):
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            return BadRow(f"column {self.value_column!r} must be a finite number, got {value!r}")
+            return BadRow(
+                f"column {self.value_column!r} must be a finite number, got {shown(value)}"
+            )
         return number
 
     def config_overrides(self, labels: tuple[str, ...]) -> dict[str, Any]:

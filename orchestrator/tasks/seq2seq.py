@@ -23,7 +23,7 @@ from orchestrator.tasks.base import (
     tokens_and_mask,
 )
 from orchestrator.tasks.generation import in_step_with_others
-from orchestrator.tasks.templating import ended
+from orchestrator.tasks.tokenizing import set_languages
 from orchestrator.tasks.usual import BY_SIZE, SEQ2SEQ_NEW, SEQ2SEQ_TUNED, Rate
 
 if TYPE_CHECKING:
@@ -45,11 +45,19 @@ class Seq2Seq(Task):
     """Column with the text that is to be written."""
     prefix: str = ""
     """Put before every source, as T5's `translate English to German: `."""
+    source_language: str | None = None
+    """Language of the sources, in the code of the tokenizer (`en_XX`, `eng_Latn`, `en`). Required by tokenizers
+    that mark texts with it (mBART, NLLB, M2M100), and refused by others."""
+    target_language: str | None = None
+    """Language of the targets, likewise. Every text that is written begins with it."""
     max_target_tokens: Annotated[int, Field(ge=2)] = 128
     """Longest target in tokens: longer ones are cut, and none longer is written. Sources are cut to
     `data.max_length_tokens`."""
     num_beams: Annotated[int, Field(ge=1)] = 1
     """Beams of the search in evaluations and predictions; 1 is greedy."""
+    keep_generation_settings: bool = False
+    """Write with the checkpoint's own settings of length and repetition (`min_length`, `no_repeat_ngram_size`, …).
+    By default they are set aside, in the export too: they suit the data that the checkpoint was made for."""
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
     """sacrebleu's tokenizer; `zh` for Chinese, `char` for other languages without spaces."""
 
@@ -61,15 +69,19 @@ class Seq2Seq(Task):
         "loss",
     )
     default_metric: ClassVar[str] = "bleu"
+    text_is_data: ClassVar[bool] = True
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     has_scores: ClassVar[bool] = True
     soft_targets: ClassVar[SoftTargets | None] = "tokens"
     pipeline_tag: ClassVar[str] = "text2text-generation"
     peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
     all_logits: ClassVar[bool] = True
+    token_features: ClassVar[tuple[str, ...]] = ("input_ids", "label_ids")
     kept_features: ClassVar[tuple[str, ...]] = ("reference",)
     needs_tokenizer: ClassVar[bool] = True
-    after_prepare: ClassVar[frozenset[str]] = frozenset({"num_beams", "bleu_tokenize"})
+    after_prepare: ClassVar[frozenset[str]] = frozenset(
+        {"num_beams", "keep_generation_settings", "bleu_tokenize"}
+    )
     usual_global_rows_source: ClassVar[str] = (
         "a start and no more: recipes for translation count tokens instead of rows"
     )
@@ -89,11 +101,17 @@ class Seq2Seq(Task):
     def predict_columns(self) -> tuple[str, ...]:
         return (self.source_column,)
 
+    def adapt_tokenizer(self, tokenizer: Any, config: Any) -> None:
+        set_languages(tokenizer, self.source_language, self.target_language)
+
     def features(self) -> dict[str, FeatureKind]:
         return {"input_ids": "ints", "label_ids": "ints", "reference": "text"}
 
     def length(self, row: EncodedRow) -> int:
         return len(row["input_ids"]) + len(row["label_ids"])
+
+    def targets(self, row: Mapping[str, Any]) -> int:
+        return len(row["label_ids"])
 
     def target_length(self, row: EncodedRow) -> int:
         return len(row["label_ids"])
@@ -107,8 +125,8 @@ class Seq2Seq(Task):
         for column in self.columns:
             if why := text_problem(row.get(column), column):
                 return BadRow(why)
-        source = _cut(tokenizer, self.prefix + row[self.source_column], max_length)
-        target = _cut(tokenizer, row[self.target_column], self.max_target_tokens, is_target=True)
+        source = _cut(tokenizer, {"text": self.prefix + row[self.source_column]}, max_length)
+        target = _target(tokenizer, row[self.target_column], self.max_target_tokens)
         return {
             "input_ids": source[0],
             "label_ids": target[0],
@@ -203,15 +221,23 @@ class Seq2Seq(Task):
         ]
 
 
-def _cut(
-    tokenizer: Any, text: str, max_length: int, is_target: bool = False
-) -> tuple[list[int], bool]:
-    """(token ids, whether some were cut off); both sides end as the tokenizer ends a text."""
-    named = {"text_target": text} if is_target else {"text": text}
-    ids = tokenizer(**named, truncation=False, verbose=False)["input_ids"]
-    if is_target:
-        ids = ended(ids, tokenizer)
-    return (ids, False) if len(ids) <= max_length else ([*ids[: max_length - 1], ids[-1]], True)
+def _cut(tokenizer: Any, text: dict[str, str], max_length: int) -> tuple[list[int], bool]:
+    """(token ids, whether some were cut off); what frames a text stays whole."""
+    whole = tokenizer(**text, truncation=False, verbose=False)["input_ids"]
+    if len(whole) <= max_length:
+        return list(whole), False
+    cut = tokenizer(**text, truncation=True, max_length=max_length)["input_ids"]
+    return list(cut), True
+
+
+def _target(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], bool]:
+    """A target as the tokenizer frames it, closed by an end of text where the frame has none."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    named = {"text_target": text}
+    if end is None or end in tokenizer(text_target="")["input_ids"]:
+        return _cut(tokenizer, named, max_length)
+    ids, cut = _cut(tokenizer, named, max_length - 1)
+    return [*ids, end], cut
 
 
 def _logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -13,9 +13,11 @@ from orchestrator.tasks.base import (
     RawRow,
     Scores,
     Task,
+    pad,
     text_problem,
     tokens_and_mask,
 )
+from orchestrator.tasks.tokenizing import ends_with
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,11 +29,16 @@ class SequenceTask(Task):
 
     text_column: str = "text"
     """Column with the text."""
+    text_pair_column: str | None = None
+    """Column with a second text, for tasks on pairs (a premise and a hypothesis, a question and an answer).
+    Pairs that are too long lose tokens of the longer text first."""
 
+    text_is_data: ClassVar[bool] = True
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline_tag: ClassVar[str] = "text-classification"
     peft_task: ClassVar[str] = "SEQ_CLS"
     labelled_head: ClassVar[bool] = True
+    pools: ClassVar[bool] = True
     target_kind: ClassVar[FeatureKind]
     """What the feature `label` holds."""
 
@@ -62,14 +69,22 @@ class SequenceTask(Task):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.text_column, self.target_column)
+        return (*self.predict_columns, self.target_column)
 
     @property
     def predict_columns(self) -> tuple[str, ...]:
-        return (self.text_column,)
+        pair = self.text_pair_column
+        return (self.text_column,) if pair is None else (self.text_column, pair)
+
+    def adapt_tokenizer(self, tokenizer: Any, config: Any) -> None:
+        if config.is_encoder_decoder:
+            ends_with(tokenizer, config.eos_token_id)
+        if self.text_pair_column is not None:
+            tells_texts_apart(tokenizer, config)
 
     def features(self) -> dict[str, FeatureKind]:
-        return {"input_ids": "ints", "label": self.target_kind}
+        pair: dict[str, FeatureKind] = {"token_type_ids": "ints"} if self.text_pair_column else {}
+        return {"input_ids": "ints", **pair, "label": self.target_kind}
 
     def encode(
         self, rows: Sequence[RawRow], tokenizer: Any, max_length: int, labels: tuple[str, ...]
@@ -77,19 +92,21 @@ class SequenceTask(Task):
         index = {label: i for i, label in enumerate(labels)}
         out = [self._target_of(row, index) for row in rows]
         good = [i for i, row in enumerate(out) if not isinstance(row, BadRow)]
-        texts = [rows[i][self.text_column] for i in good]
-        for i, (ids, truncated) in zip(good, _encoded(texts, tokenizer, max_length), strict=True):
-            out[i] = {
-                "input_ids": ids,
-                "label": out[i],
-                "n_targets": 1,
-                "truncated": truncated,
-            }
+        texts = self._texts([rows[i] for i in good])
+        for i, encoded in zip(good, _encoded(texts, tokenizer, max_length), strict=True):
+            if self.text_pair_column is None:
+                del encoded["token_type_ids"]
+            out[i] = {**encoded, "label": out[i], "n_targets": 1}
         return out
 
+    def _texts(self, rows: Sequence[RawRow]) -> list[list[str]]:
+        """Return what the tokenizer takes: the texts, and the second ones where there are any."""
+        return [[row[column] for row in rows] for column in self.predict_columns]
+
     def _target_of(self, row: RawRow, index: Mapping[str, int]) -> Any:
-        if why := text_problem(row.get(self.text_column), self.text_column):
-            return BadRow(why)
+        for column in self.predict_columns:
+            if why := text_problem(row.get(column), column):
+                return BadRow(why)
         return self.target(row.get(self.target_column), index)
 
     def collate(
@@ -100,6 +117,7 @@ class SequenceTask(Task):
 
         return {
             **tokens_and_mask([row["input_ids"] for row in rows], pad_id),
+            **token_types(rows),
             "labels": self.target_tensor([row["label"] for row in rows]),
             "weights": torch.from_numpy(weights.astype(np.float32)),
         }
@@ -123,36 +141,83 @@ class SequenceTask(Task):
     ) -> list[dict[str, Any]]:
         import torch
 
-        texts = [row[self.text_column] for row in rows]
         inputs = tokenizer(
-            texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+            *self._texts(rows),
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            return_tensors="pt",
         ).to(model.device)
         with torch.no_grad():
-            logits = outputs_of(model, inputs)
+            logits = outputs_of(model, inputs if self.text_pair_column else _single(inputs))
         names = model.config.id2label
+        columns = zip(("text", "text_pair"), self.predict_columns, strict=False)
+        shown = list(columns)
         return [
-            {"text": text, **self.prediction(row, names)}
-            for text, row in zip(texts, logits, strict=True)
+            {**{name: row[column] for name, column in shown}, **self.prediction(outputs, names)}
+            for row, outputs in zip(rows, logits, strict=True)
         ]
 
 
-def _encoded(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[tuple[list[int], int]]:
-    """(token ids, 1 where some were cut off) of each text."""
-    if not texts:
+def _single(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return inputs without the kinds of tokens, which are all alike in a single text."""
+    return {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
+
+
+def _encoded(
+    texts: Sequence[Sequence[str]], tokenizer: Any, max_length: int
+) -> list[dict[str, Any]]:
+    """Return `input_ids`, `token_type_ids` and `truncated` (1 where some were cut off) of each text or pair."""
+    if not texts[0]:
         return []
-    whole = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-    out = [(ids, 0) for ids in whole]
-    long = [i for i, ids in enumerate(whole) if len(ids) > max_length]
+    out = _rows(tokenizer(*map(list, texts), truncation=False, verbose=False), 0)
+    long = [i for i, row in enumerate(out) if len(row["input_ids"]) > max_length]
     if long:
-        cut = tokenizer([texts[i] for i in long], truncation=True, max_length=max_length)
-        for i, ids in zip(long, cut["input_ids"], strict=True):
-            out[i] = (ids, 1)
+        cut = [[column[i] for i in long] for column in texts]
+        for i, row in zip(
+            long, _rows(tokenizer(*cut, truncation=True, max_length=max_length), 1), strict=True
+        ):
+            out[i] = row
     return out
+
+
+def _rows(encoded: Any, truncated: int) -> list[dict[str, Any]]:
+    ids = encoded["input_ids"]
+    kinds = encoded.get("token_type_ids") or [[0] * len(one) for one in ids]
+    return [
+        {"input_ids": one, "token_type_ids": kind, "truncated": truncated}
+        for one, kind in zip(ids, kinds, strict=True)
+    ]
+
+
+def token_types(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Return padded `token_type_ids` (rows, longest), or nothing where the model knows no kinds of tokens."""
+    if "token_type_ids" not in rows[0]:
+        return {}
+    kinds = pad([row["token_type_ids"] for row in rows], 0)
+    return {"token_type_ids": kinds} if kinds.any() else {}
+
+
+def tells_texts_apart(tokenizer: Any, config: Any) -> None:
+    """Have a tokenizer give `token_type_ids` of pairs where the model has embeddings for two kinds or more."""
+    import inspect
+
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES
+
+    kinds = getattr(config, "type_vocab_size", None)
+    model: Any = CLASSES.get(type(config), None)
+    accepted = model is not None and "token_type_ids" in inspect.signature(model.forward).parameters
+    names = list(tokenizer.model_input_names)
+    if not accepted or (kinds is not None and kinds < 2):
+        names = [name for name in names if name != "token_type_ids"]
+    elif kinds is not None and "token_type_ids" not in names:
+        names.insert(1, "token_type_ids")
+    tokenizer.model_input_names = names
+    tokenizer.init_kwargs["model_input_names"] = names
 
 
 def outputs_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Outputs (rows, outputs) in fp32."""
-    logits: torch.Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).logits
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    logits: torch.Tensor = model(**{name: batch[name] for name in names if name in batch}).logits
     return logits.float()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.errors import Problem
 from orchestrator.tasks.base import BadRow, FeatureKind, Task, label_problems, per_label
+from orchestrator.tasks.labels import is_missing, label_name, label_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +20,9 @@ class SingleLabel(Task):
     label_column: str = "label"
     """Column with the label: text, integer or boolean."""
     labels: tuple[str, ...] | None = None
-    """The label set, in the order of the model's outputs. Default: the distinct values of the training rows, sorted."""
+    """The label set, in the order of the model's outputs; integers in the rows count from 0 through it, unless
+    they are labels themselves. Default: the names in a Parquet file's `datasets` metadata, else the distinct
+    values of the training rows, sorted."""
 
     metric_names: ClassVar[tuple[str, ...]] = (
         "accuracy",
@@ -49,13 +52,23 @@ class SingleLabel(Task):
     def label_source(self) -> str | None:
         return self.label_column if self.labels is None else None
 
+    def labels_in(self, value: Any) -> Iterable[str] | BadRow:
+        name = self._missing(value) or label_name(value)
+        return BadRow(self._about(name)) if isinstance(name, BadRow) else (name,)
+
     def target(self, value: Any, index: Mapping[str, int]) -> Any:
-        if value is None or value == "":
-            return BadRow(f"column {self.label_column!r} is missing, null or empty")
-        if str(value) not in index:
-            known = ", ".join(list(index)[:10])
-            return BadRow(f"unknown label {value!r}; the job knows: {known}")
-        return index[str(value)]
+        missing = self._missing(value) if str(value) not in index else None
+        number = missing or label_number(value, index, given=self.labels is not None)
+        return BadRow(self._about(number)) if isinstance(number, BadRow) else number
+
+    def _missing(self, value: Any) -> BadRow | None:
+        return BadRow("is missing, null or empty") if is_missing(value) else None
+
+    def _about(self, bad: BadRow) -> str:
+        """Return a reason that names the column."""
+        if bad.why.startswith(("is ", "must ")):
+            return f"column {self.label_column!r} {bad.why}"
+        return bad.why
 
     def config_overrides(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return {

@@ -20,18 +20,19 @@ from orchestrator.tasks.base import (
     of_tokens,
     pad,
     ragged,
+    text_problem,
     token_scores,
     tokens_and_mask,
 )
+from orchestrator.tasks.labels import label_name, label_number, list_in, shown
+from orchestrator.tasks.tags import OUTSIDE, Scheme, entities_in, entity_scores, scheme_of
+from orchestrator.tasks.tokenizing import words_have_leading_space
+from orchestrator.tasks.words import NO_TOKEN, aligned
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-OUTSIDE = "O"
-ENTITY_TAG = re.compile(r"O|[BIESLU]-.+")
-NO_TOKEN = -1
-"""Stands for the position of a word without a token: one cut off, or of which nothing is left."""
 WORDS = re.compile(r"\w+|[^\w\s]")
 """How a text is cut into words where none are given: runs of letters and digits, single marks."""
 
@@ -41,14 +42,17 @@ class TokenClassification(Task):
 
     type: Literal["token_classification"]
     tokens_column: str = "tokens"
-    """Column with the words of a text, as a list."""
+    """Column with the words of a text, as a list or a list written as text."""
     tags_column: str = "tags"
-    """Column with the tags, one per word, as a list."""
+    """Column with the tags, one per word, as a list or a list written as text."""
     entities: bool = True
-    """Tags spell entities (`B-NAME`, `I-NAME`, `O`, or IOBES), which are counted as seqeval does. False:
-    each tag stands for itself, as parts of speech do, and words are counted."""
+    """Count whole entities, by the scheme that the tag set shows: IOB1 and IOB2 as conlleval does, IOBES and
+    BILOU where an entity is complete, names without a prefix (`PER`, `O`) as runs of one name. Words are
+    counted where tags spell no entities (no prefix and no `O`, as parts of speech), and if false."""
     labels: tuple[str, ...] | None = None
-    """The tag set, in the order of the model's outputs. Default: all tags of the training rows, sorted."""
+    """The tag set, in the order of the model's outputs; integers in the rows count from 0 through it, unless
+    they are tags themselves. Default: the names in a Parquet file's `datasets` metadata, else all tags of the
+    training rows, sorted."""
 
     metric_names: ClassVar[tuple[str, ...]] = (
         "f1",
@@ -59,6 +63,7 @@ class TokenClassification(Task):
         "loss",
     )
     default_metric: ClassVar[str] = "f1"
+    text_is_data: ClassVar[bool] = True
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     has_scores: ClassVar[bool] = True
     label_feature: ClassVar[str] = "tags"
@@ -70,9 +75,6 @@ class TokenClassification(Task):
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:
         yield from label_problems(self.labels)
-        odd = [tag for tag in self.labels or () if not ENTITY_TAG.fullmatch(tag)]
-        if self.entities and odd:
-            yield Problem("task.labels", *NO_ENTITY_TAG, odd[0])
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -86,8 +88,19 @@ class TokenClassification(Task):
     def label_source(self) -> str | None:
         return self.tags_column if self.labels is None else None
 
-    def labels_in(self, value: Any) -> Iterable[str]:
-        return map(str, value) if isinstance(value, list | tuple) else ()
+    def labels_in(self, value: Any) -> Iterable[str] | BadRow:
+        tags = self._list(value, self.tags_column)
+        if isinstance(tags, BadRow):
+            return tags
+        names: list[str] = []
+        for name in map(label_name, tags):
+            if isinstance(name, BadRow):
+                return BadRow(f"column {self.tags_column!r} holds a value that {name.why}")
+            names.append(name)
+        return names
+
+    def adapt_tokenizer(self, tokenizer: Any, config: Any) -> None:
+        words_have_leading_space(tokenizer)
 
     def features(self) -> dict[str, FeatureKind]:
         return {"input_ids": "ints", "positions": "ints", "tags": "ints"}
@@ -98,34 +111,49 @@ class TokenClassification(Task):
         index = {label: i for i, label in enumerate(labels)}
         out: list[EncodedRow | BadRow] = []
         for row in rows:
-            if bad := self._problem(row, index):
-                out.append(bad)
+            read = self._words_and_tags(row, index)
+            if isinstance(read, BadRow):
+                out.append(read)
                 continue
-            encoded = _aligned(row[self.tokens_column], tokenizer, max_length)
-            encoded["tags"] = [index[str(tag)] for tag in row[self.tags_column]]
+            words, tags = read
+            encoded = aligned(words, tokenizer, max_length)
+            encoded["tags"] = tags
             if encoded["n_targets"] == 0:
                 out.append(BadRow(f"no word has a token within {max_length} tokens"))
             else:
                 out.append(encoded)
         return out
 
-    def _problem(self, row: RawRow, index: Mapping[str, int]) -> BadRow | None:
-        words, tags = row.get(self.tokens_column), row.get(self.tags_column)
-        for column, value in ((self.tokens_column, words), (self.tags_column, tags)):
-            if not isinstance(value, list | tuple) or not value:
-                return BadRow(f"column {column!r} must be a non-empty list, got {value!r}")
-        assert words is not None
-        assert tags is not None
+    def _words_and_tags(
+        self, row: RawRow, index: Mapping[str, int]
+    ) -> tuple[list[str], list[int]] | BadRow:
+        """Return a row's words and the numbers of their tags, or why it cannot be used."""
+        words = self._list(row.get(self.tokens_column), self.tokens_column)
+        tags = self._list(row.get(self.tags_column), self.tags_column)
+        for read in (words, tags):
+            if isinstance(read, BadRow):
+                return read
+        assert isinstance(words, list)
+        assert isinstance(tags, list)
         if len(words) != len(tags):
             return BadRow(f"{len(words)} words have {len(tags)} tags")
         if not all(isinstance(word, str) for word in words):
             return BadRow(f"column {self.tokens_column!r} must hold texts")
-        for tag in map(str, tags):
-            if self.entities and not ENTITY_TAG.fullmatch(tag):
-                return BadRow(f"tag {tag!r}: {NO_ENTITY_TAG[0]}; {NO_ENTITY_TAG[1]}")
-            if tag not in index:
-                return BadRow(f"unknown tag {tag!r}; the job knows: {', '.join(list(index)[:10])}")
-        return None
+        numbers: list[int] = []
+        for tag in tags:
+            number = label_number(tag, index, given=self.labels is not None, what="tag")
+            if isinstance(number, BadRow):
+                holds = number.why.startswith(("is ", "must "))
+                why = f"column {self.tags_column!r} holds a value that {number.why}"
+                return BadRow(why if holds else number.why)
+            numbers.append(number)
+        return words, numbers
+
+    def _list(self, value: Any, column: str) -> list[Any] | BadRow:
+        items = list_in(value)
+        if not items:
+            return BadRow(f"column {column!r} must be a non-empty list, got {shown(value)}")
+        return items
 
     def config_overrides(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return {
@@ -180,14 +208,29 @@ class TokenClassification(Task):
         pairs = [
             pair for a, b in zip(true, predicted, strict=True) for pair in zip(a, b, strict=True)
         ]
+        scheme = self._scheme(labels)
         words_with_loss = sum(len(found) for found in gathered["predicted"])
         return {
             "loss": float(gathered["loss"].sum()) / max(words_with_loss, 1),
             "accuracy": sum(a == b for a, b in pairs) / max(len(pairs), 1),
             "words": len(pairs),
             "confusion": _confusion(pairs, labels),
-            **(_entity_scores(true, predicted) if self.entities else _tag_scores(pairs)),
+            **(_tag_scores(pairs) if scheme == "words" else entity_scores(true, predicted, scheme)),
         }
+
+    def _scheme(self, labels: Sequence[str]) -> Scheme:
+        return scheme_of(labels) if self.entities else "words"
+
+    def prediction_problem(self, row: RawRow) -> str | None:
+        words = row[self.tokens_column]
+        if isinstance(words, str):
+            return text_problem(words, self.tokens_column)
+        if not isinstance(words, list | tuple) or not words:
+            return (
+                f"column {self.tokens_column!r} must be a text or a non-empty list, got {words!r}"
+            )
+        whys = (text_problem(w, self.tokens_column) for w in words if not isinstance(w, str) or w)
+        return next((why for why in whys if why), None)
 
     def predict(
         self, model: Any, tokenizer: Any, rows: Sequence[RawRow], max_length: int
@@ -197,41 +240,30 @@ class TokenClassification(Task):
 
         given = [row[self.tokens_column] for row in rows]
         texts = [WORDS.findall(one) if isinstance(one, str) else list(one) for one in given]
-        encoded = [_aligned(words, tokenizer, max_length) for words in texts]
+        encoded = [aligned(words, tokenizer, max_length) for words in texts]
         ids = [np.array(one["input_ids"]) for one in encoded]
-        batch = tokens_and_mask(ids, tokenizer.pad_token_id or 0)
+        batch = tokens_and_mask(ids, tokenizer.pad_token_id)
         with torch.no_grad():
             logits = _logits(model, {name: t.to(model.device) for name, t in batch.items()})
         names = [name for _, name in sorted(model.config.id2label.items())]
+        scheme = self._scheme(names)
         out = []
         for words, one, of_row in zip(texts, encoded, logits.argmax(-1).cpu().numpy(), strict=True):
             positions = np.array(one["positions"], dtype=np.int64)
             tags = _tags(of_row[positions[positions != NO_TOKEN]], positions, names)
             found: dict[str, Any] = {"tokens": words, "tags": tags}
-            if self.entities:
-                found["entities"] = _entities(words, tags)
+            if scheme != "words":
+                found["entities"] = [
+                    {
+                        "type": kind,
+                        "text": " ".join(words[start:stop]),
+                        "start": start,
+                        "stop": stop,
+                    }
+                    for kind, start, stop in entities_in(tags, scheme)
+                ]
             out.append(found)
         return out
-
-
-NO_ENTITY_TAG = ("is no entity tag (B-NAME, I-NAME, O)", "set task.entities=false for other tags")
-
-
-def _aligned(words: Sequence[str], tokenizer: Any, max_length: int) -> EncodedRow:
-    """Token ids of the words, and the position of each word's first token."""
-    encoded = tokenizer(
-        list(words), is_split_into_words=True, truncation=True, max_length=max_length
-    )
-    positions = [NO_TOKEN] * len(words)
-    for position, word in reversed(list(enumerate(encoded.word_ids()))):
-        if word is not None:
-            positions[word] = position
-    return {
-        "input_ids": encoded["input_ids"],
-        "positions": positions,
-        "n_targets": sum(position != NO_TOKEN for position in positions),
-        "truncated": int(bool(encoded.encodings[0].overflowing)),
-    }
 
 
 def _tags(found: Iterable[int], positions: Iterable[int], labels: Sequence[str]) -> list[str]:
@@ -268,27 +300,6 @@ def _confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> list[
     return counts
 
 
-def _entity_scores(true: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
-    """Precision, recall and F1 over whole entities by seqeval's default, as conlleval counts."""
-    from seqeval.metrics import classification_report
-
-    if not any(tag != OUTSIDE for tags in (*true, *predicted) for tag in tags):
-        return {"f1": 0.0, "precision": 0.0, "recall": 0.0, "f1_macro": 0.0, "entities": 0}
-    report: Any = classification_report(true, predicted, output_dict=True, zero_division=0)
-    micro, macro = report.pop("micro avg"), report.pop("macro avg")
-    report.pop("weighted avg")
-    names = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
-    return {
-        **{name: float(micro[theirs]) for name, theirs in names.items()},
-        "f1_macro": float(macro["f1-score"]),
-        "entities": int(micro["support"]),
-        **{
-            f"{name}_per_class": {kind: float(of[theirs]) for kind, of in report.items()}
-            for name, theirs in names.items()
-        },
-    }
-
-
 def _tag_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """The same over single words: micro over all of them, and per tag."""
     from sklearn.metrics import precision_recall_fscore_support as scores
@@ -306,13 +317,3 @@ def _tag_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
             for name, values in zip(names, each[:3], strict=True)
         },
     }
-
-
-def _entities(words: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
-    """The entities that tags spell; `start` and `stop` count words."""
-    from seqeval.metrics.sequence_labeling import get_entities
-
-    return [
-        {"type": kind, "text": " ".join(words[start : last + 1]), "start": start, "stop": last + 1}
-        for kind, start, last in get_entities(list(tags))
-    ]

@@ -11,9 +11,11 @@ import torch
 
 from orchestrator.data.stream import unpack_rows
 from orchestrator.model.config import load_config
+from orchestrator.model.embeddings import resize_embeddings
 from orchestrator.plan.data import DataFacts
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import pad
+from orchestrator.tasks.sequence import token_types
 from orchestrator.train.sample import rows_by_length
 
 BATCH_ROWS = 64
@@ -55,14 +57,17 @@ def _log_loss(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> np
 
 
 def _encoder(plan: Plan) -> Any:
+    """The untouched model without a head; of an encoder-decoder the part that reads."""
     import transformers
 
     model = transformers.AutoModel.from_pretrained(
         plan.spec.model.pretrained or "",
         revision=plan.spec.model.revision,
         config=load_config(plan.spec, plan.labels),
+        trust_remote_code=False,
     )
-    return model.eval()
+    resize_embeddings(model, plan.spec)
+    return (model.get_encoder() if model.config.is_encoder_decoder else model).eval()
 
 
 def _features(
@@ -77,7 +82,7 @@ def _features(
             tokens = [row["input_ids"] for row in rows]
             mask = pad([np.ones(len(t), dtype=np.int64) for t in tokens], 0)
             hidden = model(
-                input_ids=pad(tokens, plan.pad_token_id), attention_mask=mask
+                input_ids=pad(tokens, plan.pad_token_id), attention_mask=mask, **token_types(rows)
             ).last_hidden_state
             weights = mask.unsqueeze(-1).float()
             features.append(((hidden * weights).sum(1) / weights.sum(1)).numpy())

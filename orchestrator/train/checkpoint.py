@@ -4,7 +4,8 @@
         engine/…            DeepSpeed's shards, one set per rank
         random-00000.pt     random state of rank 0
         files-00000.json    what rank 0 wrote: name → sha256, bytes
-        COMMIT.json         written last, by rank 0, when all ranks' lists are there
+        COMMIT.json         written last, by rank 0, when all ranks' lists are there; holds their
+                            checksums, everything else to restore, and a checksum of itself
 
 The protocol needs nothing but a shared folder: it does not wait for Ray Train's controller, which
 commits only when it polls, and several trials can run in one Ray Train run.
@@ -13,7 +14,9 @@ commits only when it polls, and several trials can run in one Ray Train run.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -27,9 +30,13 @@ import psutil
 
 from orchestrator.data.manifest import sha256_of
 from orchestrator.errors import CheckpointError
-from orchestrator.run_folder import fsync_dir, read_json, write_json
+from orchestrator.run_folder import fsync_dir, read_json, write_atomically, write_json
 
 COMMIT = "COMMIT.json"
+FORMAT = 2
+"""Version of the commit marker. Version 1 had no checksum and no field `format`; it is still read."""
+DAMAGED = "damaged-"
+"""Begins the names of checkpoints that were found damaged; retention removes them."""
 STAGING = ".staging-"
 """Begins the names of what is being made; whatever a killed attempt left of it is deleted."""
 POLL_S = 0.02
@@ -51,55 +58,153 @@ class Committed:
 
 
 def committed(folder: Path) -> list[Committed]:
-    """Checkpoints with a readable commit marker, newest step first."""
+    """Return the checkpoints with an intact commit marker, newest step first."""
     found = []
     for marker in folder.glob(f"step-*/{COMMIT}"):
         try:
-            facts = read_json(marker)
-        except ValueError:
+            found.append(_read_marker(marker))
+        except CheckpointError:
             continue
-        if isinstance(facts, dict) and "step" in facts:
-            found.append(Committed(marker.parent, facts))
     return sorted(found, key=lambda c: (c.step, c.facts.get("time", 0)), reverse=True)
 
 
-def damage(checkpoint: Committed) -> str | None:
-    """What is wrong with a checkpoint's files, or None. Reads every byte."""
-    for rank in range(int(checkpoint.facts["world_size"])):
+def _damaged_markers(folder: Path) -> list[tuple[int, Path, str]]:
+    """Return (step by its name, folder, problem) of each checkpoint with a damaged marker, newest first."""
+    found = []
+    for marker in folder.glob(f"step-*/{COMMIT}"):
         try:
-            listed = read_json(checkpoint.folder / f"files-{rank:05d}.json")
-        except ValueError:
-            listed = None
-        if not isinstance(listed, dict):
-            return f"files-{rank:05d}.json is missing or torn"
-        for name, wanted in listed.items():
-            path = checkpoint.folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != wanted["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, {wanted['bytes']} were written"
-            if sha256_of(path) != wanted["sha256"]:
+            _read_marker(marker)
+        except CheckpointError as error:
+            found.append((_step_in_name(marker.parent) or 0, marker.parent, str(error)))
+    return sorted(found, reverse=True)
+
+
+def _read_marker(marker: Path) -> Committed:
+    """Return the checkpoint that `marker` commits; raises CheckpointError where the marker is damaged."""
+    try:
+        text = marker.read_bytes().decode("utf-8")
+        facts = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{COMMIT} cannot be read: {error}") from error
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{COMMIT} holds {type(facts).__name__} instead of an object")
+    if "format" in facts or "sha256" in facts:
+        if facts.get("format") != FORMAT:
+            raise CheckpointError(f"{COMMIT} has format {facts.get('format')!r}, not {FORMAT}")
+        # The text is compared, not only its content: it changes with every bit, the content need not.
+        if text != _marker_text(facts):
+            raise CheckpointError(f"{COMMIT} does not match its checksum")
+    _check_types(facts)
+    if facts["step"] != _step_in_name(marker.parent):
+        raise CheckpointError(f"{COMMIT} says step {facts['step']}, its folder says another")
+    return Committed(marker.parent, facts)
+
+
+def _marker_text(facts: dict[str, Any]) -> str:
+    """Return the commit marker's text: `facts` with the checksum of their canonical form."""
+    plain = {name: value for name, value in facts.items() if name != "sha256"}
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    return json.dumps({**plain, "sha256": digest}, indent=2) + "\n"
+
+
+def _check_types(facts: dict[str, Any]) -> None:
+    """Raise CheckpointError for a field of the wrong type, as a marker without a checksum may have."""
+    progress = facts.get("progress", {})
+    for name, value, least in (
+        ("step", facts.get("step"), 0),
+        ("world_size", facts.get("world_size"), 1),
+        ("stage", facts.get("stage", 0), 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise CheckpointError(f"{COMMIT}: {name} is {value!r}")
+    time_s = facts.get("time", 0)
+    if not isinstance(time_s, int | float) or isinstance(time_s, bool):
+        raise CheckpointError(f"{COMMIT}: time is {time_s!r}")
+    if not isinstance(progress, dict):
+        raise CheckpointError(f"{COMMIT}: progress is {progress!r}")
+    if progress.get("step", facts["step"]) != facts["step"]:
+        raise CheckpointError(
+            f"{COMMIT} says step {facts['step']}, its progress says {progress['step']!r}"
+        )
+
+
+def _step_in_name(folder: Path) -> int | None:
+    """Return the step in a checkpoint's folder name, `step-00000120-3f9a`."""
+    found = re.fullmatch(r"step-(\d+)(-.*)?", folder.name)
+    return int(found[1]) if found else None
+
+
+def damage(checkpoint: Committed) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None. Reads every byte."""
+    lists = checkpoint.facts.get("lists")
+    for rank in range(int(checkpoint.facts["world_size"])):
+        name = _list_name(rank)
+        try:
+            if lists is not None and sha256_of(checkpoint.folder / name) != lists[name]:
                 return f"{name} does not match its checksum"
+            listed = read_json(checkpoint.folder / name)
+            wanted = {str(n): (int(one["bytes"]), str(one["sha256"])) for n, one in listed.items()}
+        except (AttributeError, KeyError, OSError, TypeError, ValueError):
+            return f"{name} is missing or torn"
+        for file, (size, digest) in wanted.items():
+            if problem := _file_damage(checkpoint.folder, file, size, digest):
+                return problem
     return None
 
 
+def _list_name(rank: int) -> str:
+    return f"files-{rank:05d}.json"
+
+
+def _file_damage(folder: Path, name: str, size: int, digest: str) -> str | None:
+    """Return how one file differs from what was written, or None."""
+    path = folder / name
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+        return None if sha256_of(path) == digest else f"{name} does not match its checksum"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+
+
 def newest_valid(folder: Path, warn: Callable[[str], None]) -> Committed | None:
-    """The newest checkpoint whose files are what was committed; damaged ones are named and passed over."""
+    """Return the newest checkpoint whose marker and files are as they were written, or None.
+
+    `warn` is told of each damaged checkpoint that is newer, and of each damaged commit marker.
+    """
+    for _, broken, problem in _damaged_markers(folder):
+        warn(f"checkpoint {broken.name} is damaged ({problem}): it is not used")
     for checkpoint in committed(folder):
-        problem = damage(checkpoint)
-        if problem is None:
+        problem_in_files = damage(checkpoint)
+        if problem_in_files is None:
             return checkpoint
-        warn(f"checkpoint {checkpoint.folder.name} is damaged ({problem}): using the one before")
+        warn(
+            f"checkpoint {checkpoint.folder.name} is damaged ({problem_in_files}): using the one before"
+        )
     return None
 
 
 def put_aside_newer(folder: Path, chosen: Committed | None) -> None:
-    """Rename what was passed over for `chosen` to `damaged-…`: among the newest that are kept, each
-    would cost a good one its place. Only safe while nobody writes here."""
+    """Rename what was passed over for `chosen`, and all with damaged markers, to `damaged-…`.
+
+    Among the newest that are kept, each would cost a good one its place. Only safe while nobody writes here.
+    """
+    for _, broken, _ in _damaged_markers(folder):
+        _put_aside(broken)
     for checkpoint in committed(folder):
         if chosen is not None and checkpoint.folder == chosen.folder:
             return
-        checkpoint.folder.rename(folder / f"damaged-{checkpoint.folder.name}")
+        _put_aside(checkpoint.folder)
+
+
+def _put_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint; where one of that name has been put aside before, it is replaced."""
+    target = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    checkpoint.rename(target)
 
 
 def remove_uncommitted(folder: Path) -> None:
@@ -234,7 +339,7 @@ class CheckpointWriter:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _commit(self, target: Path, facts: dict[str, Any]) -> None:
-        lists = [target / f"files-{rank:05d}.json" for rank in range(self.world_size)]
+        lists = [target / _list_name(rank) for rank in range(self.world_size)]
         deadline = time.monotonic() + 600
         while not all(path.exists() for path in lists):
             if self._abandoned.is_set():
@@ -242,7 +347,11 @@ class CheckpointWriter:
             if time.monotonic() > deadline:
                 raise CheckpointError(f"not all ranks wrote their part of {target.name} in 600 s")
             time.sleep(POLL_S)
-        write_json(target / COMMIT, facts)
+        checksums = {path.name: sha256_of(path) for path in lists}
+        marker = _marker_text(
+            json.loads(json.dumps({"format": FORMAT, **facts, "lists": checksums}))
+        )
+        write_atomically(target / COMMIT, marker)
         fsync_dir(self.folder)
         self.on_commit(Committed(target, facts))
         retain(self.folder, self.keep, self.best_step)
@@ -260,20 +369,30 @@ def publish(staging: Path, target: Path, rank: int) -> None:
         shutil.move(source, destination)
         with open(destination, "rb+") as handle:
             os.fsync(handle.fileno())
-    write_json(target / f"files-{rank:05d}.json", listed)
+    write_json(target / _list_name(rank), listed)
 
 
 def retain(folder: Path, keep: int, best_step: int | None) -> None:
-    """Delete committed checkpoints but the newest `keep` and the best. The marker goes first."""
-    kept: Sequence[Committed] = committed(folder)
-    for checkpoint in kept[keep:]:
+    """Delete committed checkpoints but the newest `keep` and the best. The marker goes first.
+
+    Damaged ones that were put aside go once `keep` newer checkpoints are committed.
+    """
+    found: Sequence[Committed] = committed(folder)
+    for checkpoint in found[keep:]:
         if checkpoint.step != best_step:
             (checkpoint.folder / COMMIT).unlink(missing_ok=True)
             shutil.rmtree(checkpoint.folder, ignore_errors=True)
+    if len(found) < keep or not found:
+        return
+    oldest = found[keep - 1].step
+    for broken in folder.glob(f"{DAMAGED}step-*"):
+        step = _step_in_name(Path(broken.name.removeprefix(DAMAGED)))
+        if step is not None and step <= oldest:
+            shutil.rmtree(broken, ignore_errors=True)
 
 
 def _cannot_write(folder: Path, error: BaseException) -> str:
     return (
         f"a checkpoint could not be written to {folder}: {error}. "
-        "Earlier committed checkpoints are intact. Free space or mend the folder, then run the same command to go on."
+        "Earlier committed checkpoints are intact. Free space or fix the folder, then run the same command to resume."
     )

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from orchestrator.data.stream import unpack_rows
-from orchestrator.model.config import load_tokenizer
+from orchestrator.model.causal import teacher_job
 from orchestrator.model.teacher import load_teacher, teacher_source
+from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import ragged
 from orchestrator.train.export import load_exported
@@ -33,9 +34,10 @@ def compare_with_teacher(plan: Plan, exported: Path) -> dict[str, Any]:
     rows = unpack_rows(reader.take(ids))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_teacher(plan.spec, plan.labels, plan.pad_token_id)
-    found = {
-        "teacher": {"name": teacher_source(plan.spec), **_measured(plan, teacher, rows, device)}
-    }
+    task = teacher_job(plan.spec).task  # it may need documents kept apart in another way
+    theirs = plan.model_copy(update={"spec": plan.spec.model_copy(update={"task": task})})
+    measured = _measured(theirs, teacher, rows, device)
+    found = {"teacher": {"name": teacher_source(plan.spec), **measured}}
     del teacher
     student = load_exported(exported)[1]
     found["student"] = {"name": plan.spec.name, **_measured(plan, student, rows, device)}
@@ -51,7 +53,7 @@ def _measured(
     starts = range(0, len(rows), BATCH_ROWS)
     for start in (starts[-1], *starts):  # the longest rows first, to warm up, uncounted
         chunk = rows[start : start + BATCH_ROWS]
-        batch = task.collate(chunk, np.ones(len(chunk), np.float32), plan.pad_token_id)
+        batch = plan.collate(chunk, np.ones(len(chunk), np.float32))
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         began = time.perf_counter()
         with torch.no_grad():

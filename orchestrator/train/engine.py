@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import glob
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from orchestrator.spec.regularisation import NoAveraging
 from orchestrator.train.averaging import AVERAGED_FILE, Averager, add_l1
 from orchestrator.train.objective import Objective
 from orchestrator.train.optimizer import make_optimizer
+from orchestrator.train.tensors import load_tensors
 from orchestrator.train.unfreezing import Unfreezing, unfreezing_of
 
 TAG = "engine"
@@ -211,19 +213,41 @@ def load_shards(engine: Any, folder: Path) -> None:
     """Restore model and optimizer as `save_shards` wrote them at the same world size. Collective.
 
     Weight decay, betas and the like stay as the engine was opened with: a trial may go on from another's
-    weights with settings of its own. DeepSpeed unpickles its own files; they were verified against the
-    checksums of the commit first.
+    weights with settings of its own. Files that hold anything but values raise CheckpointError.
     """
     groups = engine.basic_optimizer.param_groups
     own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in groups]
-    engine.load_checkpoint(
-        str(folder),
-        tag=TAG,
-        load_module_strict=not has_frozen(engine),
-        load_lr_scheduler_states=False,
-    )
+    with _reading_safely(engine):
+        engine.load_checkpoint(
+            str(folder),
+            tag=TAG,
+            load_module_strict=not has_frozen(engine),
+            load_lr_scheduler_states=False,
+        )
     for group, settings in zip(engine.basic_optimizer.param_groups, own, strict=True):
         group.update(settings)
+
+
+@contextmanager
+def _reading_safely(engine: Any) -> Iterator[None]:
+    """Have DeepSpeed 0.19 read values only, from a folder whose path may hold `[`, `*` or `?`.
+
+    It unpickles whatever its files hold, and finds the files of the model by a pattern that holds the path.
+    """
+    find, load = engine._get_all_ckpt_names, engine.checkpoint_engine.load
+
+    def find_literally(folder: str, tag: str) -> list[str]:
+        found: list[str] = find(glob.escape(folder), tag)
+        return found
+
+    def load_values(path: str, map_location: Any = None) -> Any:
+        return load_tensors(path, map_location)
+
+    engine._get_all_ckpt_names, engine.checkpoint_engine.load = find_literally, load_values
+    try:
+        yield
+    finally:
+        engine._get_all_ckpt_names, engine.checkpoint_engine.load = find, load
 
 
 def has_frozen(engine: Any) -> bool:
@@ -235,7 +259,7 @@ def load_random_state(folder: Path, rank: int, seed: int, step: int) -> None:
     """Restore this rank's random state; a rank that had none is seeded from (seed, step, rank)."""
     saved = folder / f"random-{rank:05d}.pt"
     if saved.exists():
-        _set_random_state(torch.load(saved, weights_only=False))
+        _set_random_state(load_tensors(saved))
     else:
         seed_everything(seed, rank, step)
 

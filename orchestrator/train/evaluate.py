@@ -15,7 +15,7 @@ import torch.distributed as dist
 from orchestrator.data.order import PADDING
 from orchestrator.data.stream import StepRows
 from orchestrator.errors import DataError
-from orchestrator.model.config import load_tokenizer
+from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import ragged
 from orchestrator.train.feed import StepStream, open_source
@@ -59,7 +59,7 @@ class Evaluator:
         parts: list[dict[str, np.ndarray]] = []
         for step in self._steps():
             step = self.reference.joined(step) if self.reference else step
-            tensors = self.plan.spec.task.collate(step.rows, step.weights, self.plan.pad_token_id)
+            tensors = self.plan.collate(step.rows, step.weights)
             tensors = {name: t.to(device) for name, t in tensors.items()}
             measured = self.plan.spec.task.measure(model, tensors)
             for name in self.plan.spec.task.kept_features:

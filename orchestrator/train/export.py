@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import os
 import shutil
+import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from orchestrator.errors import CheckpointError, OrchestratorError
+from orchestrator.errors import CheckpointError, DamagedFileError, OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.model.config import load_tokenizer
+from orchestrator.model.identity import check_base
+from orchestrator.model.normalization import norm_real_frames
+from orchestrator.model.padding import set_tokens
 from orchestrator.model.parts import PROJECTION
 from orchestrator.model.quantization import unquantized
+from orchestrator.model.tuning import merged
+from orchestrator.model.weights import renamed_body
 from orchestrator.plan.plan import Plan
 from orchestrator.report.records import append_event
-from orchestrator.run_folder import RunFolder, read_json, write_json
+from orchestrator.run_folder import (
+    RunFolder,
+    damaged,
+    fsync_dir,
+    read_object,
+    storage_error,
+    storage_errors,
+    write_json,
+)
 from orchestrator.spec import JobSpec
 from orchestrator.spec.tuning import FullTuning, quantized
 from orchestrator.train.averaging import AVERAGED_FILE
 from orchestrator.train.checkpoint import Committed, committed, damage, newest_valid
 from orchestrator.train.engine import TAG
+from orchestrator.train.export_tokenizer import export_tokenizer, load_exported_tokenizer
+from orchestrator.train.reshard import read_weights
+from orchestrator.train.tensors import load_tensors
 
 DETAILS = "orchestrator.json"
 """What `eval` and `predict` need beside the model: the plan it came from, and its figures."""
@@ -32,7 +49,7 @@ DETAILS = "orchestrator.json"
 
 def load_plan(folder: RunFolder) -> Plan:
     """The plan of a run; raises OrchestratorError where there is no such run."""
-    data = read_json(folder.plan)
+    data = read_object(folder.plan)
     if data is None:
         raise OrchestratorError(
             f"{folder.root}: no run there. `orchestrator runs` lists what there is; "
@@ -45,8 +62,11 @@ def _plan(data: Any, source: Path) -> Plan:
     try:
         return Plan.model_validate(data)
     except ValidationError as error:
-        raise OrchestratorError(
-            f"{source} was written by another version of orchestrator and cannot be read by this one"
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise damaged(
+            source,
+            f"{where}: {first['msg']} (or it was written by another version of orchestrator)",
         ) from error
 
 
@@ -58,36 +78,36 @@ def best_checkpoint(folder: RunFolder, best_step: int | None) -> Committed:
     for checkpoint in committed(folder.checkpoints):
         if checkpoint.step == best_step and damage(checkpoint) is None:
             return checkpoint
-    newest = newest_valid(folder.checkpoints, lambda _: None)
+    newest = newest_valid(
+        folder.checkpoints, lambda text: append_event(folder.events, "warning", text=text)
+    )
     if newest is None:
         raise CheckpointError(f"{folder.checkpoints}: no valid checkpoint to export. Train first.")
     return newest
 
 
-def checkpoint_state(checkpoint: Committed, only_trainable: bool) -> dict[str, torch.Tensor]:
-    """Full fp32 weights by name, put together from all ranks' shards; averaged ones where they are kept."""
+def checkpoint_state(checkpoint: Committed) -> dict[str, torch.Tensor]:
+    """Return whole fp32 weights by name, without frozen ones; averaged ones where they are kept.
+
+    Raises CheckpointError for a file that holds anything but values.
+    """
     if (averages := checkpoint.folder / AVERAGED_FILE).exists():
-        found: dict[str, torch.Tensor] = torch.load(averages, weights_only=True)
+        found: dict[str, torch.Tensor] = load_tensors(averages)
         return found
     if checkpoint.facts["stage"] == 0:
         path = checkpoint.folder / TAG / "mp_rank_00_model_states.pt"
-        state: dict[str, torch.Tensor] = torch.load(path, weights_only=False)["module"]
+        state: dict[str, torch.Tensor] = load_tensors(path)["module"]
         return state
-    chatter = io.StringIO()
-    with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        state = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.folder), tag=TAG, exclude_frozen_parameters=only_trainable
-        )
-    return state
+    facts = checkpoint.facts
+    return read_weights(checkpoint.folder, facts["stage"], facts["world_size"])
 
 
 def load_weights(plan: Plan, checkpoint: Committed) -> Any:
     """The trained model on CPU, in the precision it was trained in, adapters still apart."""
     model = build_model(unquantized(plan.spec), plan.labels)
-    only_trainable = any(not p.requires_grad for p in model.parameters())
-    whole = checkpoint_state(checkpoint, only_trainable)
+    if any(not p.requires_grad for p in model.parameters()):
+        check_base(plan.spec, plan.base)
+    whole = checkpoint_state(checkpoint)
     state = {name: t for name, t in whole.items() if not name.startswith(PROJECTION)}
     if quantized(plan.spec.tuning):  # scales of 4-bit layers, which this model does not have
         state = {name: state[name] for name in model.state_dict() if name in state}
@@ -124,55 +144,130 @@ def export_run(plan: Plan, folder: RunFolder, target: Path, figures: dict[str, A
         }
     model = load_weights(plan, checkpoint)
     if getattr(plan.spec.tuning, "merge_on_export", False):
-        model = model.merge_and_unload()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        model.save_pretrained(temporary)
-        if tokenizer := load_tokenizer(plan.spec):
-            tokenizer.save_pretrained(temporary)
+        model = merged(model)
+    write_export(plan, model, target, checkpoint.step, figures)
+    return target
+
+
+def write_export(plan: Plan, model: Any, target: Path, step: int, figures: dict[str, Any]) -> None:
+    """Write a trained model, its tokenizer and its card as a folder; it appears complete or not at all."""
+    set_tokens(model, plan.pad_token_id, plan.target_start)
+    if plan.spec.task.pools and getattr(model.config, "use_mems_eval", False):
+        model.config.use_mems_eval = False  # XLNet's memories, which pipelines cannot cut into rows
+    leave_out_router_logits(model)
+    with _exporting(target) as temporary:
+        # transformers writes weights under the names they were read by, which name the body of another head.
+        kept_names = {"save_original_format": False} if renamed_body(type(model)) else {}
+        model.save_pretrained(temporary, **kept_names)
+        if plan.spec.task.reads_text:
+            export_tokenizer(plan, temporary)
         for name, content in plan.spec.task.exported_files(plan.labels).items():
             write_json(temporary / name, content)
         write_json(
             temporary / DETAILS,
-            {"plan": plan.model_dump(mode="json"), "step": checkpoint.step, **figures},
+            {"plan": plan.model_dump(mode="json"), "step": step, **figures},
         )
-        (temporary / "README.md").write_text(
-            model_card(plan, checkpoint.step, figures), encoding="utf-8"
-        )
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        (temporary / "README.md").write_text(model_card(plan, step, figures), encoding="utf-8")
+
+
+def leave_out_router_logits(model: Any) -> None:
+    """Turn off the router's auxiliary loss, which is for training.
+
+    `generate` cannot write a padded batch with it: from the second token on, its mask has another length.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
+
+
+@contextlib.contextmanager
+def _exporting(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target` that takes its place, durably, at the end of the block.
+
+    Raises StorageError where something cannot be written; the temporary folder is removed then.
+    """
+    from safetensors import SafetensorError
+
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}-", dir=target.parent))
+        try:
+            yield temporary
+            for file in (path for path in temporary.rglob("*") if path.is_file()):
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+            if target.exists():
+                shutil.rmtree(target)
+            open_by_umask(temporary)
+            temporary.rename(target)
+            fsync_dir(target.parent)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise storage_error(target, error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def open_by_umask(folder: Path) -> None:
+    """Give a folder and its files the permissions of newly made ones; some libraries write mode 0600."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in (folder, *folder.rglob("*")):
+        readable = (mode & 0o444) >> 2  # a folder that may be read may be entered
+        path.chmod(mode | readable if path.is_dir() else mode)
 
 
 def load_exported(folder: Path) -> tuple[Plan, Any, Any]:
     """(plan, model in evaluation mode, tokenizer) of an exported folder."""
     import transformers
 
-    details = read_json(folder / DETAILS)
+    details = read_object(folder / DETAILS)
     if details is None:
         raise OrchestratorError(
             f"{folder}: not a model exported by orchestrator ({DETAILS} is missing)"
         )
-    plan = _plan(details["plan"], folder / DETAILS)
-    if (folder / "adapter_config.json").exists():
-        from peft import PeftModel
+    plan = _plan(details.get("plan"), folder / DETAILS)
+    with _naming_damage(folder):
+        if (folder / "adapter_config.json").exists():
+            from peft import PeftModel
 
-        model: Any = PeftModel.from_pretrained(build_base(plan), str(folder))
-    else:
-        model = getattr(transformers, plan.spec.task.auto_class).from_pretrained(folder)
-    tokenizer = None
-    if plan.spec.task.reads_text:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            model: Any = PeftModel.from_pretrained(build_base(plan), str(folder))
+        else:
+            model = getattr(transformers, plan.spec.task.auto_class).from_pretrained(
+                folder, trust_remote_code=False
+            )
+            norm_real_frames(model)
+        set_tokens(model, plan.pad_token_id, plan.target_start)
+        leave_out_router_logits(model)
+        tokenizer = None
+        if plan.spec.task.reads_text:
+            tokenizer = load_exported_tokenizer(plan, folder, model.config)
     return plan, model.eval(), tokenizer
 
 
+@contextlib.contextmanager
+def _naming_damage(folder: Path) -> Iterator[None]:
+    """Turn what libraries raise for a torn or missing file of an export into one error with the fix."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OrchestratorError:
+        raise
+    except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DamagedFileError(
+            f"{folder} cannot be loaded: {first}. Delete this folder and export the run again."
+        ) from error
+
+
 def build_base(plan: Plan) -> Any:
-    """The untouched model that an adapter belongs to."""
+    """Return the untouched model that an adapter belongs to, once its weights are known to be the same.
+
+    Raises OrchestratorError where they are others.
+    """
+    check_base(plan.spec, plan.base)
     return build_model(plan.spec.model_copy(update={"tuning": FullTuning()}), plan.labels)
 
 

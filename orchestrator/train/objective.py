@@ -14,6 +14,7 @@ from orchestrator.tasks.multi_label import MultiLabelClassification
 from orchestrator.tasks.sequence import SequenceTask
 from orchestrator.train.distil import Distiller
 from orchestrator.train.noise import EmbeddingHook
+from orchestrator.train.router_loss import RouterLoss, asks_for_router_loss
 
 Batch = dict[str, torch.Tensor]
 
@@ -40,6 +41,7 @@ class Objective:
             or plan.spec.distillation
         )
         self.distiller = Distiller(plan, model) if plan.spec.distillation else None
+        self.router = RouterLoss(model) if asks_for_router_loss(model) else None
 
     def __call__(
         self, engine: Any, rows: list[dict[str, np.ndarray]], weights: np.ndarray
@@ -49,16 +51,22 @@ class Objective:
         `weights` (rows,) is 0 for rows that only fill the batch.
         """
         plan, task = self.plan, self.plan.spec.task
-        batch = task.collate(rows, weights, plan.pad_token_id)
+        batch = plan.collate(rows, weights)
         if self.settings.token_masking:
             batch["input_ids"] = masked(batch["input_ids"], plan, self.settings.token_masking)
         batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
+        if self.router is not None:
+            self.router.begin()
         if not self.looks_at_scores:
-            loss = task.loss_sum(engine, batch)
-            return loss, loss.detach()
-        scores, total, own = self._from_scores(engine, batch)
-        if self.distiller is not None:
-            total = self.distiller(total, scores, rows, weights)
+            total = task.loss_sum(engine, batch)
+            own = total.detach()
+        else:
+            scores, total, own = self._from_scores(engine, batch)
+            if self.distiller is not None:
+                total = self.distiller(total, scores, rows, weights)
+        if self.router is not None:
+            targets = sum(task.targets(row) for row, w in zip(rows, weights, strict=True) if w > 0)
+            total = total + targets * self.router(rows, weights, batch)
         return total, own
 
     def _from_scores(self, engine: Any, batch: Batch) -> tuple[Scores, torch.Tensor, torch.Tensor]:

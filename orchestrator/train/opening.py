@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
+from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.model.build import build_model
+from orchestrator.model.identity import check_base
+from orchestrator.model.padding import set_tokens
 from orchestrator.plan.plan import Plan
 from orchestrator.run_folder import RunFolder
 from orchestrator.train import engine as zero
@@ -24,6 +28,7 @@ from orchestrator.train.feed import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
 from orchestrator.train.journal import Journal
 from orchestrator.train.reshard import load_resharded
+from orchestrator.train.state import Progress
 from orchestrator.train.warm import Warm
 
 
@@ -36,6 +41,20 @@ def find_checkpoint(folder: RunFolder, journal: Journal) -> Committed | None:
         found = newest_valid(folder.checkpoints, lambda text: journal.event("warning", text=text))
         put_aside_newer(folder.checkpoints, found)
     return broadcast(found)
+
+
+def progress_in(found: Committed) -> Progress:
+    """Return the progress that a checkpoint holds.
+
+    Raises CheckpointError where it is none of this version's, as in a marker of another one.
+    """
+    try:
+        return Progress(**found.facts["progress"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{found.folder} was written by another version of orchestrator, or is damaged: {error}. "
+            "Delete it to resume from the one before, or start over with --fresh."
+        ) from error
 
 
 def open_writer(
@@ -71,14 +90,21 @@ def open_model(plan: Plan, warm: Warm | None, journal: Journal) -> torch.nn.Modu
     """The job's model, the same on all ranks; random numbers start anew behind it."""
 
     def make() -> torch.nn.Module:
-        return warm.model(plan) if warm else build_model(plan.spec, plan.labels)
+        if plan.model.frozen and dist.get_rank() == 0:
+            check_base(plan.spec, plan.base)
+        try:
+            return warm.model(plan) if warm else build_model(plan.spec, plan.labels)
+        except SafetensorError as error:
+            raise OrchestratorError(
+                f"model.pretrained = {plan.spec.model.pretrained!r}: its weights are damaged ({error}). "
+                "Copy or download them again."
+            ) from error
 
     journal.event("model")
     zero.seed_everything(plan.spec.seed, dist.get_rank())
     model: Any = together(make)
     zero.seed_everything(plan.spec.seed, dist.get_rank())
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = plan.pad_token_id
+    set_tokens(model, plan.pad_token_id, plan.target_start)
     return model
 
 

@@ -7,6 +7,7 @@ training: not in full tuning, where it would be a copy, nor with adapters, where
 from __future__ import annotations
 
 import io
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _computed(
         for start in range(0, len(mine), plan.micro_rows):
             ids = mine[start : start + plan.micro_rows]
             rows = unpack_rows(reader.take(ids))
-            batch = task.collate(rows, np.ones(len(rows), np.float32), plan.pad_token_id)
+            batch = plan.collate(rows, np.ones(len(rows), np.float32))
             tensors = {name: tensor.to(device) for name, tensor in batch.items()}
             parts.append({"row_id": ids, **task.reference(model, tensors)})
     model.train(was_training)
@@ -95,13 +96,17 @@ def _gathered(mine: dict[str, np.ndarray], data: DataFacts) -> dict[str, np.ndar
 
 
 def _read(kept: Path, data: DataFacts) -> dict[str, np.ndarray] | None:
-    """What was computed for the same prepared rows, by an earlier start of the run."""
-    if not kept.exists():
+    """Return what an earlier start computed for the same prepared rows.
+
+    None where there is nothing, or the file is damaged: then it is computed again.
+    """
+    try:
+        with np.load(kept) as stored:
+            if str(stored["prepared"]) != data.folder:
+                return None
+            return {name: stored[name] for name in stored.files if name != "prepared"}
+    except (AttributeError, EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile):
         return None
-    with np.load(kept) as stored:
-        if str(stored["prepared"]) != data.folder:
-            return None
-        return {name: stored[name] for name in stored.files if name != "prepared"}
 
 
 def _write(kept: Path, data: DataFacts, values: dict[str, np.ndarray]) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.train.engine import TAG
+from orchestrator.train.tensors import load_tensors
 
 FP32 = "fp32"
 """Names a parameter's master weights beside its optimizer states."""
@@ -36,24 +37,56 @@ def load_resharded(engine: Any, folder: Path, stage: int, world_size: int) -> No
 
     Learning rate, weight decay and the like stay as the engine was opened with. `stage`: 1, 2 or 3.
     """
-    shards = [
-        _read(folder, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt") for r in range(world_size)
-    ]
-    model = _read(folder, "*mp_rank_00_model_states.pt")
+    model, pieces = _read_pieces(folder, stage, world_size)
     if stage == 3:
-        pieces = _pieces_by_shape(shards, model["param_shapes"])
         _fill_partitions(engine.optimizer, pieces)
     else:
-        _fill_fragments(engine.optimizer, _pieces_by_mapping(shards))
+        _fill_fragments(engine.optimizer, pieces)
     for name, buffer in engine.module.named_buffers():
         if name in model["module"]:
             buffer.copy_(model["module"][name])
     engine.global_steps, engine.skipped_steps = model["global_steps"], model["skipped_steps"]
 
 
+def read_weights(folder: Path, stage: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Return the fp32 master weights and the buffers by name, whole, from the shards of all ranks.
+
+    Frozen weights are not among them: checkpoints do not hold any.
+
+    Args:
+        folder: a checkpoint.
+        stage: ZeRO stage of its shards: 1, 2 or 3.
+        world_size: number of ranks that wrote them.
+    """
+    model, pieces = _read_pieces(folder, stage, world_size)
+    buffers = {n: t for n, t in model["module"].items() if n in set(model["buffer_names"])}
+    found = {n: t.float() if t.is_floating_point() else t for n, t in buffers.items()}
+    for shapes in model["param_shapes"]:
+        for name, shape in shapes.items():
+            parts = [p.group[FP32].narrow(0, p.start, p.numel) for p in pieces[name]]
+            found[name] = torch.cat(parts).view(shape)
+    for alias, name in (model["shared_params"] or {}).items():
+        if name in found:
+            found[alias] = found[name]
+    return found
+
+
+def _read_pieces(
+    folder: Path, stage: int, world_size: int
+) -> tuple[dict[str, Any], dict[str, list[Piece]]]:
+    """Return (rank 0's file of the model, where each parameter's elements lie in the ranks' shards)."""
+    shards = [
+        _read(folder, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt") for r in range(world_size)
+    ]
+    model = _read(folder, "*mp_rank_00_model_states.pt")
+    if stage == 3:
+        return model, _pieces_by_shape(shards, model["param_shapes"])
+    return model, _pieces_by_mapping(shards)
+
+
 def _read(folder: Path, pattern: str) -> Any:
     path = min((folder / TAG).glob(pattern))
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    return load_tensors(path, mmap=True)
 
 
 def _groups(flats: list[torch.Tensor], states: dict[int, Group]) -> list[Group]:

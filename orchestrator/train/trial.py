@@ -30,6 +30,7 @@ from orchestrator.train.opening import (
     open_model,
     open_stream,
     open_writer,
+    progress_in,
 )
 from orchestrator.train.reference import Reference, find_reference
 from orchestrator.train.state import (
@@ -95,7 +96,7 @@ class Trial:
         self.journal = Journal(folder, self.rank)
         found = find_checkpoint(folder, self.journal)
         self.evaluate: Evaluator | None = None
-        self.progress = Progress(**found.facts["progress"]) if found else Progress()
+        self.progress = progress_in(found) if found else Progress()
         self.resumed_at_s = self.progress.elapsed_s
         best_step = (self.progress.best or {}).get("step")
         self.writer = open_writer(plan, folder, best_step, self._committed)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,15 +24,14 @@ FORK_SAFE = {
 
 
 @contextmanager
-def fork_server(**variables: str) -> Iterator[str]:
+def fork_server(folder: Path, **variables: str) -> Iterator[str]:
     """Serve forks inside the block; gives the command that takes the place of `python` in starting a worker.
 
-    `variables` are for libraries that read their environment when a process starts. The server ends
-    with the block, and with this process, whatever ends it. A worker that cannot reach it starts the
-    usual way.
+    The server's socket lies in `folder`. `variables` are for libraries that read their environment when a
+    process starts. The server ends with the block, and with this process, whatever ends it. A worker that
+    cannot reach it starts the usual way.
     """
-    folder = Path(tempfile.mkdtemp(prefix="orchestrator-forks-"))
-    address = folder / "socket"
+    address = folder / "forks"
     environment = {**variables, **os.environ, **FORK_SAFE}
     server = subprocess.Popen(
         [sys.executable, str(HERE / "server.py"), str(address)],
@@ -48,4 +45,4 @@ def fork_server(**variables: str) -> Iterator[str]:
         assert server.stdin is not None
         server.stdin.close()
         server.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        address.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ reads the environment once, when it is loaded, and each worker has one of its ow
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -38,15 +39,23 @@ IMPORTS = (
 
 def main(address: str) -> None:
     """Listen first: whoever comes during the imports waits less than importing would take."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen(128)
-        for name in IMPORTS:
-            importlib.import_module(name)
-        gc.collect()
-        gc.freeze()  # a collection in a child would copy all that is shared
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead are not waited for
-        serve(listener)
+    me = os.getpid()
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen(128)
+            for name in IMPORTS:
+                importlib.import_module(name)
+            gc.collect()
+            gc.freeze()  # a collection in a child would copy all that is shared
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead are not waited for
+            serve(listener)
+    finally:
+        if os.getpid() == me:
+            with contextlib.suppress(
+                OSError
+            ):  # its parent, which may have been killed, does the same
+                os.unlink(address)
 
 
 def serve(listener: socket.socket) -> None:

@@ -1,0 +1,1 @@
+"""Compatibility: popular architectures × tasks × tuning, each from raw rows to plain `transformers`."""
