@@ -241,6 +241,12 @@ UNKNOWN_MARKERS = (
     "{% if add_generation_prompt %}{{ '<|role-assistant|>' }}{% else %}{{ '<|finis|>' }}{% endif %}"
 )
 
+# The generation prompt is written after the last message, so there is none without messages.
+PROMPT_IN_LOOP = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+
 # Turns without an end.
 ENDLESS = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
@@ -296,6 +302,7 @@ SHAPES = {
     "marked_whole": Shape(MARKED_WHOLE, *IM),
     "words": Shape(WORDS, "ASSISTANT:", "</s>", lead=" "),
     "unknown_markers": Shape(UNKNOWN_MARKERS, "<|role-assistant|>", "<|stop|>"),
+    "prompt_in_loop": Shape(PROMPT_IN_LOOP, "<|assistant|>\n", "</s>"),
     "endless": Shape(ENDLESS, "<|assistant|>\n", ""),
 }
 

@@ -21,7 +21,7 @@ SPACE = re.compile(r"[\s]*")
 
 
 class KeysSeen:
-    """A hook for `json` that notes the first key that an object holds twice."""
+    """A hook for `json` that notes the first duplicate key of an object."""
 
     def __init__(self) -> None:
         self.duplicate: str | None = None
@@ -35,7 +35,7 @@ class KeysSeen:
 
 
 def parse_line(line: bytes) -> tuple[dict[str, Any] | BadRow, str | None]:
-    """Return (row, first key that stands twice in it) of a line."""
+    """Return (row, first duplicate key of it) of a line."""
     hook = KeysSeen()
     try:
         row = json.loads(line, object_pairs_hook=hook)
@@ -80,7 +80,7 @@ def _is_container(value: dict[str, Any], key: str) -> bool:
 def document_rows(
     content: bytes, url: str, columns: Sequence[str]
 ) -> Iterator[tuple[Any, str | None]]:
-    """Yield (item, first key that stands twice in it) of a document: an array, an object, or several objects.
+    """Yield (item, first duplicate key of it) of a document: an array, an object, or several objects.
 
     Raises DataError where it is not JSON, or holds columns instead of rows.
     """

@@ -185,7 +185,7 @@ def _read_document(piece: Piece, columns: Sequence[str], notes: Notes) -> Iterat
 def _note_duplicate(notes: Notes, piece: Piece, number: int | None, key: str) -> None:
     place = f", row {number}" if number else ""
     notes.add(
-        "a key stands twice in a JSON object; its last value counts",
+        "duplicate key in a JSON object; its last value counts",
         f"{piece.file.url}{place}, key {key!r}",
     )
 
@@ -206,7 +206,7 @@ def _read_csv(piece: Piece, columns: Sequence[str], notes: Notes) -> Iterator[Ra
     _require(piece.file, columns, header)
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        notes.add("columns stand twice in the header", f"{piece.file.url}, {', '.join(twice)}")
+        notes.add("duplicate columns in the header", f"{piece.file.url}, {', '.join(twice)}")
     for number, values in enumerate(rows, start=1):
         row = values if isinstance(values, BadRow) else _csv_row(header, values)
         yield RawItem(row, number, number)
@@ -249,11 +249,11 @@ def _read_parquet(
 
 
 def _require(file: SourceFile, columns: Sequence[str], present: Sequence[str]) -> None:
-    """Raise DataError where a column is missing, or stands twice."""
+    """Raise DataError where a column is missing or duplicated."""
     twice = [c for c in columns if list(present).count(c) > 1]
     if twice:
         raise DataError(
-            f"{file.url}: column {twice[0]!r} stands {list(present).count(twice[0])} times in the header. "
+            f"{file.url}: duplicate column {twice[0]!r}, {list(present).count(twice[0])} times in the header. "
             "Rename or drop the others."
         )
     missing = [c for c in columns if c not in present]

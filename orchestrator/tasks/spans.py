@@ -118,6 +118,8 @@ class Locator:
             self.text.startswith(after) and after.startswith(before) and len(after) > len(before)
         ):
             return None
+        if not before.endswith(self.prompt):  # written after a message, so not before the first one
+            return None
         stop = len(after)
         if i == len(self.messages) - 1:
             stop = self._without_end_of_text(i, stop)
