@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def asha(size: Size) -> dict[str, Any]:
-    return {"type": "asha", "min": size.first_rung, "reduction_factor": FACTOR}
+    return {"type": "asha", "grace_period": size.first_rung, "reduction_factor": FACTOR}
 
 
 def write_eval_rows(path: Path, count: int) -> None:
@@ -110,13 +110,13 @@ def search(folder: Path, size: Size, scheduler: dict[str, Any], seed: int) -> li
     del space["schedule.warmup_ratio"]
     job |= {
         "name": name,
-        "storage": str(folder / "runs"),
+        "storage_path": str(folder / "runs"),
         "model": {"pretrained": str(MINILM), "keep_layers": LAYERS},
         "data": {
             **job["data"], "train": str(REVIEWS), "eval": str(folder / "eval.csv"),
             "prepared_dir": str(folder / "prepared"), "max_length_tokens": LENGTH_TOKENS,
         },
-        "batch": {"global_rows": ROWS},
+        "batch": {"global_batch_size": ROWS},
         "stop": {"max_steps": size.steps},
         "evaluation": {"every_steps": "end", "metric": "loss"},
         "resources": {
@@ -126,7 +126,7 @@ def search(folder: Path, size: Size, scheduler: dict[str, Any], seed: int) -> li
             "space": space,
             "searcher": {"type": "random"},
             "scheduler": scheduler,
-            "slots": SLOTS,
+            "max_concurrent_trials": SLOTS,
             "seed": seed,
             "num_trials": compute // (size.first_rung if pruning else size.steps),
             "budget": {"max_steps_total": compute},

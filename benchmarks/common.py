@@ -121,7 +121,7 @@ def tail(log: Path, lines: int = 60) -> str:
 def train_command(folder: Path, job: dict[str, Any]) -> list[str]:
     """Write `job` below `folder`; returns the command that trains it."""
     path = folder / f"{job['name']}.yaml"
-    storage = {"storage": str(folder / "runs")}
+    storage = {"storage_path": str(folder / "runs")}
     data = {"prepared_dir": str(folder / "prepared"), **job["data"]}
     path.write_text(yaml.safe_dump({**job, **storage, "data": data}), encoding="utf-8")
     return [sys.executable, "-m", "orchestrator", "train", str(path)]
@@ -155,7 +155,7 @@ def classification_job(name: str, steps: int, **more: Any) -> dict[str, Any]:
         "task": {"type": "text_classification", "labels": ["negative", "positive"]},
         "model": {"pretrained": str(MINILM)},
         "data": {"train": str(REVIEWS), "max_length_tokens": 128},
-        "batch": {"global_rows": 32},
+        "batch": {"global_batch_size": 32},
         "stop": {"max_steps": steps},
         "checkpoint": {"every_steps": steps},
         "resources": {

@@ -43,7 +43,7 @@ def load_rows(plan: Plan, rank: int, world_size: int, steps: int) -> Rows:
     """The rows that our run hands to this rank, read from the same prepared shards."""
     import numpy as np
 
-    source = open_source(plan, plan.train_data, plan.global_rows, for_training=True)
+    source = open_source(plan, plan.train_data, plan.global_batch_size, for_training=True)
     ids = np.concatenate([source.order.rank_rows(s, rank, world_size) for s in range(steps)])
     rows = unpack_rows(source.reader.take(ids))
     return Rows(plan.spec.task.collate(rows, np.ones(len(rows)), pad_id=0))
@@ -89,7 +89,7 @@ def main() -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     engine = build_engine(plan, given["steps"])
     rows = load_rows(plan, rank, world_size, given["steps"])
-    loader = DataLoader(rows, batch_size=plan.micro_rows, shuffle=False)
+    loader = DataLoader(rows, batch_size=plan.micro_batch_size, shuffle=False)
     times, tokens, losses = zip(*train(engine, loader), strict=True)
     facts = {"times": times, "tokens": tokens, "losses": losses}
     Path(f"{given['out']}.{rank}").write_text(json.dumps(facts))

@@ -133,7 +133,7 @@ def run_ours(
         },
         "gradient_clipping": CLIP,
         "schedule": {"type": "linear", "warmup_ratio": WARM_UP_SHARE},
-        "batch": {"global_rows": case.rows},
+        "batch": {"global_batch_size": case.rows},
         "precision": "fp32",
         "zero": {"stage": 2},
         "stop": {"max_steps": case.steps},

@@ -154,7 +154,7 @@ class Marks:
 def job(folder: Path, trials: int, slots: int) -> dict[str, Any]:
     return {
         "name": "scale",
-        "storage": str(folder / "runs"),
+        "storage_path": str(folder / "runs"),
         "task": {"type": "text_classification", "labels": ["negative", "positive"]},
         "model": {"pretrained": str(MINILM)},
         "data": {
@@ -164,12 +164,12 @@ def job(folder: Path, trials: int, slots: int) -> dict[str, Any]:
         "stop": {"max_steps": 54},
         "resources": {"num_workers": 1, "cpus_per_worker": 1},
         "sweep": {
-            "num_trials": trials, "slots": 2,
+            "num_trials": trials, "max_concurrent_trials": 2,
             "space": {
                 "optimizer.lr": {"type": "log_uniform", "low": 1e-6, "high": 1e-2},
                 "optimizer.weight_decay": {"type": "uniform", "low": 0.0, "high": 0.3},
             },
-            "scheduler": {"type": "asha", "min": 6, "reduction_factor": 3},
+            "scheduler": {"type": "asha", "grace_period": 6, "reduction_factor": 3},
         },
     }  # fmt: skip
 

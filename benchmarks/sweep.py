@@ -85,7 +85,7 @@ def grid(count: int) -> list[dict[str, float]]:
 def job(data: Path, points: list[dict[str, float]], folder: Path, **fields: Any) -> dict[str, Any]:
     return {
         "name": "sweep",
-        "storage": str(folder / "runs"),
+        "storage_path": str(folder / "runs"),
         "task": {"type": "text_classification", "labels": ["negative", "positive"]},
         "model": {"pretrained": str(MINILM)},
         "data": {
@@ -94,7 +94,7 @@ def job(data: Path, points: list[dict[str, float]], folder: Path, **fields: Any)
             "max_length_tokens": 128,
             "prepared_dir": str(folder / "prepared"),
         },
-        "batch": {"global_rows": ROWS},
+        "batch": {"global_batch_size": ROWS},
         "zero": {"stage": 2},
         "schedule": {"type": "constant"},
         "stop": {"max_steps": RUNGS[-1]},
@@ -106,8 +106,8 @@ def job(data: Path, points: list[dict[str, float]], folder: Path, **fields: Any)
                 "optimizer.weight_decay": [0.0, 0.1],
             },
             "searcher": {"type": "grid"},
-            "scheduler": {"type": "asha", "min": RUNGS[0], "reduction_factor": FACTOR},
-            "slots": SLOTS,
+            "scheduler": {"type": "asha", "grace_period": RUNGS[0], "reduction_factor": FACTOR},
+            "max_concurrent_trials": SLOTS,
         },
         **fields,
     }
@@ -224,9 +224,9 @@ def slot_memory(folder: Path, stage: int, trials: int) -> dict[str, float]:
     spec = job(folder, grid(2), root, zero={"stage": stage}, stop={"max_steps": 2})
     spec["sweep"] = {
         "space": {"optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3}},
-        "num_trials": trials, "scheduler": {"type": "none"}, "slots": 1,
+        "num_trials": trials, "scheduler": {"type": "none"}, "max_concurrent_trials": 1,
     }  # fmt: skip
-    spec["batch"] = {"global_rows": 4}
+    spec["batch"] = {"global_batch_size": 4}
     orchestrator_sweep(root, spec)
     sweep = SweepFolder(root / "runs" / "sweep")
     ran = sorted(read_records(sweep.slots), key=lambda r: r["began"])

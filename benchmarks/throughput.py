@@ -104,7 +104,7 @@ def classification_pair(folder: Path, name: str, steps: int, measured: Measured)
     job = classification_job(name, steps)
     measured.add("classification_ours", our_pace(train(folder, job), WARM_UP).mean_rate)
     setup = {"task": "text_classification", "model": str(MINILM)}
-    rows = job["batch"]["global_rows"] // WORKERS
+    rows = job["batch"]["global_batch_size"] // WORKERS
     rate = trainer_rate(folder / f"{name}-peer", setup, rows, steps)
     measured.add("classification_trainer", rate)
 
@@ -152,7 +152,7 @@ def causal_job(name: str, steps: int, config: dict[str, Any], tokenizer: Path) -
         "task": {"type": "causal_lm"},
         "model": {"config": config, "tokenizer": str(tokenizer)},
         "data": {"train": str(REVIEWS), "max_length_tokens": SEQUENCE},
-        "batch": {"global_rows": PACKED_ROWS},
+        "batch": {"global_batch_size": PACKED_ROWS},
         "precision": "fp32",
     }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import DamagedFileError, OrchestratorError, StorageError
+from orchestrator.renames import upgraded
 
 FIXES = {
     "plan.json": "Restore it from a copy, or start over with --fresh (keeps the old folder).",
@@ -92,12 +93,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON in `path`, or None where the file does not exist.
+    """Return the JSON in `path`, or None where the file does not exist; plans of older formats are upgraded.
 
     Raises DamagedFileError where it is no JSON, StorageError where it cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return upgraded(path.name, json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
@@ -271,9 +272,9 @@ class SweepFolder(_Folder):
         return RunFolder(self.root / "trials" / trial)
 
 
-def find_sweep(run: str | Path, storage: str | Path = "runs") -> SweepFolder:
-    """A sweep by name below `storage`, or by path. Raises OrchestratorError where there is none."""
-    for root in (Path(storage) / run, Path(run)):
+def find_sweep(run: str | Path, storage_path: str | Path = "runs") -> SweepFolder:
+    """A sweep by name below `storage_path`, or by path. Raises OrchestratorError where there is none."""
+    for root in (Path(storage_path) / run, Path(run)):
         if _is_sweep(root):
             return SweepFolder(root.absolute())
         if (root / "plan.json").exists():
@@ -281,7 +282,7 @@ def find_sweep(run: str | Path, storage: str | Path = "runs") -> SweepFolder:
                 f"{run} is a training run, not a sweep: `orchestrator report {run}` shows what it reached."
             )
     raise OrchestratorError(
-        f"{run}: no such sweep below {storage}/. `orchestrator runs` lists them."
+        f"{run}: no such sweep below {storage_path}/. `orchestrator runs` lists them."
     )
 
 
@@ -307,31 +308,33 @@ def lock_of(root: Path) -> Path:
     return root.with_name(f".{root.name}.lock")
 
 
-def list_runs(storage: Path) -> list[RunFolder]:
-    """Every run below `storage`, oldest first."""
-    found = [path.parent for path in storage.glob("*/plan.json")]
+def list_runs(storage_path: Path) -> list[RunFolder]:
+    """Every run below `storage_path`, oldest first."""
+    found = [path.parent for path in storage_path.glob("*/plan.json")]
     return [RunFolder(path) for path in sorted(found, key=lambda p: p.stat().st_mtime)]
 
 
-def list_sweeps(storage: Path) -> list[SweepFolder]:
-    """Every sweep below `storage`, oldest first."""
-    found = [path.parent for path in storage.glob("*/sweep.json")]
+def list_sweeps(storage_path: Path) -> list[SweepFolder]:
+    """Every sweep below `storage_path`, oldest first."""
+    found = [path.parent for path in storage_path.glob("*/sweep.json")]
     return [SweepFolder(path) for path in sorted(found, key=lambda p: p.stat().st_mtime)]
 
 
-def find_either(run: str | Path, storage: str | Path = "runs") -> RunFolder | SweepFolder:
-    """A run or a sweep by name below `storage`, or by path. Raises OrchestratorError where there is none."""
-    is_sweep = any(_is_sweep(root) for root in (Path(storage) / run, Path(run)))
-    return find_sweep(run, storage) if is_sweep else find_run(run, storage)
+def find_either(run: str | Path, storage_path: str | Path = "runs") -> RunFolder | SweepFolder:
+    """A run or a sweep by name below `storage_path`, or by path. Raises OrchestratorError where there is none."""
+    is_sweep = any(_is_sweep(root) for root in (Path(storage_path) / run, Path(run)))
+    return find_sweep(run, storage_path) if is_sweep else find_run(run, storage_path)
 
 
-def find_run(run: str | Path, storage: str | Path = "runs") -> RunFolder:
-    """A run by name below `storage`, or by path. Raises OrchestratorError where there is none."""
-    for root in (Path(storage) / run, Path(run)):
+def find_run(run: str | Path, storage_path: str | Path = "runs") -> RunFolder:
+    """A run by name below `storage_path`, or by path. Raises OrchestratorError where there is none."""
+    for root in (Path(storage_path) / run, Path(run)):
         if (root / "plan.json").exists():
             return RunFolder(root.absolute())
         if _is_sweep(root):
             raise OrchestratorError(
                 f"{run} is a sweep. Its trials are runs: {root / 'trials'}/TRIAL. `orchestrator results` lists them."
             )
-    raise OrchestratorError(f"{run}: no such run below {storage}/. `orchestrator runs` lists them.")
+    raise OrchestratorError(
+        f"{run}: no such run below {storage_path}/. `orchestrator runs` lists them."
+    )

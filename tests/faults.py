@@ -33,7 +33,7 @@ class LiveRun:
         inside: Sequence[str] = (),
         **more: str,
     ) -> None:
-        self.folder = RunFolder(Path(spec.storage) / spec.name)
+        self.folder = RunFolder(Path(spec.storage_path) / spec.name)
         job = Path(spec.data.prepared_dir).parent / f"{spec.name}.yaml"
         job.write_text(dump_spec(spec), encoding="utf-8")
         self.log = job.with_suffix(".log")

@@ -107,7 +107,7 @@ class Made:
         }  # fmt: skip
         base = {
             "metric": "accuracy", "higher_is_better": True, "num_workers": 1, "stage": 0, "bf16": False,
-            "global_rows": 32, "total_steps": self.rungs[-1], "reasons": {"stage": "it fits"},
+            "global_batch_size": 32, "total_steps": self.rungs[-1], "reasons": {"stage": "it fits"},
         }  # fmt: skip
         count = len(self.log and [r for r in self.log if r["kind"] == "trial"])
         made = {

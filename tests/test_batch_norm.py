@@ -80,7 +80,7 @@ def job(source: Path | None, folder: Path, rows: int = 21, **fields: Any) -> Job
     data = tiny.write_jsonl(folder / "rows.jsonl", written)
     settings: dict[str, Any] = {
         "task": {"type": "image_classification", "size_pixels": SIDE, "labels": list(LABELS)},
-        "batch": {"global_rows": 8},
+        "batch": {"global_batch_size": 8},
         "optimizer": {"type": "sgd", "momentum": 0.9, "lr": 0.05},
         "schedule": {"type": "constant"},
         "stop": {"max_steps": 4},
@@ -202,7 +202,7 @@ def test_workers_and_micro_batches_change_nothing_but_rounding(ray: Any, tmp_pat
                 tmp_path / name,
                 name=name,
                 stop={"max_steps": 5},
-                batch={"global_rows": 8, "micro_rows": micro},
+                batch={"global_batch_size": 8, "micro_batch_size": micro},
                 resources={"num_workers": workers},
             )
         )

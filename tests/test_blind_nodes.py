@@ -54,7 +54,7 @@ def test_a_run_s_worker_says_where_storage_is_missing_and_makes_no_folder(
     alone: None, models: tiny.Tiny, tmp_path: Path
 ) -> None:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(4))
-    spec = tiny.job(models.bert, rows, tmp_path, storage=str(tmp_path / "elsewhere"))
+    spec = tiny.job(models.bert, rows, tmp_path, storage_path=str(tmp_path / "elsewhere"))
     plan = make_plan(spec, this_machine(), prepared())
     with pytest.raises(CheckpointError, match=r"is not there on node .* every node sees"):
         workers.work({"plan": plan.model_dump_json()})

@@ -45,8 +45,8 @@ HOSTILE = {
     "bad date": JOB + "seed: 2020-13-45\n",
     "date": JOB + "seed: 2020-01-02\n",
     "date in a config": JOB + "tracking: {project: 2020-01-02}\n",
-    "binary": JOB + "storage: !!binary aGVsbG8=\n",
-    "bad binary": JOB + "storage: !!binary '*'\n",
+    "binary": JOB + "storage_path: !!binary aGVsbG8=\n",
+    "bad binary": JOB + "storage_path: !!binary '*'\n",
     "long integer": JOB + f"seed: {'9' * 5000}\n",
     "long hexadecimal": JOB + f"seed: 0x{'f' * 8000}\n",
     "deep nesting": "a: " + "[" * 5000 + "]" * 5000,
@@ -70,12 +70,12 @@ HOSTILE = {
     "data is a list": JOB.replace("data:\n  train: memory://rows.jsonl", "data: [a]"),
     "data is null": JOB.replace("data:\n  train: memory://rows.jsonl", "data:"),
     "empty space": JOB + "sweep: {space: {optimizer.lr: []}}\n",
-    "NUL in a path": JOB + 'storage: "a\\0b"\n',
+    "NUL in a path": JOB + 'storage_path: "a\\0b"\n',
     "NUL in rows": JOB.replace("memory://rows.jsonl", '"a\\0b"'),
     "NUL in a model": JOB.replace("org/model", '"./a\\0b"'),
     "long path": JOB.replace("memory://rows.jsonl", "x/" + "a" * 5000),
     "long folder": JOB.replace("org/model", "./" + "a" * 5000),
-    "surrogate": JOB + 'storage: "\\ud800"\n',
+    "surrogate": JOB + 'storage_path: "\\ud800"\n',
     "not UTF-8": b"name: caf\xe9\n",
     "UTF-16": JOB.encode("utf-16"),
     "NUL": b"name: a\0b\n",
@@ -169,17 +169,17 @@ def test_every_path_of_a_job_is_expanded(tmp_path: Path, monkeypatch: pytest.Mon
         **BASE,
         "model": {"pretrained": "~/model", "tokenizer": "~/model"},
         "data": {"train": ["~/train.csv"], "eval": "~/train.csv", "prepared_dir": "~/prepared"},
-        "storage": "~/runs",
+        "storage_path": "~/runs",
     }
     spec = parse_spec(job)
     home = str(tmp_path)
     assert spec.data.train == (f"{home}/train.csv",)
     assert spec.data.eval == f"{home}/train.csv"
-    assert (spec.storage, spec.data.prepared_dir) == (f"{home}/runs", f"{home}/prepared")
+    assert (spec.storage_path, spec.data.prepared_dir) == (f"{home}/runs", f"{home}/prepared")
     assert (spec.model.pretrained, spec.model.tokenizer) == (f"{home}/model", f"{home}/model")
 
 
-@pytest.mark.parametrize("field", ["storage", "data.prepared_dir"])
+@pytest.mark.parametrize("field", ["storage_path", "data.prepared_dir"])
 @pytest.mark.parametrize("value", ["s3://bucket/runs", "s3:/bucket/runs", "gs://b", "hdfs://h/x"])
 def test_a_url_is_no_folder(field: str, value: str) -> None:
     with pytest.raises(SpecError) as caught:
@@ -230,6 +230,6 @@ def test_paths_on_the_command_line_are_expanded(
     (tmp_path / "job.yaml").write_text(JOB)
     runner = CliRunner()
     assert runner.invoke(app, ["check", "~/job.yaml"]).exit_code == 0
-    for arguments in (["report", "~/none"], ["report", "none", "--storage=~/runs"]):
+    for arguments in (["report", "~/none"], ["report", "none", "--storage-path=~/runs"]):
         with pytest.raises(OrchestratorError, match=re.escape(str(tmp_path))):
             runner.invoke(app, arguments, catch_exceptions=False)

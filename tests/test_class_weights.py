@@ -54,7 +54,7 @@ def test_balanced_weights_are_counted_in_the_data_and_weight_the_loss(
     rows = ROWS[task["type"]]
     train = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     settings = {"class_weights": "balanced"}
-    spec = tiny.job(models.bert, train, tmp_path, task=task, regularisation=settings)
+    spec = tiny.job(models.bert, train, tmp_path, task=task, regularization=settings)
     data = prepare(spec)
     plan = make_plan(spec, LAPTOP, data)
     assert plan.class_weights == pytest.approx(weights)

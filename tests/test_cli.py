@@ -49,7 +49,7 @@ def home(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) 
         "model": {"pretrained": "model"},
         "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
         "tuning": {"type": "lora", "merge_on_export": False},
-        "batch": {"global_rows": 8},
+        "batch": {"global_batch_size": 8},
         "stop": {"max_steps": STEPS},
         "evaluation": {"every_steps": "end", "baseline_rows": 20},
         "resources": {"num_workers": 2},
@@ -218,7 +218,7 @@ def test_fresh_starts_over_and_keeps_the_old_folder(
 def test_storage_on_the_command_line_is_where_the_run_goes(home: Path) -> None:
     (home / "elsewhere").write_text("no folder")
     with pytest.raises(OrchestratorError, match="elsewhere/tiny cannot be written"):
-        call("train", "job.yaml", "--storage", "elsewhere")
+        call("train", "job.yaml", "--storage-path", "elsewhere")
 
 
 def test_tables_in_a_pipe_are_not_cut_at_eighty_columns(
@@ -282,7 +282,7 @@ def command(*words: str, cwd: Path, stdin: str = "", **environment: str) -> Any:
         (("predict", "missing"), 1),
         (("report", "\x1b[31m"), 1),
         (("export", "missing", "there"), 1),
-        (("runs", "--storage", "job.yaml"), 0),
+        (("runs", "--storage-path", "job.yaml"), 0),
         (("render", "--validate", "."), 2),
         (("render", "--validate", sys.executable), 2),
         (("render",), 1),
@@ -318,7 +318,7 @@ WORDS = st.one_of(
             ".",
             "a=1",
             "--json",
-            "--storage",
+            "--storage-path",
             "--cluster",
             "--",
             "-h",

@@ -78,7 +78,9 @@ def test_a_run_whose_error_comes_again_ends_with_it_after_two_groups(
     ray: Any, models: tiny.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(20))
-    spec = tiny.job(models.bert, rows, tmp_path, stop={"max_steps": 3}, faults={"max_restarts": 6})
+    spec = tiny.job(
+        models.bert, rows, tmp_path, stop={"max_steps": 3}, fault_tolerance={"max_failures": 6}
+    )
     make = workers.make_trainer
 
     def broken(plan: Any, launch_id: str) -> Any:
@@ -88,6 +90,6 @@ def test_a_run_whose_error_comes_again_ends_with_it_after_two_groups(
     monkeypatch.setattr("orchestrator.launch.run.make_trainer", broken)
     with pytest.raises(TrainingError, match="the same error ended two worker groups"):
         train(spec)
-    folder = RunFolder(Path(spec.storage) / spec.name)
+    folder = RunFolder(Path(spec.storage_path) / spec.name)
     assert sum(e["kind"] == "imports" for e in read_records(folder.events)) == 3
     assert json.loads(folder.outcome.read_text())["status"] == "failed"

@@ -50,7 +50,7 @@ def job(models: tiny.Tiny, tmp_path: Path) -> Any:
     ) -> JobSpec:
         return tiny.job(
             models.bert, rows, tmp_path, data=data or {"eval": str(rows)}, stop={"max_steps": steps},
-            batch={"global_rows": rows_per_step}, sweep={"space": SPACE, **sweep},
+            batch={"global_batch_size": rows_per_step}, sweep={"space": SPACE, **sweep},
         )  # fmt: skip
 
     return make
@@ -237,11 +237,11 @@ def test_a_trial_that_is_compared_at_a_rung_has_come_so_far_in_its_unit() -> Non
         sweep = SweepSpec(space={"seed": (1,)}, scheduler=asha)
         facts = SimpleNamespace(rows=rng.randint(1, 10**5), tokens=rng.randint(10**4, 10**8))
         base, other = (
-            SimpleNamespace(train_data=facts, global_rows=rng.randint(1, 300), total_steps=rng.randint(5, 5000))
+            SimpleNamespace(train_data=facts, global_batch_size=rng.randint(1, 300), total_steps=rng.randint(5, 5000))
             for _ in range(2)
         )  # fmt: skip
         first = first_rung(sweep, base)  # type: ignore[arg-type]
-        per_step = facts.tokens / facts.rows * other.global_rows
+        per_step = facts.tokens / facts.rows * other.global_batch_size
         for step in rungs_of(sweep, base, other, {})[:-1]:  # type: ignore[arg-type]
             key = float(round(step * per_step))
             passed = sum(key >= first * factor**k for k in range(40))
@@ -378,7 +378,7 @@ def test_trials_without_an_end_run_wait_or_are_left(tmp_path: Path) -> None:
 def test_a_sweep_goes_on_in_its_own_folder_wherever_its_name_is_said(
     job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = job(num_trials=3).model_copy(update={"storage": "runs"})
+    spec = job(num_trials=3).model_copy(update={"storage_path": "runs"})
     monkeypatch.chdir(tmp_path)
     folder = SweepFolder(tmp_path / "runs" / spec.name)
     with _claimed(spec, folder, fresh=False):
@@ -387,7 +387,7 @@ def test_a_sweep_goes_on_in_its_own_folder_wherever_its_name_is_said(
     monkeypatch.chdir(tmp_path / "elsewhere")
     for name, storage in ((spec.name, tmp_path / "runs"), (str(folder.root), Path("runs"))):
         found = job_of_sweep(Path(name), storage, ["sweep.num_trials=5"])
-        assert Path.cwd() / found.storage / found.name == folder.root
+        assert Path.cwd() / found.storage_path / found.name == folder.root
         assert found.sweep is not None
         assert found.sweep.num_trials == 5
     (tmp_path / "begun").mkdir()

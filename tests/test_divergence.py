@@ -19,10 +19,10 @@ from orchestrator.train.trial import Trial
 
 def trial(max_skipped_steps: int = 3) -> Any:
     """A trial that has done seven steps, as far as the verdict on the next one needs it."""
-    faults = SimpleNamespace(max_skipped_steps=max_skipped_steps)
+    fault_tolerance = SimpleNamespace(max_skipped_steps=max_skipped_steps)
     said: list[str] = []
     return SimpleNamespace(
-        plan=SimpleNamespace(spec=SimpleNamespace(faults=faults)),
+        plan=SimpleNamespace(spec=SimpleNamespace(fault_tolerance=fault_tolerance)),
         progress=Progress(step=7),
         journal=SimpleNamespace(event=lambda kind, text: said.append(text)),
         said=said,

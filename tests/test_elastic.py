@@ -44,12 +44,12 @@ def job(models: tiny.Tiny, folder: Path, name: str, **fields: Any) -> JobSpec:
     train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
     settings: dict[str, Any] = {
         "name": name,
-        "batch": {"global_rows": 8},
+        "batch": {"global_batch_size": 8},
         "optimizer": {"lr": 2e-3, "weight_decay": 2.0},  # a wrong group's decay shows at once
         "schedule": {"type": "constant", "warmup_steps": 3},
         "stop": {"max_steps": STEPS},
         "resources": {"num_workers": 2},
-        "faults": {"health_timeout_s": 0.5},
+        "fault_tolerance": {"health_timeout_s": 0.5},
         **fields,
     }
     return tiny.job(models.bert, train, folder, **settings)
@@ -169,15 +169,15 @@ def plan(ray: Any, models: tiny.Tiny, tmp_path: Path) -> Plan:
 
 def test_a_run_goes_on_with_another_number_of_workers(plan: Plan) -> None:
     one = at_workers(made(plan), 1)
-    assert (one.rows_per_worker, one.global_rows) == (8, 8)
+    assert (one.rows_per_worker, one.global_batch_size) == (8, 8)
     assert one.deepspeed["train_batch_size"] == plan.deepspeed["train_batch_size"]
     assert made(one, resources=ResourcesSpec(num_workers=1)).num_workers == 1
 
 
 def test_the_same_number_of_workers_keeps_its_micro_batch(plan: Plan) -> None:
     made(plan)
-    with pytest.raises(RunExistsError, match="micro_rows: 4 → 2"):
-        made(plan.model_copy(update={"micro_rows": 2}))
+    with pytest.raises(RunExistsError, match="micro_batch_size: 4 → 2"):
+        made(plan.model_copy(update={"micro_batch_size": 2}))
 
 
 def test_auto_keeps_the_zero_stage_of_the_checkpoints(plan: Plan) -> None:

@@ -29,14 +29,14 @@ def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
     train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
     settings: dict[str, Any] = {
         "name": "elastic",
-        "batch": {"global_rows": 32, "micro_rows": 4},
+        "batch": {"global_batch_size": 32, "micro_batch_size": 4},
         "optimizer": {"lr": 1e-4},
         "schedule": {"type": "constant"},
         "zero": {"stage": stage},
         "stop": {"max_steps": 4000},
         "checkpoint": {"every_steps": 10},
         "resources": {
-            "num_workers": {"min": 1, "max": 2, "grow_every_s": 5},
+            "num_workers": {"min": 1, "max": 2, "elastic_resize_monitor_interval_s": 5},
             "cpus_per_worker": 2,
         },
         **fields,
@@ -78,7 +78,10 @@ def test_a_run_shrinks_when_a_node_leaves_and_grows_without_losing_a_step_when_o
     stage: int, most: int, story: tuple[str, ...], models: tiny.Tiny, tmp_path: Path, cluster: Any
 ) -> None:
     nodes = [cluster.add_node(**NODE) for _ in range(2)]
-    resources = {"num_workers": {"min": 1, "max": most, "grow_every_s": 5}, "cpus_per_worker": 2}
+    resources = {
+        "num_workers": {"min": 1, "max": most, "elastic_resize_monitor_interval_s": 5},
+        "cpus_per_worker": 2,
+    }
     run = faults.LiveRun(job(models, tmp_path, stage, resources=resources), address=cluster.address)
     run.wait_until(lambda: bool(run.events("first_step")) and started(run, 2, 1))
     run.wait_until(lambda: len(committed(run.folder.checkpoints)) > 0)

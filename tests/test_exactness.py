@@ -53,7 +53,7 @@ def job(models: tiny.Tiny, folder: Path, name: str, **fields: Any) -> JobSpec:
     held_out = tiny.write_csv(folder / "eval.csv", tiny.labelled(31, seed=1))
     settings = {
         "name": name,
-        "batch": {"global_rows": 8},
+        "batch": {"global_batch_size": 8},
         "optimizer": {"lr": 1e-3},
         "schedule": {"type": "cosine", "warmup_steps": 5},
         "stop": {"max_steps": STEPS},
@@ -85,7 +85,7 @@ def plain_loop(plan: Plan, before: Callable[[Any, int], None] | None = None) -> 
 
     order = Order(
         tuple(s.rows for s in manifest.shards),
-        plan.global_rows,
+        plan.global_batch_size,
         spec.seed,
         "full",
         lengths=reader.column("length") if plan.group_by_length else None,
@@ -121,7 +121,7 @@ def pair(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) 
     plans = {f"zero{stage}": zero_stage(base, stage) for stage in range(4)}
     plans["again"] = named(plans["zero2"], "again")
     plans["accumulating"] = plan_of(
-        job(models, folder, "accumulating", batch={"global_rows": 8, "micro_rows": 2})
+        job(models, folder, "accumulating", batch={"global_batch_size": 8, "micro_batch_size": 2})
     )
     for name, fields in OPTIMIZERS.items():
         plans[name] = plan_of(job(models, folder, name, stop={"max_steps": 10}, **fields))
@@ -177,7 +177,7 @@ def test_one_worker_with_twice_the_accumulation_follows_it_too(
         models,
         tmp_path,
         "alone",
-        batch={"global_rows": 8, "micro_rows": 4},
+        batch={"global_batch_size": 8, "micro_batch_size": 4},
         resources={"num_workers": 1},
     )
     plan = plan_of(spec)
@@ -204,7 +204,7 @@ def test_no_kind_of_trial_changes_what_the_next_one_computes(
         {"tuning": {"type": "full", "unfreeze_every_steps": 3}},
         {"precision": "bf16", "zero": {"stage": 3}},
         {"zero": {"stage": 2, "offload_optimizer": "cpu"}},
-        {"regularisation": {"neftune_alpha": 5.0, "averaging": {"type": "ema", "decay": 0.9}}},
+        {"regularization": {"neftune_alpha": 5.0, "averaging": {"type": "ema", "decay": 0.9}}},
     ]
     short = {
         "stop": {"max_steps": 12},

@@ -168,6 +168,6 @@ def test_evaluation_images_stay_in_memory_by_their_bytes(
     monkeypatch.setattr(evaluate.dist, "get_rank", lambda: 1)
     evaluator: Any = object.__new__(evaluate.Evaluator)
     evaluator.data = SimpleNamespace(size_bytes=size_bytes, tokens=1, rows=1)
-    evaluator.global_rows, evaluator._kept, evaluator._key = 1, {}, "rows"
+    evaluator.global_batch_size, evaluator._kept, evaluator._key = 1, {}, "rows"
     assert len(list(evaluator._steps())) == 1
     assert ("rows" in evaluator._kept) == kept

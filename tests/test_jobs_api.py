@@ -57,11 +57,11 @@ def place(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "task": {"type": "text_classification"},
         "model": {"pretrained": "data/bert"},
         "data": {"train": "data/train.jsonl", "prepared_dir": str(folder / "prepared")},
-        "batch": {"global_rows": 16},
+        "batch": {"global_batch_size": 16},
         "stop": {"max_steps": STEPS},
         "checkpoint": {"every_steps": 50},
         "resources": {"num_workers": 2, "cpus_per_worker": 1},
-        "storage": str(folder / "runs"),
+        "storage_path": str(folder / "runs"),
         "runtime": {"secrets": ["HUB_KEY"], "env_vars": {"NCCL_DEBUG": "WARN"}},
     }
     (here / "job.yaml").write_text(yaml.safe_dump(job))

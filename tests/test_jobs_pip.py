@@ -65,11 +65,11 @@ def test_packages_of_a_job_are_there_in_its_driver_and_in_its_workers(
             "train": str(tiny.write_jsonl(here / "train.jsonl", tiny.labelled(64))),
             "prepared_dir": str(tmp_path / "prepared"),
         },
-        "batch": {"global_rows": 16},
+        "batch": {"global_batch_size": 16},
         "stop": {"max_steps": 5000},
         "checkpoint": {"every_steps": 5000},
         "resources": {"num_workers": 2, "cpus_per_worker": 1},
-        "storage": str(tmp_path / "runs"),
+        "storage_path": str(tmp_path / "runs"),
         "runtime": {
             "pip": ["planted"],
             "pip_options": ["--no-index", f"--find-links={wheels}"],

@@ -39,7 +39,7 @@ def cluster(tmp_path: Path) -> Iterator[Pods]:
 def submit(cluster: Pods, folder: Path, name: str) -> subprocess.Popen[str]:
     """`ray job submit`, following; the job's paths are relative to the repository."""
     train = (
-        f"cd {ROOT} && exec python -m orchestrator train jobs/quickstart.yaml storage={folder}/runs "
+        f"cd {ROOT} && exec python -m orchestrator train jobs/quickstart.yaml storage_path={folder}/runs "
         f"data.prepared_dir={folder}/prepared stop.max_epochs=null stop.max_steps={STEPS} "
         "checkpoint.every_steps=10 evaluation.baseline_rows=null resources.cpus_per_worker=2"
     )

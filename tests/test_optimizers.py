@@ -262,7 +262,7 @@ def test_each_kind_of_task_and_model_has_a_rate_and_source_of_its_own(
 
 
 def test_rows_per_step_that_are_left_open_name_a_source_of_the_task(spec: JobSpec) -> None:
-    reason = make_plan(spec, LAPTOP, prepared()).reasons["global_rows"]
+    reason = make_plan(spec, LAPTOP, prepared()).reasons["global_batch_size"]
     assert "1810.04805" in reason
     tasks: list[Any] = model_members(TaskSpec)
     words = {t.__name__: t.usual_global_rows_source for t in tasks}

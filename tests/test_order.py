@@ -24,7 +24,7 @@ def orders(draw: st.DrawFn, max_rows: int = 400) -> Order:
     lengths = np.random.default_rng(draw(st.integers(0, 9))).integers(1, 50, sum(shards))
     return Order(
         shard_rows=shards,
-        global_rows=draw(st.one_of(st.integers(1, 4), st.integers(1, max_rows + 10))),
+        global_batch_size=draw(st.one_of(st.integers(1, 4), st.integers(1, max_rows + 10))),
         seed=draw(st.integers(0, 2**32 - 1)),
         shuffle=draw(st.sampled_from(["full", "windows", "none"])),
         window_rows=draw(st.integers(1, max_rows)),
@@ -49,10 +49,10 @@ def test_every_row_stands_in_an_epoch_exactly_once(order: Order, epoch: int) -> 
 @given(orders())
 def test_only_the_last_batch_is_short_and_its_padding_stands_at_the_end(order: Order) -> None:
     rows = epoch_rows(order, 0)
-    assert len(rows) == order.steps_per_epoch * order.global_rows
+    assert len(rows) == order.steps_per_epoch * order.global_batch_size
     assert (rows[: order.n_rows] != PADDING).all()
     assert (rows[order.n_rows :] == PADDING).all()
-    assert len(rows) - order.n_rows < order.global_rows
+    assert len(rows) - order.n_rows < order.global_batch_size
 
 
 @quick
@@ -63,7 +63,7 @@ def test_the_ranks_together_hold_the_batch_for_any_world_size(
     step = any_step % (3 * order.steps_per_epoch)
     batch = order.batch(step)
     shares = [order.rank_rows(step, rank, world_size) for rank in range(world_size)]
-    assert {len(share) for share in shares} == {rows_per_rank(order.global_rows, world_size)}
+    assert {len(share) for share in shares} == {rows_per_rank(order.global_batch_size, world_size)}
     held = np.concatenate(shares)
     assert sorted(held[held != PADDING]) == sorted(batch[batch != PADDING])
 

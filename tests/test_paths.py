@@ -32,8 +32,8 @@ def test_a_run_in_a_folder_of_any_name_trains_exports_reports_and_resumes(
     home.mkdir()
     rows = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.labelled(16))
     fields: dict[str, Any] = {
-        "name": "run", "storage": str(home / "runs"), "zero": {"stage": stage},
-        "batch": {"global_rows": 8}, "resources": {"num_workers": 1},
+        "name": "run", "storage_path": str(home / "runs"), "zero": {"stage": stage},
+        "batch": {"global_batch_size": 8}, "resources": {"num_workers": 1},
         "stop": {"max_steps": 3, "max_time_s": 1e-3},
     }  # fmt: skip
     spec = tiny.job(models.bert, rows, tmp_path, **fields)

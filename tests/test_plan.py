@@ -106,25 +106,27 @@ def sized(monkeypatch: pytest.MonkeyPatch) -> Any:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 16), st.one_of(st.just("auto"), st.integers(1, 300)))
 def test_micro_batches_of_all_workers_cover_the_global_batch(
-    spec: JobSpec, global_rows: int, workers: int, micro: int | str
+    spec: JobSpec, global_batch_size: int, workers: int, micro: int | str
 ) -> None:
-    if micro != "auto" and int(micro) > global_rows:
-        micro = global_rows
+    if micro != "auto" and int(micro) > global_batch_size:
+        micro = global_batch_size
     job = changed(
         spec,
-        f"batch.global_rows={global_rows}",
-        f"batch.micro_rows={micro}",
+        f"batch.global_batch_size={global_batch_size}",
+        f"batch.micro_batch_size={micro}",
         f"resources.num_workers={workers}",
     )
     plan = make_plan(job, describe_cluster("16cpux1"), prepared())
-    covered = plan.micro_rows * plan.accumulation * plan.num_workers
-    assert plan.rows_per_worker * workers >= global_rows
-    assert plan.micro_rows * plan.accumulation >= plan.rows_per_worker
-    assert plan.micro_rows * (plan.accumulation - 1) < plan.rows_per_worker, "no pass is empty"
+    covered = plan.micro_batch_size * plan.accumulation * plan.num_workers
+    assert plan.rows_per_worker * workers >= global_batch_size
+    assert plan.micro_batch_size * plan.accumulation >= plan.rows_per_worker
+    assert plan.micro_batch_size * (plan.accumulation - 1) < plan.rows_per_worker, (
+        "no pass is empty"
+    )
     assert plan.deepspeed["train_batch_size"] == covered
     assert plan.deepspeed["gradient_accumulation_steps"] == plan.accumulation
     if micro != "auto":
-        assert plan.micro_rows == min(int(micro), plan.rows_per_worker)
+        assert plan.micro_batch_size == min(int(micro), plan.rows_per_worker)
 
 
 @pytest.mark.parametrize(
@@ -177,15 +179,15 @@ def test_checkpoints_default_to_ten_but_not_to_one_every_few_steps(spec: JobSpec
 
 
 def test_the_default_batch_is_capped_by_the_data(spec: JobSpec) -> None:
-    assert make_plan(spec, LAPTOP, prepared(rows=1000)).global_rows == 32
-    assert make_plan(spec, LAPTOP, prepared(rows=5)).global_rows == 5
+    assert make_plan(spec, LAPTOP, prepared(rows=1000)).global_batch_size == 32
+    assert make_plan(spec, LAPTOP, prepared(rows=5)).global_batch_size == 5
 
 
 def test_every_number_that_was_chosen_has_a_reason(spec: JobSpec) -> None:
     auto = make_plan(spec, LAPTOP, prepared(eval_rows=9))
     chosen = {
-        "num_workers", "gpus_per_worker", "cpus_per_worker", "bf16", "global_rows", "stage",
-        "micro_rows", "memory_limit_bytes", "total_steps", "eval_every_steps", "group_by_length",
+        "num_workers", "gpus_per_worker", "cpus_per_worker", "bf16", "global_batch_size", "stage",
+        "micro_batch_size", "memory_limit_bytes", "total_steps", "eval_every_steps", "group_by_length",
         "checkpoint_every_steps", "optimizer_class",
     }  # fmt: skip
     assert chosen <= set(auto.reasons) <= set(Plan.model_fields)
@@ -193,7 +195,7 @@ def test_every_number_that_was_chosen_has_a_reason(spec: JobSpec) -> None:
     said = make_plan(
         changed(
             spec, "resources={num_workers: 1, gpus_per_worker: 0, cpus_per_worker: 1}",
-            "precision=fp32", "batch={global_rows: 8, micro_rows: 8}", "zero.stage=1",
+            "precision=fp32", "batch={global_batch_size: 8, micro_batch_size: 8}", "zero.stage=1",
             "stop.max_steps=9", "checkpoint.every_steps=3", "evaluation.every_steps=4",
             "data.order.group_by_length=true", "optimizer.implementation=torch",
         ),
@@ -389,17 +391,27 @@ def test_a_range_whose_fewest_do_not_fit_is_refused(spec: JobSpec) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 6), st.sampled_from(["auto", 2, 5]))
 def test_at_another_size_it_is_the_plan_that_would_have_been_made_there(
-    spec: JobSpec, global_rows: int, workers: int, micro: int | str
+    spec: JobSpec, global_batch_size: int, workers: int, micro: int | str
 ) -> None:
-    micro = micro if micro == "auto" else min(int(micro), global_rows)
-    batch = (f"batch.global_rows={global_rows}", f"batch.micro_rows={micro}", "zero.stage=2")
+    micro = micro if micro == "auto" else min(int(micro), global_batch_size)
+    batch = (
+        f"batch.global_batch_size={global_batch_size}",
+        f"batch.micro_batch_size={micro}",
+        "zero.stage=2",
+    )
     where = describe_cluster("8cpux1:memory_gib=64")
     elastic = make_plan(changed(spec, RANGE, *batch), where, prepared())
     fixed = make_plan(changed(spec, f"resources.num_workers={workers}", *batch), where, prepared())
     there = at_workers(elastic, workers)
-    for field in ("num_workers", "rows_per_worker", "micro_rows", "accumulation", "deepspeed"):
+    for field in (
+        "num_workers",
+        "rows_per_worker",
+        "micro_batch_size",
+        "accumulation",
+        "deepspeed",
+    ):
         assert getattr(there, field) == getattr(fixed, field), field
-    kept = ("spec", "global_rows", "total_steps", "stage", "memory_limit_bytes", "train_data")
+    kept = ("spec", "global_batch_size", "total_steps", "stage", "memory_limit_bytes", "train_data")
     assert all(getattr(there, field) == getattr(elastic, field) for field in kept)
 
 
@@ -468,7 +480,7 @@ def test_the_automatic_stage_is_the_lowest_that_fits(spec: JobSpec, sized: Any) 
         (7, "8xH100x1", ["zero.stage=0"]),
         (7, "1xH100x1", []),
         (20, "1xH100x1", []),
-        (7, "8xH100x1", ["zero.stage=1", "batch={global_rows: 4096, micro_rows: 512}"]),
+        (7, "8xH100x1", ["zero.stage=1", "batch={global_batch_size: 4096, micro_batch_size: 512}"]),
         (30, "8xA100x1", ["zero.stage=2"]),
         (4, "16cpux1", ["resources.num_workers=1"]),
     ],
@@ -508,14 +520,14 @@ def test_less_memory_means_smaller_micro_batches_and_the_same_global_batch(
     spec: JobSpec, sized: Any
 ) -> None:
     sized(10**9)
-    job = changed(spec, "batch.global_rows=512")
+    job = changed(spec, "batch.global_batch_size=512")
     plans = [
         make_plan(job, describe_cluster(f"1x{gpu}x1"), prepared(longest=512))
         for gpu in ("H200", "L40S", "A10G")
     ]
-    assert plans[0].micro_rows > plans[1].micro_rows > plans[2].micro_rows
+    assert plans[0].micro_batch_size > plans[1].micro_batch_size > plans[2].micro_batch_size
     for plan in plans:
-        assert plan.micro_rows * plan.accumulation >= 512
+        assert plan.micro_batch_size * plan.accumulation >= 512
         assert sum(plan.memory_bytes.values()) <= plan.memory_limit_bytes
 
 
@@ -533,8 +545,8 @@ def test_a_run_that_fits_its_disk_fits_it_when_it_goes_on(
 ) -> None:
     sized(10**6)
     here = Cluster(source="this machine", nodes=(Node(cpus=4, memory_bytes=2**40),))
-    plan = make_plan(changed(spec, f"storage={tmp_path}"), here, prepared())
-    most = plan.spec.checkpoint.keep + 2  # those kept, the best, one being written
+    plan = make_plan(changed(spec, f"storage_path={tmp_path}"), here, prepared())
+    most = plan.spec.checkpoint.num_to_keep + 2  # those kept, the best, one being written
     disk_bytes = most * plan.checkpoint_bytes
 
     def usage(_: Path) -> Any:
@@ -589,7 +601,7 @@ def test_deepspeed_gets_what_the_plan_says(spec: JobSpec, stage: int) -> None:
     job = changed(spec, f"zero.stage={stage}", "zero.bucket_elements=1000", "gradient_clipping=0.5")
     plan = make_plan(job, LAPTOP, prepared())
     config = plan.deepspeed
-    assert config["train_micro_batch_size_per_gpu"] == plan.micro_rows
+    assert config["train_micro_batch_size_per_gpu"] == plan.micro_batch_size
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"] == {"enabled": False}
     assert "optimizer" not in config

@@ -21,7 +21,7 @@ RICH: dict[str, list[str]] = {
         "tuning={unfreeze_every_steps: 3, freeze: ['*LayerNorm*']}",
         "optimizer={type: sgd, lr: 0.1, nesterov: true, layer_decay: 0.9, head_lr: 0.2}",
         "schedule={type: cosine, restarts: 1, warmup_steps: 2}",
-        "regularisation={r_drop_alpha: 1, token_masking: 0.1, averaging: {type: swa, start_ratio: 0.5}, "
+        "regularization={r_drop_alpha: 1, token_dropout: 0.1, averaging: {type: swa, start_ratio: 0.5}, "
         "class_weights: {good: 3}}",
         "stop={max_time_s: 60, target: 0.9, max_epochs: 2}",
         "model.dropout=0.1",
@@ -29,7 +29,7 @@ RICH: dict[str, list[str]] = {
         "data.eval=memory://",
     ],
     "lora": ["tuning={type: lora, r: 4, use_rslora: true}", "schedule={type: plateau, patience: 3}",
-             "data.eval=memory://", "regularisation.averaging={type: ema, decay: 0.9}"],
+             "data.eval=memory://", "regularization.averaging={type: ema, decay: 0.9}"],
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def screen(plan: Plan) -> str:
 def leaves(value: Any, path: str = "") -> set[str]:
     """Dotted paths of everything that a section sets."""
     if isinstance(value, dict) and path not in (
-        "model.dropout", "regularisation.class_weights", "model.config",
+        "model.dropout", "regularization.class_weights", "model.config",
     ):  # fmt: skip
         return {p for k, v in value.items() for p in leaves(v, f"{path}.{k}".lstrip("."))}
     return {path}
@@ -85,7 +85,7 @@ def test_the_screen_shows_what_follows_from_the_settings(plans: dict[str, Plan])
         "unfreezing the head, one layer more every 3 steps",
         "schedule cosine, 2 warm-up steps",
         "r-drop alpha 1 every row stands twice",
-        "token masking 10% of the words",
+        "token dropout 10% of the words",
         "class weights bad 1, good 3",
         "swa: 13 points after step 13, every 1 steps",
         "learning rate by step 0.1 ┤",

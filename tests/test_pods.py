@@ -41,7 +41,7 @@ def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
     train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
     settings = {
         "name": f"zero{stage}",
-        "batch": {"global_rows": 16},
+        "batch": {"global_batch_size": 16},
         "optimizer": {"lr": 1e-3},
         "zero": {"stage": stage},
         "stop": {"max_steps": STEPS},
@@ -167,7 +167,7 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_no_step_is_lost(
         2,
         stop={"max_steps": 50_000},  # more than can be done by then
         checkpoint={"every_steps": 50_000},
-        faults={"max_restarts": 0},  # and no restart to spend
+        fault_tolerance={"max_failures": 0},  # and no restart to spend
     )
     run = start(spec, cluster)
     run.wait_until(lambda: run.step() >= EVERY, START_S)
@@ -209,7 +209,7 @@ def test_a_submitted_job_trains_on_while_its_head_is_lost_and_comes_back_with_re
     if not shutil.which("redis-server"):
         pytest.skip("needs redis-server")
     want, spec = one_node[2], job(models, tmp_path, 2)
-    folder, file = RunFolder(Path(spec.storage) / spec.name), tmp_path / "job.yaml"
+    folder, file = RunFolder(Path(spec.storage_path) / spec.name), tmp_path / "job.yaml"
     file.write_text(dump_spec(spec), encoding="utf-8")
     cluster.start_redis()
     cluster.start_head(0, jobs=True)

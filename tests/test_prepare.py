@@ -163,7 +163,7 @@ def strict(models: tiny.Tiny, path: Path, folder: Path, **data: Any) -> JobSpec:
         path,
         folder,
         task={"type": "text_classification", "labels": list(LABELS)},
-        data={"max_length_tokens": 20, "over_long": "bad_row", **data},
+        data={"max_length_tokens": 20, "truncation": "error", **data},
     )
 
 
@@ -375,7 +375,7 @@ def test_the_fingerprint_changes_with_whatever_changes_the_rows(
         fingerprint(data={"eval_fraction": 0.2}, seed=7),
         fingerprint(task={**task, "labels": ["good", "bad"]}),
     ]
-    same = fingerprint(optimizer={"lr": 1.0}, seed=9, name="other", batch={"global_rows": 3})
+    same = fingerprint(optimizer={"lr": 1.0}, seed=9, name="other", batch={"global_batch_size": 3})
     assert same == names[0], "what does not change the rows does not prepare them again"
 
     tokenizer = model / "tokenizer.json"

@@ -101,10 +101,10 @@ def test_a_row_is_heard_in_a_batch_as_transformers_hears_it_alone(
 @pytest.mark.parametrize("kind", ["data2vec-audio", "wav2vec2-conformer"])
 def test_a_model_that_padding_reaches_takes_one_row_at_a_time(tmp_path: Path, kind: str) -> None:
     spec = job(checkpoint(tmp_path / "model", kind), tmp_path / "job")
-    with pytest.raises(OrchestratorError, match=r"batch\.micro_rows=1"):
+    with pytest.raises(OrchestratorError, match=r"batch\.micro_batch_size=1"):
         planned(spec)
-    batch = spec.batch.model_copy(update={"micro_rows": 1})
-    assert planned(spec.model_copy(update={"batch": batch})).micro_rows == 1
+    batch = spec.batch.model_copy(update={"micro_batch_size": 1})
+    assert planned(spec.model_copy(update={"batch": batch})).micro_batch_size == 1
 
 
 def test_group_norm_learns_from_a_padded_row_what_it_learns_from_it_alone(tmp_path: Path) -> None:

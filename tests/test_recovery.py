@@ -39,7 +39,7 @@ def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
     train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
     settings = {
         "name": f"zero{stage}",
-        "batch": {"global_rows": 16},
+        "batch": {"global_batch_size": 16},
         "optimizer": {"lr": 1e-3},
         "zero": {"stage": stage},
         "stop": {"max_steps": STEPS},
@@ -154,7 +154,7 @@ def test_divergence_stops_with_step_rate_and_the_last_good_checkpoint(
     )
     with pytest.raises(TrainingError) as ended:
         train(spec)
-    text, folder = str(ended.value), RunFolder(Path(spec.storage) / spec.name)
+    text, folder = str(ended.value), RunFolder(Path(spec.storage_path) / spec.name)
     outcome = read_json(folder.outcome)
     assert f"training diverged at step {outcome['step'] + 1}:" in text
     assert "learning rate 1e+30" in text
@@ -171,7 +171,7 @@ def test_a_second_driver_of_the_same_run_is_refused(
 ) -> None:
     """The first one is a process that has the run folder, as `train` has it all the time."""
     spec = job(models, tmp_path, 1)
-    root = Path(spec.storage) / spec.name
+    root = Path(spec.storage_path) / spec.name
     hold = (
         "import sys, pathlib\nfrom orchestrator.launch.claim import claimed_folder\n"
         "with claimed_folder(pathlib.Path(sys.argv[1]), fresh=False): print('held', flush=True); input()"
@@ -208,7 +208,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     small_disk: Path,
     uninterrupted: dict[int, dict[str, Any]],
 ) -> None:
-    spec = job(models, tmp_path, 2, storage=str(small_disk))
+    spec = job(models, tmp_path, 2, storage_path=str(small_disk))
     run = faults.LiveRun(spec)
     run.wait_until(lambda: bool(committed(run.folder.checkpoints)))
     with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
@@ -275,7 +275,7 @@ def test_a_shared_folder_that_vanishes_ends_the_run_and_it_goes_on_when_it_is_ba
     if not shell(*mount):
         pytest.skip("mounting is not allowed here")
     try:
-        spec = job(models, tmp_path, 2, storage=str(shared))
+        spec = job(models, tmp_path, 2, storage_path=str(shared))
         run = faults.LiveRun(spec)
         run.wait_until(lambda: bool(committed(run.folder.checkpoints)))
         last = run.step()

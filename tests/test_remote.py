@@ -21,7 +21,7 @@ from orchestrator.remote.jobs import exit_code
 from orchestrator.remote.request import job_in, make_request, must_fit, must_offer
 from orchestrator.spec import JobSpec, load_spec, parse_spec
 
-KEPT = {"storage": "/shared/runs"}
+KEPT = {"storage_path": "/shared/runs"}
 
 
 def spec(**fields: Any) -> JobSpec:
@@ -110,7 +110,12 @@ def test_a_package_that_is_too_large_names_its_largest_files(
 
 
 def test_no_word_of_a_job_reaches_the_shell_unquoted() -> None:
-    hostile = ["name=x; rm -rf /", "data.train=$(id)", "storage=`id`", "model.pretrained='a' && b"]
+    hostile = [
+        "name=x; rm -rf /",
+        "data.train=$(id)",
+        "storage_path=`id`",
+        "model.pretrained='a' && b",
+    ]
     request = make_request(spec(), Path("my jobs/a;b.yaml"), hostile, "x.zip")
     words = shlex.split(request.entrypoint)
     assert words == ["python", "-m", "orchestrator", "train", "my jobs/a;b.yaml", *hostile]
@@ -149,7 +154,7 @@ def test_a_job_that_would_lose_its_run_or_show_a_secret_is_refused(here: Path) -
     with pytest.raises(SpecError) as caught:
         load_spec("job.yaml", files="packed")
     assert [p.field for p in caught.value.problems] == [
-        "runtime.env_vars.HF_TOKEN", "runtime.pip_options", "data.train", "storage", "data.prepared_dir",
+        "runtime.env_vars.HF_TOKEN", "runtime.pip_options", "data.train", "storage_path", "data.prepared_dir",
     ]  # fmt: skip
     assert "abc" not in str(caught.value)
 
@@ -165,7 +170,7 @@ def test_inside_a_job_s_own_folder_training_is_refused_unless_runs_are_kept(
     given = {"name": "j", "task": {"type": "causal_lm"}, "model": {"pretrained": "a/b"}}
     with pytest.raises(SpecError, match="Ray deletes when the job ends"):
         parse_spec({**given, "data": data})
-    assert parse_spec({**given, "data": data, **KEPT}).storage == "/shared/runs"
+    assert parse_spec({**given, "data": data, **KEPT}).storage_path == "/shared/runs"
 
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "TOP_K", "MONKEY"])

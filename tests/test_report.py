@@ -32,7 +32,7 @@ PLAN: dict[str, Any] = {
     "num_workers": 2,
     "bf16": False,
     "stage": 1,
-    "global_rows": 32,
+    "global_batch_size": 32,
     "total_steps": 20,
     "eval_every_steps": 10,
     "checkpoint_every_steps": 5,
@@ -40,7 +40,7 @@ PLAN: dict[str, Any] = {
     "memory_bytes": {"parameters": 2**30, "runtime": 2**29, "logits": 0},
     "memory_limit_bytes": 4 * 2**30,
     "deepspeed": {"train_batch_size": 32},
-    "reasons": {"bf16": "CPU workers: fp32 is exact", "global_rows": "default: 32"},
+    "reasons": {"bf16": "CPU workers: fp32 is exact", "global_batch_size": "default: 32"},
     "warnings": ["train: 3 of 640 rows were cut to 42 tokens"],
 }  # fmt: skip
 

@@ -46,7 +46,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": {"type": "adafactor"}},
     **{
         f"ema-zero{stage}": {
-            "regularisation": {"averaging": {"type": "ema", "decay": 0.7}},
+            "regularization": {"averaging": {"type": "ema", "decay": 0.7}},
             "optimizer": {"lr": 1e-3},
             "zero": {"stage": stage},
         }
@@ -55,15 +55,15 @@ KNOBS: dict[str, dict[str, Any]] = {
     "adam-swa-bf16-zero2": {
         "zero": {"stage": 2},
         "optimizer": {"type": "adam", "lr": 1e-3},
-        "regularisation": {"averaging": {"type": "swa", "start_ratio": 0.2, "every_steps": 2}},
+        "regularization": {"averaging": {"type": "swa", "start_ratio": 0.2, "every_steps": 2}},
         "precision": "bf16",
     },
     "nesterov-noise-zero1": {
         "optimizer": {"type": "sgd", "nesterov": True, "layer_decay": 0.5, "head_lr": 0.1},
         "model": {"dropout": 0.1},
-        "regularisation": {
+        "regularization": {
             "l1": 1e-4, "label_smoothing": 0.1, "class_weights": "balanced", "neftune_alpha": 5,
-            "r_drop_alpha": 1, "token_masking": 0.2,
+            "r_drop_alpha": 1, "token_dropout": 0.2,
         },
         "zero": {"stage": 1},
     },
@@ -78,7 +78,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     },
     "lion-mixup-plateau-zero3": {
         "optimizer": {"type": "lion", "lr": 0.01},
-        "regularisation": {"mixup_alpha": 0.4},
+        "regularization": {"mixup_alpha": 0.4},
         "schedule": {"type": "plateau", "patience": 1, "metric": "loss"},
         "zero": {"stage": 3},
     },
@@ -95,7 +95,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "lora-ema-bf16-zero2": {
         "tuning": {"type": "lora"},
         "optimizer": {"lr": 0.02},
-        "regularisation": {"averaging": {"type": "ema", "decay": 0.7}},
+        "regularization": {"averaging": {"type": "ema", "decay": 0.7}},
         "precision": "bf16",
         "zero": {"stage": 2},
     },
@@ -119,9 +119,9 @@ def plans(models: tiny.Tiny, folder: Path) -> dict[str, Plan]:
     train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(61))
     held_out = tiny.write_jsonl(folder / "eval.jsonl", tiny.labelled(9, seed=1))
     common: dict[str, Any] = {
-        "batch": {"global_rows": 8},
+        "batch": {"global_batch_size": 8},
         "stop": {"max_steps": STEPS},
-        "checkpoint": {"every_steps": STEPS // 2, "keep": 3},
+        "checkpoint": {"every_steps": STEPS // 2, "num_to_keep": 3},
         "evaluation": {"every_steps": 1},
         "resources": {"num_workers": 2},
     }

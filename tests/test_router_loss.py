@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.plan import Plan
-from orchestrator.spec.regularisation import RegularisationSpec
+from orchestrator.spec.regularization import RegularizationSpec
 from orchestrator.tasks import CausalLM
 from orchestrator.train.objective import Objective
 
@@ -49,7 +49,7 @@ def loss_of(
 ) -> tuple[float, float]:
     """(what is minimised, the task's own loss) of one micro-batch."""
     task = CausalLM.model_validate({"type": "causal_lm", "packing": packing})
-    spec = SimpleNamespace(task=task, regularisation=RegularisationSpec(), distillation=None)
+    spec = SimpleNamespace(task=task, regularization=RegularizationSpec(), distillation=None)
     plan: Any = SimpleNamespace(spec=spec, class_weights=(), pad_token_id=0, padding_side="right")
     plan.collate = lambda *batch: Plan.collate(plan, *batch)
     total, own = Objective(plan, model)(model, given, np.asarray(weights, np.float32))
@@ -87,7 +87,7 @@ def test_the_routers_are_trained_by_it() -> None:
     gradients = []
     for one in (model, plain):
         task = CausalLM(type="causal_lm", packing=False)
-        spec = SimpleNamespace(task=task, regularisation=RegularisationSpec(), distillation=None)
+        spec = SimpleNamespace(task=task, regularization=RegularizationSpec(), distillation=None)
         plan: Any = SimpleNamespace(
             spec=spec, class_weights=(), pad_token_id=0, padding_side="right"
         )

@@ -206,7 +206,7 @@ def with_text(text: str) -> list[dict[str, Any]]:
         {"runtime": {"pip": ["x"], "pip_options": [text]}},
         {"runtime": {"env_vars": {"SETTING": text}}},
         {"runtime": {"excludes": [text]}},
-        {"storage": text},
+        {"storage_path": text},
         {"kubernetes": {"annotations": {"note": text}}},
         {"kubernetes": {"worker": {"pod": pod}}},
     ]

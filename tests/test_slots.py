@@ -33,7 +33,7 @@ def job(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(
         space: dict[str, Any] = SPACE, slots: Any = "auto", trials: int = 1000, **resources: Any
     ) -> JobSpec:
-        sweep = {"space": space, "slots": slots, "num_trials": trials}
+        sweep = {"space": space, "max_concurrent_trials": slots, "num_trials": trials}
         return tiny.job(
             models.bert, rows, folder, data={"eval": str(rows)}, resources=resources, sweep=sweep
         )  # fmt: skip
@@ -124,11 +124,19 @@ def test_few_trials_get_all_there_is(job: Any) -> None:
 @pytest.mark.parametrize(
     ("cluster", "fields", "why"),
     [
-        (live((4, 0)), {"slots": 4}, r"sweep\.slots = 4.*at most 3.*sweep\.slots=3"),
+        (
+            live((4, 0)),
+            {"slots": 4},
+            r"sweep\.max_concurrent_trials = 4.*at most 3.*sweep\.max_concurrent_trials=3",
+        ),
         (live((4, 0)), {"cpus_per_worker": 4}, "none for Ray Data"),
         (live((1, 0)), {}, "none for Ray Data"),
         (nodes((4, 0)), {"num_workers": 5}, r"num_workers = 5.*at most 4"),
-        (nodes((64, 2)), {"slots": 3}, r"sweep\.slots = 3, 1 × 1 GPU each.*at most 2"),
+        (
+            nodes((64, 2)),
+            {"slots": 3},
+            r"sweep\.max_concurrent_trials = 3, 1 × 1 GPU each.*at most 2",
+        ),
     ],
 )
 def test_slots_that_do_not_fit_are_refused_before_anything_starts(
@@ -187,7 +195,7 @@ def test_what_slots_reserve_fits_the_nodes(
 def test_a_submitted_sweep_runs_as_one_and_must_fit_with_all_its_slots(job: Any) -> None:
     assert " sweep " in make_request(job(), Path("job.yaml"), [], "x.zip").entrypoint
     assert must_fit(job(), live((4, 0))).startswith("3 slot(s) of 1 worker(s) of 1 CPU")
-    with pytest.raises(PlanError, match=r"sweep\.slots = 9"):
+    with pytest.raises(PlanError, match=r"sweep\.max_concurrent_trials = 9"):
         must_fit(job(slots=9), live((4, 0)))
 
 
@@ -222,4 +230,4 @@ def test_a_trial_s_own_job_says_what_its_slot_decided(job: Any) -> None:
         apply_overrides(as_planned(trial).model_dump(mode="json", exclude_unset=True), [])
     )
     assert (alone.resources.num_workers, alone.resources.cpus_per_worker) == (1, 1)
-    assert (alone.zero.stage, alone.batch.micro_rows) == (trial.stage, trial.micro_rows)
+    assert (alone.zero.stage, alone.batch.micro_batch_size) == (trial.stage, trial.micro_batch_size)

@@ -39,7 +39,7 @@ data:
   order: {shuffle: windows, window_rows: 1000}
 optimizer: {lr: 1e-4, betas: [0.9, 0.95]}
 schedule: {type: cosine, warmup_ratio: 0.1}
-batch: {global_rows: 64}
+batch: {global_batch_size: 64}
 zero: {stage: 2}
 stop: {max_epochs: 1.5}
 """
@@ -90,7 +90,7 @@ def test_all_problems_are_told_at_once(base: dict[str, Any]) -> None:
             "data": {"train": "missing.jsonl", "eval_fraction": 1.5},
             "optimizer": {"lr": -1, "momentum": 0.9},
             "schedule": {"type": "cosine", "warmup_steps": 10, "warmup_ratio": 0.1},
-            "batch": {"global_rows": 4, "micro_rows": 8},
+            "batch": {"global_batch_size": 4, "micro_batch_size": 8},
             "stop": {"max_steps": 10},
             "precision": "fp16",
         }
@@ -104,7 +104,7 @@ def test_all_problems_are_told_at_once(base: dict[str, Any]) -> None:
         "optimizer.momentum",
         "schedule.warmup_ratio",
         "schedule.warmup_steps",
-        "batch.micro_rows",
+        "batch.micro_batch_size",
         "precision",
     }
 
@@ -133,7 +133,7 @@ def test_a_broken_field_brings_no_second_complaint_about_its_section(base: dict[
     ("change", "field", "nearest"),
     [
         ({"optimiser": {}}, "optimiser", "optimizer"),
-        ({"batch": {"global_row": 8}}, "batch.global_row", "global_rows"),
+        ({"batch": {"global_row": 8}}, "batch.global_row", "global_batch_size"),
         ({"data": {"order": {"shufle": "full"}}}, "data.order.shufle", "shuffle"),
         ({"schedule": {"type": "cosin"}}, "schedule.type", "cosine"),
         ({"task": {"type": "casual_lm"}}, "task.type", "causal_lm"),
@@ -157,7 +157,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(
 @pytest.mark.parametrize(
     ("change", "field", "place"),
     [
-        ({"label_smoothing": 0.1}, "label_smoothing", "regularisation.label_smoothing"),
+        ({"label_smoothing": 0.1}, "label_smoothing", "regularization.label_smoothing"),
         ({"optimizer": {"warmup_ratio": 0.1}}, "optimizer.warmup_ratio", "schedule.warmup_ratio"),
         ({"learning_rate": 1e-4}, "learning_rate", "optimizer.lr"),
     ],
@@ -342,7 +342,7 @@ def test_the_json_schema_accepts_what_the_loader_accepts(
         {"optimizer": {"learning_rate": 1}},
         {"optimizer": {"type": "adan"}},
         {"data": {"train": "x", "order": {"shufle": "full"}}},
-        {"batch": {"global_rows": 0}},
+        {"batch": {"global_batch_size": 0}},
         {"precision": "fp16"},
         {"name": "A B"},
     ],

@@ -34,7 +34,7 @@ def job(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "name": name,
-        "batch": {"global_rows": 8},
+        "batch": {"global_batch_size": 8},
         "stop": {"max_steps": STEPS},
         "checkpoint": {"every_steps": 6},
         "evaluation": {"every_steps": "end"},
@@ -64,7 +64,7 @@ def done(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) 
         "constraints": ["optimizer.lr < 1 or zero.stage == 2", "optimizer.lr != 0.0003 or zero.stage == 2"],
         "searcher": {"type": "grid"},
         "scheduler": {"type": "none"},
-        "slots": 2,
+        "max_concurrent_trials": 2,
     }  # fmt: skip
     return sweep(job(models, tmp_path_factory.mktemp("sweep"), "grid", search))
 
@@ -106,7 +106,7 @@ def test_a_trial_that_runs_out_of_memory_ends_alone_and_says_so(
         "space": {"model.config.intermediate_size": [64, more_than_there_are_addresses, 32]},
         "searcher": {"type": "grid"},
         "scheduler": {"type": "none"},
-        "slots": 1,
+        "max_concurrent_trials": 1,
     }
     config = AutoConfig.from_pretrained(models.bert).to_dict()
     kept = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -149,7 +149,7 @@ def test_a_slot_leaks_nothing_from_trial_to_trial_and_is_rebuilt_for_another_num
         "constraints": ["resources.num_workers == 1 or stop.max_epochs < 22"],
         "searcher": {"type": "grid"},
         "scheduler": {"type": "none"},
-        "slots": 1,
+        "max_concurrent_trials": 1,
     }
     spec = job(models, tmp_path, "twenty", search, stop={"max_steps": 4})
     outcome = sweep(spec)
@@ -175,7 +175,7 @@ def test_pbt_hands_checkpoints_of_winners_to_losers(
         "space": {"optimizer.lr": lr()},
         "num_trials": 4,
         "scheduler": {"type": "pbt", "generations": 3},
-        "slots": 2,
+        "max_concurrent_trials": 2,
     }
     outcome = sweep(job(models, tmp_path, "pbt", search))
     log = open_log(outcome.folder)
@@ -197,7 +197,7 @@ def test_trials_whose_time_is_up_end_as_finished_and_so_does_their_population(
         "space": {"optimizer.lr": lr()},
         "num_trials": 4,
         "scheduler": {"type": "pbt", "generations": 3},
-        "slots": 2,
+        "max_concurrent_trials": 2,
     }
     stop = {"max_steps": STEPS, "max_time_s": 1e-3}
     outcome = sweep(job(models, tmp_path, "timed", search, stop=stop))
@@ -214,7 +214,7 @@ def test_the_trials_of_a_sweep_learn_from_one_teacher_asked_once(
         "space": {"distillation.alpha": [0.2, 0.9], "distillation.temperature": [1.0, 4.0]},
         "searcher": {"type": "grid"},
         "scheduler": {"type": "none"},
-        "slots": 1,
+        "max_concurrent_trials": 1,
     }
     config = AutoConfig.from_pretrained(models.bert, initializer_range=0.5)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "teacher")
@@ -241,8 +241,8 @@ ASHA = {
     "space": {"optimizer.lr": lr(), "optimizer.weight_decay": [0.0, 0.1]},
     "num_trials": 7,
     "searcher": {"type": "tpe", "startup_trials": 3},
-    "scheduler": {"type": "asha", "min": 4, "reduction_factor": 3},
-    "slots": 1,
+    "scheduler": {"type": "asha", "grace_period": 4, "reduction_factor": 3},
+    "max_concurrent_trials": 1,
 }
 
 
@@ -319,7 +319,7 @@ def test_a_sweep_that_is_asked_to_stop_keeps_everything_and_goes_on_by_name(
         "num_trials": 30,
         "scheduler": {"type": "none"},
         "budget": {"patience_trials": 3},
-        "slots": 1,
+        "max_concurrent_trials": 1,
     }
     spec = job(models, tmp_path, "asked", search, stop={"max_steps": 100})
     folder = SweepFolder(tmp_path / "runs" / "asked")

@@ -39,7 +39,7 @@ def job(models: tiny.Tiny, rows: Path, tmp_path: Path) -> Any:
     def make(steps: int = 90, resources: dict[str, Any] | None = None, **sweep: Any) -> JobSpec:
         return tiny.job(
             models.bert, rows, tmp_path, data={"eval": str(rows)}, stop={"max_steps": steps},
-            batch={"global_rows": 10}, resources=resources or {}, sweep={"space": SPACE, **sweep},
+            batch={"global_batch_size": 10}, resources=resources or {}, sweep={"space": SPACE, **sweep},
         )  # fmt: skip
 
     return make
@@ -64,7 +64,7 @@ def test_slots_are_as_many_as_the_cluster_holds(job: Any) -> None:
     )
     gpus = Cluster(source="described", nodes=(two_gpus, two_gpus))
     assert planned(job(num_trials=12), gpus).slots == 4
-    assert planned(job(num_trials=12, slots=2)).slots == 2
+    assert planned(job(num_trials=12, max_concurrent_trials=2)).slots == 2
     assert "4 CPUs, 1 × 1 per trial" in planned(job(num_trials=12)).reasons["slots"]
 
 
@@ -85,14 +85,14 @@ def test_a_job_without_a_sweep_section_is_told_so(job: Any) -> None:
     ("scheduler", "rungs"),
     [
         ({"type": "asha"}, (10, 30, 90)),
-        ({"type": "asha", "min": 4}, (4, 12, 36, 90)),
+        ({"type": "asha", "grace_period": 4}, (4, 12, 36, 90)),
         ({"type": "asha", "reduction_factor": 2}, (23, 46, 90)),
-        ({"type": "asha", "min": 100}, (90,)),
-        ({"type": "asha", "unit": "rows", "min": 100}, (10, 30, 90)),
-        ({"type": "asha", "unit": "tokens", "min": 2000}, (10, 30, 90)),
-        ({"type": "asha", "unit": "rows", "min": 95}, (10, 29, 86, 90)),
+        ({"type": "asha", "grace_period": 100}, (90,)),
+        ({"type": "asha", "unit": "rows", "grace_period": 100}, (10, 30, 90)),
+        ({"type": "asha", "unit": "tokens", "grace_period": 2000}, (10, 30, 90)),
+        ({"type": "asha", "unit": "rows", "grace_period": 95}, (10, 29, 86, 90)),
         ({"type": "median"}, (10, 90)),
-        ({"type": "median", "min": 20}, (20, 90)),
+        ({"type": "median", "grace_period": 20}, (20, 90)),
         ({"type": "pbt", "generations": 4}, (23, 45, 68, 90)),
         ({"type": "none"}, (90,)),
     ],
@@ -127,13 +127,15 @@ def test_a_sweep_too_small_for_its_scheduler_is_warned(job: Any) -> None:
 
 def test_a_trial_has_its_own_values_folder_and_rungs(job: Any) -> None:
     plan = planned(job(num_trials=9))
-    values = {"optimizer.lr": 1e-4, "batch.global_rows": 20, "stop.max_steps": 45}
+    values = {"optimizer.lr": 1e-4, "batch.global_batch_size": 20, "stop.max_steps": 45}
     trial = plan_trial(plan, "t00007", values, prepared(rows=1000, longest=20, eval_rows=50))
-    assert (trial.spec.optimizer.lr, trial.global_rows) == (1e-4, 20)
+    assert (trial.spec.optimizer.lr, trial.global_batch_size) == (1e-4, 20)
     assert Path(trial.run_dir) == Path(plan.run_dir) / "trials" / "t00007"
     assert trial.rungs == (10, 30, 45), "the rungs of the job, at which it meets the others"
-    by_rows = planned(job(num_trials=9, scheduler={"type": "asha", "unit": "rows", "min": 100}))
-    fewer = plan_trial(by_rows, "t", {"batch.global_rows": 20}, prepared(1000, 20, 50))
+    by_rows = planned(
+        job(num_trials=9, scheduler={"type": "asha", "unit": "rows", "grace_period": 100})
+    )
+    fewer = plan_trial(by_rows, "t", {"batch.global_batch_size": 20}, prepared(1000, 20, 50))
     assert fewer.rungs == (5, 15, 45, 90), "rungs in rows: half the steps at twice the batch"
 
 
@@ -153,8 +155,8 @@ def test_a_plan_survives_json(job: Any) -> None:
     [
         ({"schedule.warmup_ratio": {"type": "uniform", "low": 0.0, "high": 0.3}}, {"type": "asha"}, 27),
         ({"schedule.warmup_steps": [0, 40]}, {"type": "asha"}, 40),
-        ({"schedule.warmup_steps": [0, 40]}, {"type": "median", "min": 30}, 40),
-        ({"schedule.warmup_steps": [0, 40]}, {"type": "asha", "min": 40}, None),
+        ({"schedule.warmup_steps": [0, 40]}, {"type": "median", "grace_period": 30}, 40),
+        ({"schedule.warmup_steps": [0, 40]}, {"type": "asha", "grace_period": 40}, None),
         ({"schedule.warmup_steps": [0, 40]}, {"type": "none"}, None),
         (SPACE, {"type": "asha"}, None),
     ],

@@ -38,7 +38,7 @@ def search(slots: int, **more: Any) -> dict[str, Any]:
         "num_trials": TRIALS,
         "scheduler": {"type": "none"},
         "max_trial_failures": 100,
-        "slots": slots,
+        "max_concurrent_trials": slots,
         **more,
     }
 

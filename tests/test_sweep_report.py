@@ -382,10 +382,10 @@ def call(*words: Any) -> str:
 
 def test_runs_report_and_results_know_sweeps(tmp_path: Path) -> None:
     folder = sweeps.make_sweep(tmp_path / "small", 3).write()
-    assert "small" in call("runs", "--storage", tmp_path)
-    assert "report.html" in call("report", "small", "--storage", tmp_path)
+    assert "small" in call("runs", "--storage-path", tmp_path)
+    assert "report.html" in call("report", "small", "--storage-path", tmp_path)
     assert folder.report.exists()
-    lines = call("results", "small", "--storage", tmp_path).splitlines()
+    lines = call("results", "small", "--storage-path", tmp_path).splitlines()
     first = next(line for line in lines if line.startswith("t0"))
     assert first.startswith(open_log(folder).ranked()[0].id)
 
@@ -400,7 +400,7 @@ def test_a_torn_run_or_sweep_is_listed_as_unreadable_beside_the_others(
         damaged.spec.unlink()
     else:
         (damaged.root / torn).write_text('{"spec": {"na')
-    lines = call("runs", "--storage", tmp_path).splitlines()
+    lines = call("runs", "--storage-path", tmp_path).splitlines()
     assert any("damaged" in line and "unreadable" in line for line in lines)
     assert any(good.name in line and "finished" in line for line in lines)
 

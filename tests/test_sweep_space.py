@@ -28,7 +28,7 @@ SPACE: dict[str, Any] = {
     "optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3},
     "optimizer.weight_decay": [0, 0.01, 0.1],
     "schedule.warmup_ratio": {"type": "uniform", "low": 0.0, "high": 0.3},
-    "batch.global_rows": {"type": "int_uniform", "low": 8, "high": 64},
+    "batch.global_batch_size": {"type": "int_uniform", "low": 8, "high": 64},
 }
 
 
@@ -82,7 +82,7 @@ def test_proposals_lie_in_the_space(seed: int, index: int) -> None:
     assert 1e-5 <= values["optimizer.lr"] <= 1e-3
     assert values["optimizer.weight_decay"] in (0, 0.01, 0.1)
     assert 0 <= values["schedule.warmup_ratio"] <= 0.3
-    assert 8 <= values["batch.global_rows"] <= 64
+    assert 8 <= values["batch.global_batch_size"] <= 64
 
 
 def test_logarithmic_draws_are_uniform_in_the_exponent() -> None:
@@ -92,8 +92,8 @@ def test_logarithmic_draws_are_uniform_in_the_exponent() -> None:
 
 
 def test_both_ends_of_whole_numbers_are_drawn() -> None:
-    asked = sweep({"batch.global_rows": {"type": "int_uniform", "low": 1, "high": 3}})
-    drawn = {propose(asked, i, past(asked))["batch.global_rows"] for i in range(60)}  # type: ignore[index]
+    asked = sweep({"batch.global_batch_size": {"type": "int_uniform", "low": 1, "high": 3}})
+    drawn = {propose(asked, i, past(asked))["batch.global_batch_size"] for i in range(60)}  # type: ignore[index]
     assert drawn == {1, 2, 3}
 
 
@@ -189,21 +189,21 @@ def test_a_condition_that_does_not_hold_leaves_the_field_out() -> None:
 
 def test_fields_that_wait_for_each_other_are_never_set() -> None:
     space = {
-        "seed": {"type": "choice", "values": [1], "when": {"batch.global_rows": 8}},
-        "batch.global_rows": {"type": "choice", "values": [8], "when": {"seed": 1}},
+        "seed": {"type": "choice", "values": [1], "when": {"batch.global_batch_size": 8}},
+        "batch.global_batch_size": {"type": "choice", "values": [8], "when": {"seed": 1}},
     }
     assert propose(sweep(space), 0, past(sweep(space))) == {}
 
 
 def test_every_proposal_keeps_the_constraints() -> None:
-    rule = "optimizer.lr * batch.global_rows < 0.005"
+    rule = "optimizer.lr * batch.global_batch_size < 0.005"
     for searcher in ({"type": "random"}, {"type": "tpe", "startup_trials": 1}):
         asked = sweep(constraints=[rule], searcher=searcher)
         before = past(asked)
         for index in range(12):
             values = propose(asked, index, before)
             assert values is not None
-            assert values["optimizer.lr"] * values["batch.global_rows"] < 0.005
+            assert values["optimizer.lr"] * values["batch.global_batch_size"] < 0.005
             before.add(values, [(15, values["optimizer.lr"])])
     cells = sweep({"seed": [1, 2, 3]}, searcher={"type": "grid"}, constraints=["seed != 2"])
     assert [v["seed"] for v in grid(cells)] == [1, 3]
@@ -226,7 +226,7 @@ def test_a_neighbour_moves_every_field_a_little() -> None:
         assert near == perturbed(asked, values, 0.0, 1, member)
         assert near["optimizer.lr"] in (pytest.approx(0.8e-4), pytest.approx(1.2e-4))
         assert near["optimizer.weight_decay"] in (0, 0.1)
-        assert near["batch.global_rows"] in (16, 24)
+        assert near["batch.global_batch_size"] in (16, 24)
     drawn = {perturbed(asked, values, 0.0, 1, m)["optimizer.lr"] for m in range(20)}
     assert len(drawn) == 2
 
@@ -238,7 +238,7 @@ def test_a_neighbour_stays_inside_the_bounds() -> None:
         near = perturbed(asked, edge, 0.25, 2, member)
         assert near["optimizer.lr"] <= 1e-3
         assert near["schedule.warmup_ratio"] <= 0.3
-        assert near["batch.global_rows"] <= 64
+        assert near["batch.global_batch_size"] <= 64
 
 
 def test_a_resampled_neighbour_is_drawn_anew() -> None:
@@ -271,8 +271,8 @@ def test_comparisons_read_as_they_are_written(text: str, holds: bool) -> None:
 
 
 def test_an_expression_names_its_fields() -> None:
-    names = Expression("optimizer.lr * batch.global_rows < 0.1").names
-    assert names == {"optimizer.lr", "batch.global_rows"}
+    names = Expression("optimizer.lr * batch.global_batch_size < 0.1").names
+    assert names == {"optimizer.lr", "batch.global_batch_size"}
 
 
 @pytest.mark.parametrize(
@@ -345,8 +345,8 @@ def test_a_grid_needs_lists_and_a_population_fields_that_a_checkpoint_allows(
     between = {LR: {"type": "uniform", "low": 0.1, "high": 0.2}}
     found = refused(job(tmp_path, sweep={"space": between, "searcher": {"type": "grid"}}))
     assert "needs a list of values" in found[f"sweep.space.{LR}"]
-    found = refused(job(tmp_path, sweep={"space": {"batch.global_rows": [8]}, **PBT}))
-    assert "cannot be taken over" in found["sweep.space.batch.global_rows"]
+    found = refused(job(tmp_path, sweep={"space": {"batch.global_batch_size": [8]}, **PBT}))
+    assert "cannot be taken over" in found["sweep.space.batch.global_batch_size"]
 
 
 @pytest.mark.parametrize(
@@ -358,8 +358,8 @@ def test_a_grid_needs_lists_and_a_population_fields_that_a_checkpoint_allows(
         ({"optimizer.layer_decay": {"type": "uniform", "low": 0.7, "high": 0.9}}, False),
         ({"optimizer.head_lr": [None, 1e-3]}, True),
         ({"precision": ["bf16", "fp32"]}, True),
-        ({"regularisation.averaging.type": ["none", "ema"]}, True),
-        ({"regularisation.l1": [0.0, 1e-4], "schedule.warmup_ratio": [0.0, 0.1]}, False),
+        ({"regularization.averaging.type": ["none", "ema"]}, True),
+        ({"regularization.l1": [0.0, 1e-4], "schedule.warmup_ratio": [0.0, 0.1]}, False),
         ({"optimizer.weight_decay": [0.0, 0.1], "optimizer.lr": [1e-4, 1e-3]}, False),
     ],
 )
@@ -427,17 +427,17 @@ def test_a_space_in_which_no_trial_can_run_is_refused_when_the_job_is_read(
     choices = {LR: [1e-5, 1e-4]}
     empty = {"space": choices, "constraints": ["optimizer.lr > 1"], "searcher": searcher}
     assert "keeps" in str(refused(job(tmp_path, sweep=empty)))
-    wide = {"space": {"batch.micro_rows": [64, 128]}, "searcher": searcher}
-    found = refused(job(tmp_path, batch={"global_rows": 32}, sweep=wide))
-    assert "no trial could run: batch.micro_rows" in found["sweep.space"]
-    some = {"space": {"batch.micro_rows": [8, 128]}, "searcher": searcher}
-    assert parse_spec(job(tmp_path, batch={"global_rows": 32}, sweep=some)).sweep is not None
+    wide = {"space": {"batch.micro_batch_size": [64, 128]}, "searcher": searcher}
+    found = refused(job(tmp_path, batch={"global_batch_size": 32}, sweep=wide))
+    assert "no trial could run: batch.micro_batch_size" in found["sweep.space"]
+    some = {"space": {"batch.micro_batch_size": [8, 128]}, "searcher": searcher}
+    assert parse_spec(job(tmp_path, batch={"global_batch_size": 32}, sweep=some)).sweep is not None
 
 
 def test_a_job_that_is_wrong_itself_is_not_said_to_be_so_for_its_space(tmp_path: Path) -> None:
-    wrong = {"global_rows": 32, "micro_rows": 64}
+    wrong = {"global_batch_size": 32, "micro_batch_size": 64}
     found = refused(job(tmp_path, batch=wrong, sweep={"space": {LR: [1e-5, 1e-4]}}))
-    assert set(found) == {"batch.micro_rows"}
+    assert set(found) == {"batch.micro_batch_size"}
 
 
 def test_a_trial_that_ended_without_a_number_does_not_stop_the_estimator() -> None:

@@ -199,7 +199,7 @@ def spec_of(kind: str, models: tiny.Tiny, folder: Path) -> Any:
     settings = {
         "name": kind.replace("_", "-"),
         "task": {"type": given.get("type", kind), **given.get("task", {})},
-        "batch": {"global_rows": 8},
+        "batch": {"global_batch_size": 8},
         "optimizer": {"lr": 5e-3},
         "stop": {"max_steps": STEPS},
         "evaluation": {"every_steps": "end"},

@@ -511,6 +511,6 @@ def test_the_plan_counts_what_is_held_in_4_bits(spec: JobSpec, models: tiny.Tiny
 
 def test_no_stage_that_cuts_weights_up_is_chosen_for_4_bits(spec: JobSpec, sized: Any) -> None:
     sized(400_000_000_000)
-    job = changed(spec, *QLORA, "batch.micro_rows=1")
+    job = changed(spec, *QLORA, "batch.micro_batch_size=1")
     with pytest.raises(PlanError, match="ZeRO stage 2"):
         make_plan(job, describe_cluster("8xH100x1"), prepared())

@@ -294,7 +294,7 @@ def job(
     given = {
         "name": "tiny",
         "task": {"type": "text_classification"},
-        "storage": str(folder / "runs"),
+        "storage_path": str(folder / "runs"),
         **fields,
     }
     given["model"] = {"pretrained": str(folder_of_model), **fields.get("model", {})}

@@ -106,14 +106,18 @@ def train(
             help="JOB is a sweep's name: train its best job, on as many workers as `auto` takes.",
         ),
     ] = False,
-    storage: Annotated[
+    storage_path: Annotated[
         Path | None, typer.Option(help="Folder of all runs. Default: the job's own.")
     ] = None,
 ) -> None:
     """Run the job; the same command again goes on where it stopped."""
-    elsewhere = [f"storage={storage.absolute() if best else storage}"] if storage else []
+    elsewhere = (
+        [f"storage_path={storage_path.absolute() if best else storage_path}"]
+        if storage_path
+        else []
+    )
     wanted = [*elsewhere, *(overrides or [])]
-    spec = best_job(job, storage or Path("runs"), wanted) if best else load_spec(job, wanted)
+    spec = best_job(job, storage_path or Path("runs"), wanted) if best else load_spec(job, wanted)
     quiet_libraries()
     from orchestrator.api import train as run
 
@@ -148,7 +152,7 @@ def _final_table(outcome: Outcome) -> Table:
 def evaluate(
     run: Run,
     data: Annotated[list[str], typer.Option(help="Files, globs or URLs with the run's columns.")],
-    storage: Storage = Path("runs"),
+    storage_path: Storage = Path("runs"),
     num_workers: Annotated[int | None, typer.Option(help="Default: the run's own number.")] = None,
 ) -> None:
     """Exact metrics of a run's model on new data, as JSON."""
@@ -156,10 +160,10 @@ def evaluate(
     from orchestrator.api import evaluate as measure
     from orchestrator.api import find_run
 
-    print(json.dumps(measure(find_run(run, storage), data, num_workers), indent=2))
+    print(json.dumps(measure(find_run(run, storage_path), data, num_workers), indent=2))
 
 
-def predict(run: Run, storage: Storage = Path("runs")) -> None:
+def predict(run: Run, storage_path: Storage = Path("runs")) -> None:
     """Predictions for standard input, as JSON lines.
 
     Each line is a text, or, where the task takes several columns, a JSON object with them. The answer to
@@ -170,7 +174,7 @@ def predict(run: Run, storage: Storage = Path("runs")) -> None:
     from orchestrator.api import predict as run_model
 
     lines = [line.rstrip("\n") for line in sys.stdin]
-    answers = iter(run_model(find_run(run, storage), [line for line in lines if line.strip()]))
+    answers = iter(run_model(find_run(run, storage_path), [line for line in lines if line.strip()]))
     for line in lines:
         print(json.dumps(next(answers) if line.strip() else None, ensure_ascii=False))
 
@@ -180,39 +184,39 @@ def export(
     target: Annotated[
         Path, typer.Argument(metavar="DIR", help="New folder for the model.", callback=expanded)
     ],
-    storage: Storage = Path("runs"),
+    storage_path: Storage = Path("runs"),
 ) -> None:
     """A run's best model as a folder that transformers loads, with tokenizer and model card."""
     quiet_libraries()
     from orchestrator.api import export as write
     from orchestrator.api import find_run
 
-    say(str(write(find_run(run, storage), target)))
+    say(str(write(find_run(run, storage_path), target)))
 
 
-def runs(storage: Storage = Path("runs")) -> None:
+def runs(storage_path: Storage = Path("runs")) -> None:
     """A table of all runs and sweeps."""
     from orchestrator.report.runs import runs_table
 
-    out.print(runs_table(storage))
+    out.print(runs_table(storage_path))
 
 
-def report(run: Run, storage: Storage = Path("runs")) -> None:
+def report(run: Run, storage_path: Storage = Path("runs")) -> None:
     """One self-contained HTML file on a run or a sweep: curves, plan, spec, predicted and measured."""
     from orchestrator.report.runs import write_report_on
     from orchestrator.run_folder import find_either
 
-    say(str(write_report_on(find_either(run, storage))))
+    say(str(write_report_on(find_either(run, storage_path))))
 
 
-def doctor(storage: Storage = Path("runs")) -> None:
+def doctor(storage_path: Storage = Path("runs")) -> None:
     """What this machine or cluster can do, each shortcoming with its fix."""
     quiet_libraries()
     from orchestrator.launch.doctor import examine
 
     styles = {"ok": "green", "note": "yellow", "problem": "red"}
     table = Table(box=None, show_header=False, pad_edge=False)
-    findings = examine(storage)
+    findings = examine(storage_path)
     for finding in findings:
         level = styled(finding.level, styles[finding.level])
         table.add_row(level, *cells(finding.what, finding.found, finding.fix))

@@ -24,7 +24,7 @@ def _width(stream: TextIO | None) -> int | None:
 
 
 def expanded(path: Path) -> Path:
-    """Return a path with `~` expanded: shells leave it alone in `--storage=~/runs`."""
+    """Return a path with `~` expanded: shells leave it alone in `--storage-path=~/runs`."""
     return Path(os.path.expanduser(path))
 
 

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    job: Job, overrides: Overrides = None, resume: Resume = True, storage: Storage = Path("runs")
+    job: Job,
+    overrides: Overrides = None,
+    resume: Resume = True,
+    storage_path: Storage = Path("runs"),
 ) -> None:
     """Run the job's sweep: many trials on warm worker groups; the same command, or its name, goes on."""
     given = overrides or []
-    spec = load_spec(job, given) if job.is_file() else job_of_sweep(job, storage, given)
+    spec = load_spec(job, given) if job.is_file() else job_of_sweep(job, storage_path, given)
     quiet_libraries()
     from orchestrator.api import sweep as run
     from orchestrator.report.sweep_view import results_table
@@ -44,13 +47,14 @@ def sweep(
         raise typer.Exit(130)
 
 
-def job_of_sweep(run: Path, storage: Path, overrides: list[str]) -> JobSpec:
+def job_of_sweep(run: Path, storage_path: Path, overrides: list[str]) -> JobSpec:
     """The job that a sweep of this name, or in this folder, was started with: it goes on in its own folder."""
     from orchestrator.run_folder import find_sweep
 
-    folder = find_sweep(run, storage)
+    folder = find_sweep(run, storage_path)
     enter_its_folder(folder)
-    return load_spec(folder.spec, [f"storage={json.dumps(str(folder.root.parent))}", *overrides])
+    here = f"storage_path={json.dumps(str(folder.root.parent))}"
+    return load_spec(folder.spec, [here, *overrides], stored=True)
 
 
 def enter_its_folder(sweep: SweepFolder) -> None:
@@ -64,13 +68,13 @@ def enter_its_folder(sweep: SweepFolder) -> None:
         os.chdir(work_dir)
 
 
-def results(run: Run, storage: Storage = Path("runs")) -> None:
+def results(run: Run, storage_path: Storage = Path("runs")) -> None:
     """All trials of a sweep, best first."""
     from orchestrator.report.sweep_view import results_table
     from orchestrator.report.trial_log import open_log
     from orchestrator.run_folder import find_sweep
 
-    folder = find_sweep(run, storage)
+    folder = find_sweep(run, storage_path)
     out.print(results_table(open_log(folder), folder))
 
 
@@ -87,17 +91,17 @@ def show_sweep_plan(spec: JobSpec, target: Cluster | None, as_json: bool) -> Non
         out.print(show_sweep(made, SweepFolder(Path(made.run_dir))))
 
 
-def best_job(sweep: Path, storage: Path, overrides: list[str]) -> JobSpec:
+def best_job(sweep: Path, storage_path: Path, overrides: list[str]) -> JobSpec:
     """The job of a sweep's best trial, with as many workers as `auto` takes, not as many as a slot had.
 
     Raises OrchestratorError where there is none yet.
     """
     from orchestrator.run_folder import find_sweep
 
-    folder = find_sweep(sweep, storage)
+    folder = find_sweep(sweep, storage_path)
     if not folder.best.exists():
         raise OrchestratorError(f"{folder.root}: no trial has reported anything yet.")
     enter_its_folder(folder)
     names = ("num_workers", "gpus_per_worker", "cpus_per_worker")
     not_a_slot = [f"resources.{name}=auto" for name in names]
-    return load_spec(folder.best, [*not_a_slot, *overrides])
+    return load_spec(folder.best, [*not_a_slot, *overrides], stored=True)

@@ -26,7 +26,7 @@ class Order:
     """
 
     shard_rows: tuple[int, ...]
-    global_rows: int
+    global_batch_size: int
     seed: int
     shuffle: Literal["full", "windows", "none"]
     window_rows: int = 1_000_000
@@ -42,22 +42,22 @@ class Order:
     @property
     def steps_per_epoch(self) -> int:
         """Global batches per epoch; the last one may be partly padding."""
-        return -(-self.n_rows // self.global_rows)
+        return -(-self.n_rows // self.global_batch_size)
 
     def batch(self, step: int) -> np.ndarray:
-        """Row ids of global batch `step` (counted from 0 over all epochs), shape (global_rows,)."""
+        """Row ids of global batch `step` (counted from 0 over all epochs), shape (global_batch_size,)."""
         epoch, index = divmod(step, self.steps_per_epoch)
         pool, offset = divmod(index, POOL_BATCHES)
         rows = self._pool(epoch, pool)
-        start = offset * self.global_rows
-        chosen = rows[start : start + self.global_rows]
-        missing = self.global_rows - len(chosen)
+        start = offset * self.global_batch_size
+        chosen = rows[start : start + self.global_batch_size]
+        missing = self.global_batch_size - len(chosen)
         return np.concatenate([chosen, np.full(missing, PADDING, dtype=np.int64)])
 
     def rank_rows(self, step: int, rank: int, world_size: int) -> np.ndarray:
         """The rows of `batch(step)` that `rank` trains on, shape (rows_per_rank,), padded at the end."""
         mine = self.batch(step)[rank::world_size]
-        missing = rows_per_rank(self.global_rows, world_size) - len(mine)
+        missing = rows_per_rank(self.global_batch_size, world_size) - len(mine)
         return np.concatenate([mine, np.full(missing, PADDING, dtype=np.int64)])
 
     def _pool(self, epoch: int, pool: int) -> np.ndarray:
@@ -72,19 +72,19 @@ class Order:
         return self._pools[key]
 
     def _pool_span(self, pool: int) -> tuple[int, int]:
-        start = pool * POOL_BATCHES * self.global_rows
-        return start, min(start + POOL_BATCHES * self.global_rows, self.n_rows)
+        start = pool * POOL_BATCHES * self.global_batch_size
+        return start, min(start + POOL_BATCHES * self.global_batch_size, self.n_rows)
 
     def _grouped(self, epoch: int, pool: int, lengths: np.ndarray) -> np.ndarray:
         """Batches of similar length in shuffled order; a short last batch stays last."""
         rows = self._shuffled(epoch, *self._pool_span(pool))
         rows = rows[np.argsort(lengths[rows], kind="stable")]
-        whole = len(rows) // self.global_rows
+        whole = len(rows) // self.global_batch_size
         if self.shuffle == "none":
             return rows
-        batches = rows[: whole * self.global_rows].reshape(whole, self.global_rows)
+        batches = rows[: whole * self.global_batch_size].reshape(whole, self.global_batch_size)
         batches = batches[_generator(self.seed, epoch, 2, pool).permutation(whole)]
-        return np.concatenate([batches.ravel(), rows[whole * self.global_rows :]])
+        return np.concatenate([batches.ravel(), rows[whole * self.global_batch_size :]])
 
     def _shuffled(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Rows at positions start..stop of the epoch, before any grouping."""
@@ -106,9 +106,9 @@ class Order:
                 return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def rows_per_rank(global_rows: int, world_size: int) -> int:
+def rows_per_rank(global_batch_size: int, world_size: int) -> int:
     """Rows each rank holds per step; ranks that get fewer hold padding."""
-    return -(-global_rows // world_size)
+    return -(-global_batch_size // world_size)
 
 
 def _generator(*key: int) -> np.random.Generator:

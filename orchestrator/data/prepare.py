@@ -59,6 +59,10 @@ class Prepared:
     """What the job's teacher says of these rows, row by row."""
 
 
+FINGERPRINTED = {"truncate": "truncate", "error": "bad_row"}
+"""`data.truncation` as shards of earlier versions were named after it: these stay valid."""
+
+
 def prepare(spec: JobSpec) -> dict[Split, Prepared]:
     """Prepare the job's training and evaluation rows; what is ready already is found and reused.
 
@@ -170,7 +174,7 @@ def prepared_folder(
         "task": spec.task.model_dump(mode="json", exclude=set(spec.task.after_prepare)),
         "tokenizer": tokenizer_fingerprint(spec),
         "max_length_tokens": max_length_tokens(spec),
-        "over_long": spec.data.over_long,
+        "over_long": FINGERPRINTED[spec.data.truncation],
         "on_bad_row": spec.data.on_bad_row,
         "shard_rows": spec.data.shard_rows,
         "labels": labels,

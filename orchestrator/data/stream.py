@@ -67,11 +67,11 @@ Segment = tuple[int, int]
 
 
 def segments(
-    start: int, stop: int, global_rows: int, world_size: int, row_bytes: int = 0
+    start: int, stop: int, global_batch_size: int, world_size: int, row_bytes: int = 0
 ) -> list[Segment]:
     """Cut steps start..stop into segments. The first is short: it is what each rank reads itself."""
-    per_block = steps_per_block(global_rows, world_size)
-    block_bytes = per_block * rows_per_rank(global_rows, world_size) * row_bytes
+    per_block = steps_per_block(global_batch_size, world_size)
+    block_bytes = per_block * rows_per_rank(global_batch_size, world_size) * row_bytes
     most = max(1, min(SEGMENT_BLOCKS // world_size, SEGMENT_BYTES // max(block_bytes, 1)))
     out: list[Segment] = []
     while start < stop:
@@ -81,9 +81,9 @@ def segments(
     return out
 
 
-def steps_per_block(global_rows: int, world_size: int) -> int:
+def steps_per_block(global_batch_size: int, world_size: int) -> int:
     """Steps whose rows share one block."""
-    return max(1, BLOCK_ROWS // rows_per_rank(global_rows, world_size))
+    return max(1, BLOCK_ROWS // rows_per_rank(global_batch_size, world_size))
 
 
 def _with_position(
@@ -111,7 +111,7 @@ def blocks_of_ranks(
     order: Order, n_targets: np.ndarray, segment: Segment, world_size: int
 ) -> list[list[Block]]:
     """Every rank's blocks of a segment, in the order of its steps."""
-    size = steps_per_block(order.global_rows, world_size)
+    size = steps_per_block(order.global_batch_size, world_size)
     out: list[list[Block]] = [[] for _ in range(world_size)]
     for start in range(segment[0], segment[1], size):
         steps = range(start, min(start + size, segment[1]))
@@ -278,15 +278,15 @@ def _row_arrays(column: pa.ChunkedArray) -> Callable[[int], Any]:
     return lambda i: values[offsets[i] : offsets[i + 1]]
 
 
-def micro_batches(step: StepRows, micro_rows: int) -> Sequence[tuple[list[Any], np.ndarray]]:
-    """(rows, weights) per forward pass, all of `micro_rows` rows; the last is filled up."""
+def micro_batches(step: StepRows, micro_batch_size: int) -> Sequence[tuple[list[Any], np.ndarray]]:
+    """(rows, weights) per forward pass, all of `micro_batch_size` rows; the last is filled up."""
     out = []
-    for start in range(0, len(step.rows), micro_rows):
+    for start in range(0, len(step.rows), micro_batch_size):
         rows, weights = (
-            step.rows[start : start + micro_rows],
-            step.weights[start : start + micro_rows],
+            step.rows[start : start + micro_batch_size],
+            step.weights[start : start + micro_batch_size],
         )
-        missing = micro_rows - len(rows)
+        missing = micro_batch_size - len(rows)
         out.append(
             (rows + rows[:1] * missing, np.concatenate([weights, np.zeros(missing, np.float32)]))
         )

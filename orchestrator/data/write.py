@@ -157,7 +157,7 @@ class ShardWriter:
         for raw, row, place in zip(rows, encoded, places, strict=True):
             if isinstance(row, BadRow):
                 self.reject(place, row.why)
-            elif row["truncated"] and self.work.spec.data.over_long == "bad_row":
+            elif row["truncated"] and self.work.spec.data.truncation == "error":
                 self.reject(place, f"longer than data.max_length_tokens = {self.max_length}")
             else:
                 self.truncated += row["truncated"]

@@ -31,9 +31,9 @@ from orchestrator.spec import dump_spec
 STALE_S = 3600.0
 """A temporary file in which nothing was written for this long belongs to a process that died."""
 MAY_CHANGE = (
-    "name", "storage", "runtime", "tracking", "checkpoint", "faults", "evaluation.baseline_rows", "stop.max_time_s",
-    "data.prepared_dir", "distillation.teacher_rows", "distillation.compare_rows", "resources.cpus_per_worker",
-    "resources.num_workers",
+    "name", "storage_path", "runtime", "tracking", "checkpoint", "fault_tolerance", "evaluation.baseline_rows",
+    "stop.max_time_s", "data.prepared_dir", "distillation.teacher_rows", "distillation.compare_rows",
+    "resources.cpus_per_worker", "resources.num_workers",
 )  # fmt: skip
 """Fields that do not touch the mathematics: a run may be continued with other values."""
 BY_CONTENT = (
@@ -41,8 +41,8 @@ BY_CONTENT = (
     "distillation.teacher", "distillation.revision",
 )  # fmt: skip
 """Fields that name files: they may change where what they name is the same."""
-MUST_MATCH = ("stage", "bf16", "global_rows", "total_steps", "labels")
-"""Derived figures that a checkpoint depends on. The same number of workers must also keep `micro_rows`:
+MUST_MATCH = ("stage", "bf16", "global_batch_size", "total_steps", "labels")
+"""Derived figures that a checkpoint depends on. The same number of workers must also keep `micro_batch_size`:
 it then goes on bit-identically; another number adds up in another order anyway."""
 
 
@@ -123,7 +123,7 @@ def _make_writable(root: Path) -> None:
             reserve.unlink(missing_ok=True)
         raise OrchestratorError(
             f"{root} cannot be written: {error.strerror}. "
-            "Fix its permissions or free space, or set storage=… to another folder."
+            "Fix its permissions or free space, or set storage_path=… to another folder."
         ) from error
 
 
@@ -162,7 +162,7 @@ def _must_fit(folder: RunFolder, plan: Plan) -> None:
         why = f" ({', '.join(needed_by[name])} depends on it)" if needed_by.get(name) else ""
         changed.append(f"{name}: {_at(old['spec'], name)!r} → {_at(new['spec'], name)!r}{why}")
     same_size = old.get("num_workers") == new["num_workers"]
-    must_match = (*MUST_MATCH, "micro_rows") if same_size else MUST_MATCH
+    must_match = (*MUST_MATCH, "micro_batch_size") if same_size else MUST_MATCH
     changed += [f"{k}: {old.get(k)!r} → {new[k]!r}" for k in must_match if old.get(k) != new[k]]
     if changed:
         raise another_job(folder.root, changed)

@@ -183,7 +183,7 @@ def _disk(storage: Path) -> Iterator[Finding]:
     writable = os.access(place, os.W_OK)
     if not writable:
         yield Finding(
-            str(place), "not writable", "problem", "set storage=… to a folder you can write to"
+            str(place), "not writable", "problem", "set storage_path=… to a folder you can write to"
         )
     low = free < 5 * GIB
     fix = "checkpoints of a 1 B model take about 15 GiB each" if low else ""

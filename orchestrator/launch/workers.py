@@ -32,8 +32,8 @@ def make_trainer(plan: Plan, launch_id: str) -> Any:
         {"plan": plan.model_dump_json()},
         plan.workers,
         Path(plan.run_dir) / "ray",
-        plan.spec.faults.max_restarts,
-        plan.spec.faults.health_timeout_s,
+        plan.spec.fault_tolerance.max_failures,
+        plan.spec.fault_tolerance.health_timeout_s,
         size,
         callbacks,
     )
@@ -42,11 +42,13 @@ def make_trainer(plan: Plan, launch_id: str) -> Any:
 def _size(plan: Plan) -> tuple[dict[str, Any], list[Any]]:
     """(what ScalingConfig is told of the number of workers, the callbacks that this takes)."""
     match plan.spec.resources.num_workers:
-        case WorkerRange(min=fewest, max=most, grow_every_s=every_s):
+        case WorkerRange(min=fewest, max=most, elastic_resize_monitor_interval_s=every_s):
             from orchestrator.launch.elastic import FollowCluster, shorten_start_timeout
 
             shorten_start_timeout()
-            follow = FollowCluster(RunFolder(Path(plan.run_dir)), plan.spec.faults.health_timeout_s)
+            follow = FollowCluster(
+                RunFolder(Path(plan.run_dir)), plan.spec.fault_tolerance.health_timeout_s
+            )
             looks = {"num_workers": (fewest, most), "elastic_resize_monitor_interval_s": every_s}
             return looks, [follow]
         case _:
@@ -110,7 +112,7 @@ def must_see(file: Path) -> None:
     if not file.exists():
         raise CheckpointError(
             f"{file.parent} is not there on node {platform.node()}: storage must be a folder that every node "
-            "sees. Mount it there, or set storage=… to one that is; then run the same command again."
+            "sees. Mount it there, or set storage_path=… to one that is; then run the same command again."
         )
 
 

@@ -27,13 +27,13 @@ def check_padding(model: Any, spec: JobSpec) -> None:
     Some models let padded frames into real ones (convolutions in or before their layers that no mask
     covers). A copy with few layers and random weights is run on CPU; `model` itself may be on the meta device.
     """
-    if "input_values" not in spec.task.required_inputs or spec.batch.micro_rows == 1:
+    if "input_values" not in spec.task.required_inputs or spec.batch.micro_batch_size == 1:
         return
     difference = _difference(model, spec)
     if difference is not None and difference > TOLERANCE:
         raise OrchestratorError(
             f"model: {model.config.model_type} computes a recording otherwise beside a longer one (its logits "
-            f"change by {difference:.0%}: padding reaches real frames). Set batch.micro_rows=1, so that "
+            f"change by {difference:.0%}: padding reaches real frames). Set batch.micro_batch_size=1, so that "
             "nothing is padded, or choose a model such as wav2vec2, hubert or wavlm."
         )
 

@@ -17,11 +17,12 @@ def check_disk(spec: JobSpec, cluster: Cluster, run_dir: str, checkpoint: int) -
     free += _size_bytes(
         Path(run_dir) / "checkpoints"
     )  # a run that goes on makes room as it commits
-    need = checkpoint * (spec.checkpoint.keep + 2)
+    need = checkpoint * (spec.checkpoint.num_to_keep + 2)
     if need > free and not cluster.is_elsewhere:
         raise PlanError(
-            f"checkpoints need up to {need / GIB:.2f} GiB ({spec.checkpoint.keep} kept, the best, one being written); "
-            f"{run_dir} has {free / GIB:.2f} GiB free. Free some, lower checkpoint.keep, or set storage."
+            f"checkpoints need up to {need / GIB:.2f} GiB ({spec.checkpoint.num_to_keep} kept, the best, one being "
+            f"written); {run_dir} has {free / GIB:.2f} GiB free. Free some, lower checkpoint.num_to_keep, "
+            "or set storage_path."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.errors import PlanError
 from orchestrator.plan.cluster import GIB
 from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, memory_bytes
-from orchestrator.plan.regularisation import averages, passes_per_row
+from orchestrator.plan.regularization import averages, passes_per_row
 from orchestrator.plan.resources import Workers
 from orchestrator.plan.zero import bucket_elements
 from orchestrator.spec import JobSpec
@@ -77,7 +77,7 @@ def fit(load: Load, reasons: dict[str, str], stage: Stage | None = None) -> tupl
 
     Raises PlanError, with the changes that help, where nothing fits.
     """
-    wanted = load.spec.batch.micro_rows
+    wanted = load.spec.batch.micro_batch_size
     fewest = 1 if wanted == "auto" else min(wanted, load.rows)
     if stage is None:
         stage = _stage(load, fewest, reasons)
@@ -105,7 +105,7 @@ def _micro_rows(load: Load, stage: Stage, reasons: dict[str, str]) -> int:
     while not load.fits(stage, rows):
         rows = -(-rows // 2)
     micro = math.ceil(load.rows / math.ceil(load.rows / rows))
-    reasons["micro_rows"] = (
+    reasons["micro_batch_size"] = (
         "a worker's whole share of the batch fits"
         if micro == load.rows
         else f"the most rows of {load.tokens_per_row} tokens that fit {load.room_bytes / GIB:.1f} GiB"
@@ -183,7 +183,7 @@ def _changes(spec: JobSpec, setup: MemorySetup, rows: int) -> list[_Change]:
     staged = " zero.stage=auto" if spec.zero.stage == 0 else ""
     pinned = spec.zero.stage != "auto" and setup.stage < highest and setup.world_size > 1
     offers = (
-        (rows > 1, _Change("batch.micro_rows=auto", one_row=True)),
+        (rows > 1, _Change("batch.micro_batch_size=auto", one_row=True)),
         (
             not spec.gradient_checkpointing,
             _Change("gradient_checkpointing=true", {"gradient_checkpointing": True}),

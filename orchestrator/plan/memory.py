@@ -91,7 +91,7 @@ class MemorySetup(Frozen):
 def memory_bytes(
     model: ModelFacts,
     setup: MemorySetup,
-    micro_rows: int,
+    micro_batch_size: int,
     tokens_per_row: int,
     target_tokens_per_row: int = 0,
 ) -> dict[str, int]:
@@ -99,7 +99,7 @@ def memory_bytes(
 
     `target_tokens_per_row`: what a decoder reads beside an encoder's `tokens_per_row`.
     """
-    counts = (micro_rows, tokens_per_row, target_tokens_per_row)
+    counts = (micro_batch_size, tokens_per_row, target_tokens_per_row)
     word = 2 if setup.bf16 else 4
     share = setup.world_size
     shards_params, shards_grads = setup.stage == 3, setup.stage >= 2
@@ -135,7 +135,7 @@ def memory_bytes(
 def activation_bytes(
     model: ModelFacts,
     setup: MemorySetup,
-    micro_rows: int,
+    micro_batch_size: int,
     tokens_per_row: int,
     target_tokens_per_row: int = 0,
 ) -> int:
@@ -149,10 +149,10 @@ def activation_bytes(
     """
     scale = 1 if setup.bf16 else 2
     if model.kept_values and not setup.gradient_checkpointing:
-        return 2 * scale * micro_rows * model.kept_values
+        return 2 * scale * micro_batch_size * model.kept_values
     tokens, targets = (
-        scale * micro_rows * tokens_per_row,
-        scale * micro_rows * target_tokens_per_row,
+        scale * micro_batch_size * tokens_per_row,
+        scale * micro_batch_size * target_tokens_per_row,
     )
     hidden, eager = model.hidden_size, 5 * model.heads if model.eager_attention else 0
     per_token = hidden * (15 + 19 * model.intermediate_size / max(4 * hidden, 1))
@@ -169,7 +169,7 @@ def activation_bytes(
 def _logit_bytes(
     model: ModelFacts,
     setup: MemorySetup,
-    micro_rows: int,
+    micro_batch_size: int,
     tokens_per_row: int,
     target_tokens_per_row: int,
 ) -> int:
@@ -179,7 +179,7 @@ def _logit_bytes(
         return 0
     predicting = target_tokens_per_row if model.decoder_layers else tokens_per_row
     copies = 6 if setup.distils else 3
-    return copies * 4 * micro_rows * predicting * model.vocab_size
+    return copies * 4 * micro_batch_size * predicting * model.vocab_size
 
 
 def checkpoint_bytes(model: ModelFacts, setup: MemorySetup) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ from orchestrator.plan.disk import check_disk
 from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load
 from orchestrator.plan.memory import ModelFacts, Stage, checkpoint_bytes
-from orchestrator.plan.regularisation import (
+from orchestrator.plan.regularization import (
     averaging_warnings,
     check_dropout,
     class_weights,
@@ -57,6 +57,7 @@ from orchestrator.plan.warnings import (
     start_warnings,
     weight_warnings,
 )
+from orchestrator.renames import PLAN_FORMAT
 from orchestrator.spec import JobSpec
 from orchestrator.tasks.tokenizing import target_start
 from orchestrator.values import Frozen
@@ -69,6 +70,8 @@ if TYPE_CHECKING:
 class Plan(Frozen):
     """Everything that is derived before anything is launched."""
 
+    format_version: Literal[2] = PLAN_FORMAT
+    """Format of the stored plan; `renames.upgraded_plan` reads older ones."""
     spec: JobSpec
     cluster: Cluster
     work_dir: str
@@ -92,9 +95,9 @@ class Plan(Frozen):
     cpus_per_worker: int
     bf16: bool
     stage: Stage
-    global_rows: int
+    global_batch_size: int
     rows_per_worker: int
-    micro_rows: int
+    micro_batch_size: int
     accumulation: int
     group_by_length: bool
     steps_per_epoch: int
@@ -168,14 +171,14 @@ def make_plan(
     side, padding_warning = padding_side(spec, labels)
     workers = share_out(spec, cluster, reasons)
     bf16 = uses_bf16(spec, cluster, workers, reasons)
-    global_rows = global_rows_of(spec, train.manifest.rows, reasons)
-    per_worker = rows_per_rank(global_rows, workers.count)
+    global_batch_size = global_rows_of(spec, train.manifest.rows, reasons)
+    per_worker = rows_per_rank(global_batch_size, workers.count)
     limit = memory_limit(spec, cluster, workers, reasons)
     tokens = model.image_tokens or train.manifest.longest_tokens
     target_tokens = train.manifest.longest_target_tokens
     load = Load(spec, model, workers, bf16, per_worker, tokens, limit, target_tokens)
-    setup, shares = shares_of(load, reasons, stage_of_fewest(load, global_rows, reasons))
-    steps_per_epoch = -(-train.manifest.rows // global_rows)
+    setup, shares = shares_of(load, reasons, stage_of_fewest(load, global_batch_size, reasons))
+    steps_per_epoch = -(-train.manifest.rows // global_batch_size)
     total = total_steps(spec, steps_per_epoch, reasons)
     eval_every = eval_every_steps(spec, prepared, steps_per_epoch, total, reasons)
     metric = spec.evaluation.metric or spec.task.default_metric
@@ -183,7 +186,7 @@ def make_plan(
     lr, lr_source = learning_rate(spec, model)
     check_dropout(spec, labels)
     check_schedule(spec.schedule, total)
-    run_dir = str(work_dir / spec.storage / spec.name)
+    run_dir = str(work_dir / spec.storage_path / spec.name)
     size = checkpoint_bytes(model, setup)
     check_disk(spec, cluster, run_dir, size)
     check_cpus(workers, cluster)
@@ -207,7 +210,7 @@ def make_plan(
         gpus_per_worker=workers.gpus,
         cpus_per_worker=workers.cpus,
         bf16=bf16,
-        global_rows=global_rows,
+        global_batch_size=global_batch_size,
         group_by_length=group_by_length(spec, reasons),
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
@@ -268,7 +271,7 @@ def at_workers(plan: Plan, num_workers: int, stage: Stage | None = None) -> Plan
         model=plan.model,
         workers=replace(plan.workers, count=num_workers),
         bf16=plan.bf16,
-        rows=rows_per_rank(plan.global_rows, num_workers),
+        rows=rows_per_rank(plan.global_batch_size, num_workers),
         tokens_per_row=plan.model.image_tokens or plan.train_data.longest_tokens,
         limit_bytes=plan.memory_limit_bytes,
         target_tokens_per_row=plan.train_data.longest_target_tokens,

@@ -13,7 +13,7 @@ from orchestrator.spec.meanings import meanings
 from orchestrator.values import Frozen
 
 SECTIONS = (
-    "task", "model", "tuning", "optimizer", "schedule", "regularisation", "distillation", "stop", "precision",
+    "task", "model", "tuning", "optimizer", "schedule", "regularization", "distillation", "stop", "precision",
     "gradient_clipping", "gradient_checkpointing", "seed",
 )  # fmt: skip
 """Other sections have rows of their own: what follows from them is more than what they say."""

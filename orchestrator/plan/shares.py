@@ -20,26 +20,26 @@ def shares_of(
 
     Raises PlanError where a worker's share does not fit, or leaves mixup nothing to mix.
     """
-    setup, micro_rows = fit(load, reasons, stage)
-    if micro_rows == 1 and load.spec.regularisation.mixup_alpha is not None:
+    setup, micro_batch_size = fit(load, reasons, stage)
+    if micro_batch_size == 1 and load.spec.regularization.mixup_alpha is not None:
         raise PlanError(
-            "regularisation.mixup_alpha mixes rows of one micro-batch, and a micro-batch has one row here: "
-            f"batch.micro_rows is {load.spec.batch.micro_rows}, {load.rows} rows go to each worker. "
-            "Raise batch.micro_rows or batch.global_rows, use fewer workers, or drop it."
+            "regularization.mixup_alpha mixes rows of one micro-batch, and a micro-batch has one row here: "
+            f"batch.micro_batch_size is {load.spec.batch.micro_batch_size}, {load.rows} rows go to each worker. "
+            "Raise batch.micro_batch_size or batch.global_batch_size, use fewer workers, or drop it."
         )
-    accumulation = -(-load.rows // micro_rows)
+    accumulation = -(-load.rows // micro_batch_size)
     return setup, {
         "num_workers": load.workers.count,
         "stage": setup.stage,
         "rows_per_worker": load.rows,
-        "micro_rows": micro_rows,
+        "micro_batch_size": micro_batch_size,
         "accumulation": accumulation,
-        "memory_bytes": load.need(load.model, setup, micro_rows),
-        "deepspeed": deepspeed_config(load.spec, setup, micro_rows, accumulation),
+        "memory_bytes": load.need(load.model, setup, micro_batch_size),
+        "deepspeed": deepspeed_config(load.spec, setup, micro_batch_size, accumulation),
     }
 
 
-def stage_of_fewest(load: Load, global_rows: int, reasons: dict[str, str]) -> Stage | None:
+def stage_of_fewest(load: Load, global_batch_size: int, reasons: dict[str, str]) -> Stage | None:
     """The ZeRO stage of a job whose number of workers changes: what fits the fewest fits more as well.
 
     None where the number is fixed. Raises PlanError where nothing fits the fewest.
@@ -50,7 +50,7 @@ def stage_of_fewest(load: Load, global_rows: int, reasons: dict[str, str]) -> St
     few = replace(
         load,
         workers=replace(load.workers, count=fewest),
-        rows=rows_per_rank(global_rows, fewest),
+        rows=rows_per_rank(global_batch_size, fewest),
     )
     try:
         setup, _ = fit(few, reasons)

@@ -90,21 +90,21 @@ def _how_long(plan: Plan) -> Iterator[Row]:
     spec, reasons = plan.spec, plan.reasons
     yield (
         "global batch",
-        f"{plan.global_rows} rows per step",
-        reasons.get("global_rows", "batch.global_rows"),
+        f"{plan.global_batch_size} rows per step",
+        reasons.get("global_batch_size", "batch.global_batch_size"),
     )
-    product = f"{plan.micro_rows} × {plan.accumulation} × {plan.num_workers}"
-    filled = plan.micro_rows * plan.accumulation * plan.num_workers - plan.global_rows
+    product = f"{plan.micro_batch_size} × {plan.accumulation} × {plan.num_workers}"
+    filled = plan.micro_batch_size * plan.accumulation * plan.num_workers - plan.global_batch_size
     padding = f"; {filled} places are filled with rows of weight 0" if filled else ""
     yield (
         "micro × accumulation × workers",
         product,
-        reasons.get("micro_rows", "batch.micro_rows") + padding,
+        reasons.get("micro_batch_size", "batch.micro_batch_size") + padding,
     )
     yield (
         "steps per epoch",
         f"{plan.steps_per_epoch:,}",
-        f"{plan.train_data.rows:,} rows / {plan.global_rows}; the last batch is filled up, no row is lost",
+        f"{plan.train_data.rows:,} rows / {plan.global_batch_size}; the last batch is filled up, no row is lost",
     )
     yield "total steps", f"{plan.total_steps:,}", reasons.get("total_steps", "stop")
     order = spec.data.order
@@ -132,7 +132,11 @@ def _where(plan: Plan) -> Iterator[Row]:
         f"{_workers(plan)} ({device}, {plan.cpus_per_worker} CPUs each)",
         reasons.get("num_workers", "resources.num_workers"),
     )
-    yield "rows per worker and step", str(rows_per_rank(plan.global_rows, plan.num_workers)), ""
+    yield (
+        "rows per worker and step",
+        str(rows_per_rank(plan.global_batch_size, plan.num_workers)),
+        "",
+    )
     yield "ZeRO stage", str(plan.stage), reasons.get("stage", "zero.stage")
     yield (
         "precision",
@@ -168,7 +172,7 @@ def _memory(plan: Plan) -> Iterator[Row]:
         yield (
             f"total at {count} worker{'s' * (count > 1)}",
             f"{sum(other.memory_bytes.values()) / GIB:.2f} GiB",
-            f"{other.micro_rows} × {other.accumulation} rows each",
+            f"{other.micro_batch_size} × {other.accumulation} rows each",
         )
 
 
@@ -189,7 +193,7 @@ def _files(plan: Plan) -> Iterator[Row]:
         f"{count}{_more_checkpoints(plan)} × {plan.checkpoint_bytes / GIB:.2f} GiB",
         (
             f"every {plan.checkpoint_every_steps:,} steps, {plan.reasons.get('checkpoint_every_steps', 'checkpoint.every_steps')}; "
-            f"{plan.spec.checkpoint.keep} newest and the best are kept"
+            f"{plan.spec.checkpoint.num_to_keep} newest and the best are kept"
         ),
     )
     yield "run folder", plan.run_dir, ""

@@ -1,4 +1,4 @@
-"""How a plan's training goes, on the screen: rates, schedule, what follows from regularisation, settings, defaults."""
+"""How a plan's training goes, on the screen: rates, schedule, what follows from regularization, settings, defaults."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rich.text import Text
 
 from orchestrator.plan.chart import text_chart
 from orchestrator.plan.plan import Plan
-from orchestrator.plan.regularisation import averages, swa_steps
+from orchestrator.plan.regularization import averages, swa_steps
 from orchestrator.plan.schedule import lr_factor
 from orchestrator.plan.unfreezing import all_move_at_step, interval_steps, moving_layers
-from orchestrator.spec.regularisation import EMA, SWA, NoAveraging
+from orchestrator.spec.regularization import EMA, SWA, NoAveraging
 from orchestrator.spec.schedule import PlateauSchedule
 
 Row = tuple[str, str, str]
@@ -20,7 +20,7 @@ Row = tuple[str, str, str]
 def learning(plan: Plan) -> Iterator[Row]:
     """Rows of (what, value, reason)."""
     yield from _rates(plan)
-    yield from _regularisation(plan)
+    yield from _regularization(plan)
     yield from _distillation(plan)
 
 
@@ -78,18 +78,18 @@ def schedule_chart(plan: Plan) -> Text:
     return Text("\n".join(["learning rate by step", *lines]), style="dim", no_wrap=True)
 
 
-def _regularisation(plan: Plan) -> Iterator[Row]:
-    settings, reasons = plan.spec.regularisation, plan.reasons
+def _regularization(plan: Plan) -> Iterator[Row]:
+    settings, reasons = plan.spec.regularization, plan.reasons
     if settings.r_drop_alpha is not None:
         why = "every row stands twice in its micro-batch: activations and time double"
         yield "r-drop alpha", f"{settings.r_drop_alpha:g}", why
-    if settings.token_masking:
-        share = f"{settings.token_masking:.0%} of the words"
-        yield "token masking", share, reasons["mask_token_id"]
+    if settings.token_dropout:
+        share = f"{settings.token_dropout:.0%} of the words"
+        yield "token dropout", share, reasons["mask_token_id"]
     if plan.class_weights:
         pairs = zip(plan.labels, plan.class_weights, strict=True)
         shown = ", ".join(f"{label} {weight:.3g}" for label, weight in pairs)
-        yield "class weights", shown, reasons.get("class_weights", "regularisation.class_weights")
+        yield "class weights", shown, reasons.get("class_weights", "regularization.class_weights")
     if averages(plan.spec):
         why = (
             "evaluated and exported in place of the weights; one more fp32 value per trained weight"
@@ -98,7 +98,7 @@ def _regularisation(plan: Plan) -> Iterator[Row]:
 
 
 def _average_words(plan: Plan) -> str:
-    match plan.spec.regularisation.averaging:
+    match plan.spec.regularization.averaging:
         case SWA() as swa:
             start, every, points = swa_steps(swa, plan.total_steps, plan.steps_per_epoch)
             return f"swa: {points} points after step {start:,}, every {every:,} steps"

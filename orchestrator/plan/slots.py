@@ -47,15 +47,19 @@ def slots_of(spec: JobSpec, cluster: Cluster) -> Slots:
     need = _Need.of(spec, sweep, cluster)
     room = _room(need, cluster)
     trials = default_trials(sweep)
-    count = max(1, min(room, trials)) if sweep.slots == "auto" else sweep.slots
+    count = (
+        max(1, min(room, trials))
+        if sweep.max_concurrent_trials == "auto"
+        else sweep.max_concurrent_trials
+    )
     if room == 0:
         with fitting(count):
             check_cpus(share_out(_with_workers(spec, need.most), cluster, {}), cluster)
         raise PlanError(f"one slot of {need} does not fit {cluster}.")
     if count > room:
         raise PlanError(
-            f"sweep.slots = {count}, {need} each, do not fit {cluster}: at most {room}. "
-            f"Set sweep.slots={room}, or auto."
+            f"sweep.max_concurrent_trials = {count}, {need} each, do not fit {cluster}: at most {room}. "
+            f"Set sweep.max_concurrent_trials={room}, or auto."
         )
     share = _share(need, cluster, count)
     with fitting(count):
@@ -65,8 +69,8 @@ def slots_of(spec: JobSpec, cluster: Cluster) -> Slots:
 
 
 def _reason(sweep: SweepSpec, need: _Need, cluster: Cluster, few: bool) -> str:
-    if sweep.slots != "auto":
-        return "sweep.slots"
+    if sweep.max_concurrent_trials != "auto":
+        return "sweep.max_concurrent_trials"
     offered = f"{cluster.gpus:g} GPUs" if need.gpus else f"{cluster.cpus:g} CPUs"
     kept = f", {DATA_CPUS:g} CPU kept for Ray Data" if cluster.is_ray else ""
     limit = f"; no more than {default_trials(sweep)} trials" if few else ""

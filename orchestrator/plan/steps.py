@@ -10,10 +10,10 @@ from orchestrator.spec import JobSpec
 
 def global_rows_of(spec: JobSpec, rows: int, reasons: dict[str, str]) -> int:
     """Rows of one optimizer step."""
-    if spec.batch.global_rows != "auto":
-        return spec.batch.global_rows
+    if spec.batch.global_batch_size != "auto":
+        return spec.batch.global_batch_size
     usual = spec.task.usual_global_rows
-    reasons["global_rows"] = (
+    reasons["global_batch_size"] = (
         f"default: {usual} ({spec.task.usual_global_rows_source})"
         if rows >= usual
         else f"the data has {rows} rows"

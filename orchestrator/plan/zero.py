@@ -23,13 +23,13 @@ def bucket_elements(spec: JobSpec, trainable: int) -> int:
 
 
 def deepspeed_config(
-    spec: JobSpec, setup: MemorySetup, micro_rows: int, accumulation: int
+    spec: JobSpec, setup: MemorySetup, micro_batch_size: int, accumulation: int
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` gets; the optimizer is passed as an object beside it."""
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_rows,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_rows * accumulation * setup.world_size,
+        "train_batch_size": micro_batch_size * accumulation * setup.world_size,
         "gradient_clipping": spec.gradient_clipping or 0.0,
         "bf16": {"enabled": setup.bf16},
         "zero_optimization": {"stage": setup.stage},

@@ -46,7 +46,7 @@ def overfitting_words(history: Sequence[Mapping[str, Any]]) -> str:
         return (
             f"Over-fitting since step {best['step']}: the evaluation loss rose from {best['loss']:.4f} to "
             f"{last['loss']:.4f} while the training loss fell from {best['train_loss']:.4f} to "
-            f"{last['train_loss']:.4f}; {gap}. More regularisation, fewer epochs or a lower rate may help; "
+            f"{last['train_loss']:.4f}; {gap}. More regularization, fewer epochs or a lower rate may help; "
             "stop.overfitting_evals ends such a run."
         )
     return (

@@ -28,12 +28,12 @@ def write_report_on(folder: RunFolder | SweepFolder) -> Path:
     return write_sweep_report(folder) if isinstance(folder, SweepFolder) else write_report(folder)
 
 
-def runs_table(storage: Path) -> Table:
-    """One line per run or sweep below `storage`, oldest first."""
-    table = Table(title=styled(f"runs in {storage}"), title_justify="left")
+def runs_table(storage_path: Path) -> Table:
+    """One line per run or sweep below `storage_path`, oldest first."""
+    table = Table(title=styled(f"runs in {storage_path}"), title_justify="left")
     for name in ("run", "task", "status", "step", "best", "started"):
         table.add_column(name, justify="right" if name == "step" else "left")
-    found: list[RunFolder | SweepFolder] = [*list_runs(storage), *list_sweeps(storage)]
+    found: list[RunFolder | SweepFolder] = [*list_runs(storage_path), *list_sweeps(storage_path)]
     for folder in sorted(found, key=lambda f: f.root.stat().st_mtime):
         try:
             row = _row(folder) if isinstance(folder, RunFolder) else _sweep_row(folder)

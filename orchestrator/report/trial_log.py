@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.renames import with_new_fields
 from orchestrator.report.records import read_records
 from orchestrator.run_folder import SweepFolder, read_json
 
@@ -135,7 +136,7 @@ class SweepLog:
             raise TypeError(trial)
         if kind == "trial":
             parent = (str(p[0]), int(p[1])) if (p := record["parent"]) else None
-            values = dict(record["values"])
+            values = with_new_fields(record["values"])
             if trial in self.trials:
                 raise ValueError(f"{trial} was proposed before")
             self.trials[trial] = TrialState(trial, int(record["index"]), values, parent)

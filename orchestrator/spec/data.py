@@ -45,7 +45,7 @@ class DataSpec(Frozen):
     as ordinary text; a language model's documents and chats always hold control tokens."""
     max_length_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Longest row in tokens. `auto`: the model's own limit, at most 512."""
-    over_long: Literal["truncate", "bad_row"] = "truncate"
+    truncation: Literal["truncate", "error"] = "truncate"
     """What happens to longer rows; truncations are counted in the manifest."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` names file and row and stops; `skip` counts them in the manifest and lists

@@ -32,6 +32,6 @@ def distillation_rules(spec: JobSpec) -> Iterator[Problem]:
         why = "excludes tuning.type: prompt: the student's rows would be longer than the teacher's"
         yield Problem("distillation.hidden", why, "drop it, or another tuning.type")
     for field in ("mixup_alpha", "r_drop_alpha"):
-        if (value := getattr(spec.regularisation, field)) is not None:
+        if (value := getattr(spec.regularization, field)) is not None:
             why = "excludes distillation: the teacher was asked about every row as it is, once"
-            yield Problem(f"regularisation.{field}", why, "keep one of the two", value)
+            yield Problem(f"regularization.{field}", why, "keep one of the two", value)

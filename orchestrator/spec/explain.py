@@ -16,15 +16,15 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.meanings import meanings
 
 OTHER_NAMES: dict[str, list[str]] = {
-    "batch_size": ["batch.global_rows"],
+    "batch_size": ["batch.global_batch_size"],
     "bf16": ["precision"],
     "early_stopping_patience": ["stop.patience"],
     "epochs": ["stop.max_epochs"],
-    "ema": ["regularisation.averaging"],
+    "ema": ["regularization.averaging"],
     "fp16": ["precision"],
-    "gradient_accumulation_steps": ["batch.global_rows", "batch.micro_rows"],
+    "gradient_accumulation_steps": ["batch.global_batch_size", "batch.micro_batch_size"],
     "l2": ["optimizer.weight_decay"],
-    "label_smoothing_factor": ["regularisation.label_smoothing"],
+    "label_smoothing_factor": ["regularization.label_smoothing"],
     "learning_rate": ["optimizer.lr"],
     "lora": ["tuning.type"],
     "lr_scheduler": ["schedule.type"],
@@ -34,9 +34,9 @@ OTHER_NAMES: dict[str, list[str]] = {
     "metric_for_best_model": ["evaluation.metric"],
     "num_epochs": ["stop.max_epochs"],
     "num_train_epochs": ["stop.max_epochs"],
-    "per_device_train_batch_size": ["batch.micro_rows"],
+    "per_device_train_batch_size": ["batch.micro_batch_size"],
     "scheduler": ["schedule.type"],
-    "swa": ["regularisation.averaging"],
+    "swa": ["regularization.averaging"],
 }
 """What other tools call a field → where it is here."""
 

@@ -22,7 +22,7 @@ class ExpressionError(ValueError):
 
 
 class Expression:
-    """A comparison such as `optimizer.lr * batch.global_rows < 0.1`.
+    """A comparison such as `optimizer.lr * batch.global_batch_size < 0.1`.
 
     `names`: the dotted fields in it. Raises ExpressionError for anything else.
     """

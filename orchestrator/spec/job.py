@@ -13,7 +13,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.optimization import BatchSpec, ZeroSpec
 from orchestrator.spec.optimizer import AdamW, OptimizerSpec
 from orchestrator.spec.paths import PathText
-from orchestrator.spec.regularisation import RegularisationSpec
+from orchestrator.spec.regularization import RegularizationSpec
 from orchestrator.spec.runtime import RuntimeSpec
 from orchestrator.spec.schedule import LinearSchedule, ScheduleSpec
 from orchestrator.spec.sweep import SweepSpec
@@ -56,7 +56,7 @@ class WorkerRange(Frozen):
     """Training waits while there is room for fewer than this. Each one's share of the batch must fit."""
     max: Annotated[int, Field(ge=1)]
     """The most there ever are."""
-    grow_every_s: Annotated[float, Field(gt=0)] = 60
+    elastic_resize_monitor_interval_s: Annotated[float, Field(gt=0)] = 60
     """Seconds between looks for room. Before it uses some, the run commits a checkpoint."""
 
 
@@ -103,16 +103,16 @@ class CheckpointSpec(Frozen):
 
     every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Steps between checkpoints. `auto`: ten over the run, at least 20 steps apart."""
-    keep: Annotated[int, Field(ge=1)] = 2
+    num_to_keep: Annotated[int, Field(ge=1)] = 2
     """Committed checkpoints kept, newest first; the best evaluated one is kept beside them."""
     mode: Literal["async", "sync"] = "async"
     """`async` hashes and uploads while training goes on; `sync` waits for the commit."""
 
 
-class FaultsSpec(Frozen):
+class FaultToleranceSpec(Frozen):
     """What the run does when the cluster fails it."""
 
-    max_restarts: Annotated[int, Field(ge=0)] = 8
+    max_failures: Annotated[int, Field(ge=0)] = 8
     """Restarts of the worker group before the run gives up."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 3
     """Consecutive steps skipped for non-finite gradients before the run stops as diverged."""
@@ -146,7 +146,7 @@ class JobSpec(Frozen):
     """How they move."""
     schedule: ScheduleSpec = LinearSchedule()
     """How the learning rate changes."""
-    regularisation: RegularisationSpec = RegularisationSpec()
+    regularization: RegularizationSpec = RegularizationSpec()
     """What keeps the model from learning its rows by heart."""
     distillation: DistillationSpec | None = None
     """A larger model to learn from, beside the labels."""
@@ -170,7 +170,7 @@ class JobSpec(Frozen):
     """What to run on."""
     runtime: RuntimeSpec = RuntimeSpec()
     """What to bring along to a cluster."""
-    faults: FaultsSpec = FaultsSpec()
+    fault_tolerance: FaultToleranceSpec = FaultToleranceSpec()
     """How to survive."""
     tracking: TrackingSpec = TrackingSpec()
     """Whom to tell."""
@@ -180,5 +180,5 @@ class JobSpec(Frozen):
     """Search over fields of this job; `orchestrator sweep` runs it, `train` leaves it alone."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds order, initial weights and dropout."""
-    storage: PathText = "runs"
+    storage_path: PathText = "runs"
     """Folder of all runs; on several nodes a path that every node sees. Not a URL."""

@@ -18,7 +18,7 @@ def knob_rules(spec: JobSpec) -> Iterator[Problem]:
     yield from _optimizer(spec)
     yield from _schedule(spec)
     yield from _stop(spec)
-    yield from _regularisation(spec)
+    yield from _regularization(spec)
 
 
 def _optimizer(spec: JobSpec) -> Iterator[Problem]:
@@ -95,34 +95,34 @@ def _needs_evaluations(spec: JobSpec, field: str, value: object) -> Iterator[Pro
         yield Problem(field, "looks at evaluations before the end, and there are none", fix, value)
 
 
-def _regularisation(spec: JobSpec) -> Iterator[Problem]:
-    settings, task = spec.regularisation, spec.task
+def _regularization(spec: JobSpec) -> Iterator[Problem]:
+    settings, task = spec.regularization, spec.task
     for field in ("label_smoothing", "r_drop_alpha"):
         if getattr(settings, field) and task.soft_targets is None:
             why = f"needs a prediction per class or token, and {task.type} makes none: {task.no_soft_targets}"
             fix = f"task.{field}" if field in type(task).model_fields else "drop it"
-            yield Problem(f"regularisation.{field}", why, fix, getattr(settings, field))
+            yield Problem(f"regularization.{field}", why, fix, getattr(settings, field))
     if settings.label_smoothing and task.soft_targets == "number":
         why = f"shares probability out among classes, and {task.type} has none"
         value = settings.label_smoothing
-        yield Problem("regularisation.label_smoothing", why, "drop it", value)
-    for field in ("neftune_alpha", "token_masking"):
+        yield Problem("regularization.label_smoothing", why, "drop it", value)
+    for field in ("neftune_alpha", "token_dropout"):
         if getattr(settings, field) and not task.reads_text:
             why = f"works on words, which {task.type} does not read"
-            yield Problem(f"regularisation.{field}", why, "drop it", getattr(settings, field))
+            yield Problem(f"regularization.{field}", why, "drop it", getattr(settings, field))
     if settings.class_weights is not None and not task.label_feature:
         why = f"needs labels, which {task.type} does not have"
-        yield Problem("regularisation.class_weights", why, "drop it", settings.class_weights)
+        yield Problem("regularization.class_weights", why, "drop it", settings.class_weights)
     if settings.mixup_alpha is not None and not isinstance(task, SingleLabel):
         why = f"needs one label per row, which {task.type} does not have"
-        yield Problem("regularisation.mixup_alpha", why, "drop it", settings.mixup_alpha)
+        yield Problem("regularization.mixup_alpha", why, "drop it", settings.mixup_alpha)
     if settings.mixup_alpha is not None and settings.r_drop_alpha is not None:
-        why = "excludes regularisation.r_drop_alpha: both decide what a row is paired with"
-        yield Problem("regularisation.mixup_alpha", why, "keep one", settings.mixup_alpha)
+        why = "excludes regularization.r_drop_alpha: both decide what a row is paired with"
+        yield Problem("regularization.mixup_alpha", why, "keep one", settings.mixup_alpha)
     if settings.r_drop_alpha is not None and spec.model.dropout == 0:
         why = "needs dropout, or both passes are the same"
         fix = "model.dropout=0.1, or drop it"
-        yield Problem("regularisation.r_drop_alpha", why, fix, settings.r_drop_alpha)
+        yield Problem("regularization.r_drop_alpha", why, fix, settings.r_drop_alpha)
     weights, labels = settings.class_weights, getattr(task, "labels", None)
     if isinstance(weights, dict) and labels:
         yield from _labels_of(weights, labels)
@@ -131,4 +131,4 @@ def _regularisation(spec: JobSpec) -> Iterator[Problem]:
 def _labels_of(weights: dict[str, float], labels: tuple[str, ...]) -> Iterator[Problem]:
     for label in sorted(weights.keys() - set(labels)):
         fix = f"choose from: {', '.join(labels)}"
-        yield Problem("regularisation.class_weights", "is not among task.labels", fix, label)
+        yield Problem("regularization.class_weights", "is not among task.labels", fix, label)

@@ -87,7 +87,7 @@ class StorageClaim(Frozen):
 
 
 class S3Access(Frozen):
-    """Lets pods read `s3://` data. Runs stay on `storage`: they need rename, which S3 has not."""
+    """Lets pods read `s3://` data. Runs stay on `storage_path`: they need rename, which S3 has not."""
 
     secret: Name | None = None
     """Secret with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. Default: the service account's rights."""

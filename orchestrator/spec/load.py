@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator.errors import Problem, SpecError
+from orchestrator.renames import with_new_names
 from orchestrator.spec.explain import problems_from
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.paths import plain_path
@@ -72,20 +73,35 @@ def _with_value(data: Any, path: list[str], value: Any) -> dict[str, Any]:
     return copy
 
 
-def parse_spec(data: dict[str, Any], source: str = "job", files: Files = "here") -> JobSpec:
-    """Validate a mapping. `files`: where the job's local paths are looked for.
+def parse_spec(
+    data: dict[str, Any], source: str = "job", files: Files = "here", stored: bool = False
+) -> JobSpec:
+    """Validate a mapping.
 
-    Raises SpecError with all problems: of single fields, and of fields that do not go together.
+    Args:
+        data: the job as it was written.
+        source: its name in the error.
+        files: where the job's local paths are looked for.
+        stored: it comes from a run folder, so fields may have the names of an older version.
+
+    Raises SpecError with all problems: old names, single fields, and fields that do not go together.
     """
+    data, renamed = with_new_names(data)
+    problems = [] if stored else [_renamed(old, new) for old, new in renamed.items()]
     try:
         spec = JobSpec.model_validate(data)
     except ValidationError as error:
-        problems = problems_from(error, data)
-        beside = _rules_beside(data, error, problems, files)
-        raise SpecError(problems + beside, source) from error
-    if problems := broken_rules(spec, files):
+        found = problems_from(error, data)
+        beside = _rules_beside(data, error, found, files)
+        raise SpecError(problems + found + beside, source) from error
+    problems += broken_rules(spec, files)
+    if problems:
         raise SpecError(problems, source)
     return spec
+
+
+def _renamed(old: str, new: str) -> Problem:
+    return Problem(old, "is the old name of this field", f"write {new}")
 
 
 def _rules_beside(
@@ -127,12 +143,17 @@ def _without(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k != head}
 
 
-def load_spec(path: str | Path, overrides: Sequence[str] = (), files: Files = "here") -> JobSpec:
-    """Read a job file, apply `key=value` overrides, validate.
+def load_spec(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    files: Files = "here",
+    stored: bool = False,
+) -> JobSpec:
+    """Read a job file, apply `key=value` overrides, validate. See `parse_spec`.
 
     Raises SpecError listing every problem found.
     """
-    return parse_spec(apply_overrides(read_yaml(path), overrides), str(path), files)
+    return parse_spec(apply_overrides(read_yaml(path), overrides), str(path), files, stored)
 
 
 def dump_spec(spec: JobSpec) -> str:

@@ -12,9 +12,9 @@ from orchestrator.values import Frozen
 class BatchSpec(Frozen):
     """How many rows make one optimizer step. The split over workers never changes the mathematics."""
 
-    global_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    global_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows per optimizer step over all workers. `auto`: 32 (16 sequences for causal LM), capped by the data."""
-    micro_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows per forward pass of one worker. `auto`: the largest that the memory estimate allows."""
 
 

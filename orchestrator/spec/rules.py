@@ -112,15 +112,15 @@ def _data(spec: JobSpec) -> Iterator[Problem]:
 def _batch(spec: JobSpec) -> Iterator[Problem]:
     batch = spec.batch
     if (
-        batch.global_rows != "auto"
-        and batch.micro_rows != "auto"
-        and batch.micro_rows > batch.global_rows
+        batch.global_batch_size != "auto"
+        and batch.micro_batch_size != "auto"
+        and batch.micro_batch_size > batch.global_batch_size
     ):
         yield Problem(
-            "batch.micro_rows",
-            f"exceeds batch.global_rows = {batch.global_rows}",
-            f"at most {batch.global_rows}",
-            batch.micro_rows,
+            "batch.micro_batch_size",
+            f"exceeds batch.global_batch_size = {batch.global_batch_size}",
+            f"at most {batch.global_batch_size}",
+            batch.micro_batch_size,
         )
 
 
@@ -193,7 +193,10 @@ def _evaluation(spec: JobSpec) -> Iterator[Problem]:
 
 def _folders(spec: JobSpec) -> Iterator[Problem]:
     """Runs and shards are written to folders: a URL would become a folder of that name."""
-    for field, value in (("storage", spec.storage), ("data.prepared_dir", spec.data.prepared_dir)):
+    for field, value in (
+        ("storage_path", spec.storage_path),
+        ("data.prepared_dir", spec.data.prepared_dir),
+    ):
         if is_url(value):
             why = "must be a folder: URLs are not supported here"
             fix = f"a path that every node sees: {field}=/shared/{Path(value).name}"

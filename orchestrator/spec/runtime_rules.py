@@ -37,7 +37,10 @@ def runtime_rules(spec: JobSpec) -> Iterator[Problem]:
 
 def kept_folders(spec: JobSpec) -> Iterator[Problem]:
     """A job's working directory is gone when the job is; runs and shards must lie elsewhere."""
-    for field, value in (("storage", spec.storage), ("data.prepared_dir", spec.data.prepared_dir)):
+    for field, value in (
+        ("storage_path", spec.storage_path),
+        ("data.prepared_dir", spec.data.prepared_dir),
+    ):
         if not Path(value).is_absolute():
             yield Problem(
                 field,

@@ -98,7 +98,7 @@ class Rungs(Frozen):
 
     unit: Literal["steps", "rows", "tokens"] = "steps"
     """What `min` counts: optimizer steps, training rows or training tokens."""
-    min: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    grace_period: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """The first rung. `auto`: the last one divided by reduction_factor², at least one step."""
 
 
@@ -169,14 +169,14 @@ class SweepSpec(Frozen):
     space: Annotated[dict[str, DimensionSpec | Choices], Field(min_length=1)]
     """Dotted path of a field → what to draw it from: a list, or a `type` with its bounds."""
     constraints: tuple[str, ...] = ()
-    """Comparisons between searched fields that every trial keeps: `optimizer.lr * batch.global_rows < 0.1`."""
+    """Comparisons between searched fields that every trial keeps: `optimizer.lr * batch.global_batch_size < 0.1`."""
     num_trials: Annotated[int, Field(ge=1)] | None = None
     """Trials to run. Default: 20, or the size of the grid."""
     searcher: SearcherSpec = RandomSearch()
     """Who proposes values."""
     scheduler: SchedulerSpec = AshaScheduler()
     """Who stops trials early."""
-    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    max_concurrent_trials: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials in flight, each in a worker group of `resources.num_workers`. `auto`: as many as the cluster holds."""
     budget: BudgetSpec = BudgetSpec()
     """When to stop early."""

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 FIXED = (
     "name",
-    "storage",
+    "storage_path",
     "sweep",
     "tracking",
     "checkpoint",
-    "faults",
+    "fault_tolerance",
     "evaluation",
     "data.prepared_dir",
     "resources.cpus_per_worker",
@@ -42,10 +42,10 @@ POINTS_TRIED = 20
 
 OF_THE_STATE = (
     "model", "tuning", "task", "data", "batch", "zero", "stop", "resources", "precision", "distillation.hidden.layers",
-    "optimizer.type", "optimizer.implementation", "optimizer.centered", "regularisation.averaging",
+    "optimizer.type", "optimizer.implementation", "optimizer.centered", "regularization.averaging",
 )  # fmt: skip
 """Fields that decide what a checkpoint holds: weights, the optimizer's groups and state."""
-WHOLE_SECTIONS = ("optimizer", "regularisation")
+WHOLE_SECTIONS = ("optimizer", "regularization")
 SWITCHES = {"optimizer.layer_decay": 1, "optimizer.head_lr": None, "optimizer.momentum": 0}
 """Field → the value without which there are more groups of weights, or more state for each."""
 
@@ -172,7 +172,7 @@ def _searcher(sweep: SweepSpec, dimensions: dict[str, Any]) -> Iterator[Problem]
             if _changes_the_state(path, dimension):
                 yield Problem(
                     f"sweep.space.{path}", "a checkpoint cannot be taken over into another value of it",
-                    "under PBT search numbers of optimizer, schedule and regularisation",
+                    "under PBT search numbers of optimizer, schedule and regularization",
                 )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def _constraint(number: int, text: str, dimensions: dict[str, Any]) -> Iterator[
     try:
         names = Expression(text).names
     except ExpressionError as error:
-        yield Problem(field, str(error), "as in optimizer.lr * batch.global_rows < 0.1", text)
+        yield Problem(field, str(error), "as in optimizer.lr * batch.global_batch_size < 0.1", text)
         return
     for name in sorted(names - dimensions.keys()):
         yield Problem(

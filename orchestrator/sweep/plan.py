@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 from itertools import count, takewhile
 from pathlib import Path
+from typing import Literal
 
 from orchestrator.data.prepare import Prepared, Split
 from orchestrator.errors import PlanError, SpecError
 from orchestrator.plan import Cluster, Plan, make_plan
 from orchestrator.plan.slots import fitting, slots_of
+from orchestrator.renames import PLAN_FORMAT
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.search_space import Values, default_trials
 from orchestrator.spec.sweep import (
@@ -31,6 +33,7 @@ TRIALS = "trials"
 class SweepPlan(Frozen):
     """Everything that is derived before a sweep starts. `base`: the job as one trial's slot sees it."""
 
+    format_version: Literal[2] = PLAN_FORMAT
     spec: JobSpec
     cluster: Cluster
     base: Plan
@@ -74,7 +77,7 @@ def plan_sweep(
     slots, num_trials = slots_of(spec, cluster), default_trials(sweep)
     reasons = {"slots": slots.reason}
     work_dir = work_dir or Path.cwd()
-    root = work_dir / spec.storage / spec.name
+    root = work_dir / spec.storage_path / spec.name
     one = parse_spec(with_values(spec, {}))
     with fitting(slots.count):
         base = make_plan(one, slots.share, prepared, work_dir)
@@ -108,8 +111,8 @@ def plan_trial(
 
     Raises SpecError or PlanError where its values do not go together.
     """
-    storage = str(Path(plan.spec.storage) / plan.spec.name / TRIALS)
-    data = with_values(plan.spec, {**values, "name": trial, "storage": storage})
+    storage = str(Path(plan.spec.storage_path) / plan.spec.name / TRIALS)
+    data = with_values(plan.spec, {**values, "name": trial, "storage_path": storage})
     spec = parse_spec(data, trial)
     work_dir = Path(plan.base.work_dir)
     made = make_plan(spec, plan.base.cluster, prepared, work_dir)
@@ -129,7 +132,7 @@ def as_planned(plan: Plan) -> JobSpec:
     return spec.model_copy(
         update={
             "resources": spec.resources.model_copy(update=resources),
-            "batch": spec.batch.model_copy(update={"micro_rows": plan.micro_rows}),
+            "batch": spec.batch.model_copy(update={"micro_batch_size": plan.micro_batch_size}),
             "zero": spec.zero.model_copy(update={"stage": plan.stage}),
         }
     )
@@ -139,9 +142,9 @@ def unit_per_step(sweep: SweepSpec, plan: Plan) -> float:
     """How much of the scheduler's unit one optimizer step of this plan is."""
     match getattr(sweep.scheduler, "unit", "steps"):
         case "rows":
-            return plan.global_rows
+            return plan.global_batch_size
         case "tokens":
-            return plan.train_data.tokens / max(plan.train_data.rows, 1) * plan.global_rows
+            return plan.train_data.tokens / max(plan.train_data.rows, 1) * plan.global_batch_size
         case _:
             return 1.0
 
@@ -182,8 +185,8 @@ def first_rung(sweep: SweepSpec, base: Plan) -> int:
     """The first rung, in the scheduler's unit; whole, so that multiples of it are exact."""
     scheduler, per_step = sweep.scheduler, unit_per_step(sweep, base)
     assert isinstance(scheduler, AshaScheduler | MedianScheduler)
-    if scheduler.min != "auto":
-        return scheduler.min
+    if scheduler.grace_period != "auto":
+        return scheduler.grace_period
     factor = scheduler.reduction_factor if isinstance(scheduler, AshaScheduler) else 3
     return max(1, math.floor(max(math.ceil(base.total_steps / factor**2), 1) * per_step))
 
@@ -234,7 +237,7 @@ def _rung_warnings(sweep: SweepSpec, base: Plan, first: int) -> Iterator[str]:
     if isinstance(sweep.scheduler, AshaScheduler | MedianScheduler) and first < longest:
         yield (
             f"trials are first compared at step {first:,}, and warm-up may last until step {longest:,}: what is "
-            "pruned may be what had not begun. Raise sweep.scheduler.min, or shorten warm-up"
+            "pruned may be what had not begun. Raise sweep.scheduler.grace_period, or shorten warm-up"
         )
 
 

@@ -53,7 +53,7 @@ POLL_S = 0.2
 LEAVE_S = 60.0
 """How long slots may take to leave when there is nothing left to do."""
 MAY_CHANGE_IN_SWEEP = (
-    *MAY_CHANGE, "sweep.num_trials", "sweep.slots", "sweep.budget", "sweep.keep_trials",
+    *MAY_CHANGE, "sweep.num_trials", "sweep.max_concurrent_trials", "sweep.budget", "sweep.keep_trials",
     "sweep.max_trial_failures",
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
     must_have_secrets(spec)
     with ray_session():
         cluster = cluster_here()
-        folder = SweepFolder(Path.cwd() / spec.storage / spec.name)
+        folder = SweepFolder(Path.cwd() / spec.storage_path / spec.name)
         slots = slots_of(spec, cluster)
         if spec.distillation is not None:
             prepare(spec)  # its teacher takes what the slots would hold
@@ -142,7 +142,7 @@ def _fleet(spec: JobSpec, slots: Slots, folder: SweepFolder) -> Iterator[Fleet]:
     options = {"name": name, "num_cpus": 0, "max_concurrency": 1000, "label_selector": here}
     broker: Any = actor.options(**options).remote(spec.sweep.max_trial_failures)
     fleet = Fleet(
-        slots.workers, slots.count, folder.root, broker, name, spec.faults.health_timeout_s
+        slots.workers, slots.count, folder.root, broker, name, spec.fault_tolerance.health_timeout_s
     )
     fleet.start()
     try:

@@ -58,18 +58,18 @@ def _range(dimension: DimensionSpec) -> str:
 def _compute(plan: SweepPlan, folder: SweepFolder) -> Iterator[Row]:
     base = plan.base
     device = f"{base.gpus_per_worker:g} GPU" if base.on_gpu else f"{base.cpus_per_worker} CPUs"
-    yield "slots", str(plan.slots), plan.reasons.get("slots", "sweep.slots")
+    yield "slots", str(plan.slots), plan.reasons.get("slots", "sweep.max_concurrent_trials")
     flight = f"{plan.slots + 1}", "one more than slots, planned and waiting"
     yield "trials in flight", *flight
     yield "workers per trial", f"{base.num_workers} × {device}", base.reasons.get("num_workers", "")
     full = plan.num_trials * base.total_steps
     saved = f"; all trials to their end would take {full:,}" if plan.expected_steps < full else ""
     yield "expected steps", f"{plan.expected_steps:,}", f"of all trials together{saved}"
-    rows = plan.expected_steps * base.global_rows
+    rows = plan.expected_steps * base.global_batch_size
     yield (
         "expected rows",
         f"{rows:,}",
-        f"{base.total_steps * base.global_rows:,} in one whole trial",
+        f"{base.total_steps * base.global_batch_size:,} in one whole trial",
     )
     yield from _slot_changes(plan)
     step_s = measured_step_s(folder)
@@ -107,5 +107,5 @@ def _rungs(plan: SweepPlan) -> Table:
     for name in ("step", "rows of a trial", "trials expected"):
         shown.add_column(name, justify="right")
     for step, trials in zip(plan.rungs, plan.expected, strict=True):
-        shown.add_row(f"{step:,}", f"{step * plan.base.global_rows:,}", f"{trials:g}")
+        shown.add_row(f"{step:,}", f"{step * plan.base.global_batch_size:,}", f"{trials:g}")
     return shown

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from orchestrator.plan.plan import Plan
-from orchestrator.plan.regularisation import swa_steps
-from orchestrator.spec.regularisation import EMA, SWA, NoAveraging
+from orchestrator.plan.regularization import swa_steps
+from orchestrator.spec.regularization import EMA, SWA, NoAveraging
 
 AVERAGED_FILE = "averaged.pt"
 """The averages in one piece inside a checkpoint, for export."""
@@ -18,7 +18,7 @@ AVERAGE = "average"
 
 def average_share(plan: Plan, step: int) -> float:
     """How far the average moves towards the weights after step `step` (0-based): 1 copies them, 0 leaves it."""
-    match plan.spec.regularisation.averaging:
+    match plan.spec.regularization.averaging:
         case NoAveraging():
             return 0.0
         case EMA(decay=decay):

@@ -19,7 +19,7 @@ from torch._utils import _unflatten_dense_tensors as unflattened
 from orchestrator.data.stream import StepRows, micro_batches
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.schedule import lr_factor
-from orchestrator.spec.regularisation import NoAveraging
+from orchestrator.spec.regularization import NoAveraging
 from orchestrator.train.averaging import AVERAGED_FILE, Averager, add_l1
 from orchestrator.train.objective import Objective
 from orchestrator.train.optimizer import make_optimizer
@@ -67,8 +67,8 @@ def open_engine(plan: Plan, model: torch.nn.Module) -> Any:
 
 
 def after_each_step(engine: Any, plan: Plan) -> Averager | None:
-    """Attach what the job's regularisation does to the weights after each of the optimizer's steps."""
-    settings = plan.spec.regularisation
+    """Attach what the job's regularization does to the weights after each of the optimizer's steps."""
+    settings = plan.spec.regularization
     if settings.l1:
         add_l1(engine.basic_optimizer, settings.l1)
     if isinstance(settings.averaging, NoAveraging):
@@ -105,7 +105,7 @@ def train_step(
     """
     scale = dist.get_world_size() * plan.accumulation / max(batch.denominator, 1)
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for rows, weights in micro_batches(batch, plan.micro_rows):
+    for rows, weights in micro_batches(batch, plan.micro_batch_size):
         loss, task_loss = objective(engine, rows, weights)
         engine.backward(loss * scale)
         totals += torch.stack([loss.detach(), task_loss]).double()

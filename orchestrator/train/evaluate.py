@@ -40,9 +40,11 @@ class Evaluator:
         self.reference = reference
         self.plan, self.data = plan, plan.eval_data
         world_size = dist.get_world_size()
-        self.global_rows = min(plan.micro_rows * world_size, max(self.data.rows, world_size))
+        self.global_batch_size = min(
+            plan.micro_batch_size * world_size, max(self.data.rows, world_size)
+        )
         self._kept = {} if kept is None else kept
-        self._key = (self.data.folder, self.global_rows, world_size, plan.spec.seed)
+        self._key = (self.data.folder, self.global_batch_size, world_size, plan.spec.seed)
 
     def __call__(self, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
         """Metrics of `model`, the same on all ranks. The random state is left as it was."""
@@ -75,9 +77,9 @@ class Evaluator:
             return self._kept[self._key]
         source = None
         if dist.get_rank() == 0:
-            source = open_source(self.plan, self.data, self.global_rows, for_training=False)
-        count = -(-self.data.rows // self.global_rows)
-        steps = StepStream(source, self.global_rows, 0, count)
+            source = open_source(self.plan, self.data, self.global_batch_size, for_training=False)
+        count = -(-self.data.rows // self.global_batch_size)
+        steps = StepStream(source, self.global_batch_size, 0, count)
         if self.data.size_bytes > CACHE_BYTES:
             return steps
         self._kept.clear()  # one set at a time: trials that differ in it are few

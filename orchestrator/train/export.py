@@ -53,7 +53,7 @@ def load_plan(folder: RunFolder) -> Plan:
     if data is None:
         raise OrchestratorError(
             f"{folder.root}: no run there. `orchestrator runs` lists what there is; "
-            "--storage says where to look."
+            "--storage-path says where to look."
         )
     return _plan(data, folder.plan)
 
@@ -312,7 +312,7 @@ def model_card(plan: Plan, step: int, figures: dict[str, Any]) -> str:
         "## How it was made",
         "",
         f"- training rows {plan.train_data.rows:,} ({plan.train_data.tokens:,} tokens), "
-        f"{plan.total_steps} steps of {plan.global_rows} rows, seed {spec.seed}",
+        f"{plan.total_steps} steps of {plan.global_batch_size} rows, seed {spec.seed}",
         f"- {spec.tuning.type} tuning, {plan.model.trainable:,} of {plan.model.parameters:,} parameters trained",
         *_teacher_lines(spec),
         f"- {spec.optimizer.type}, peak learning rate {plan.learning_rate:g}, {spec.schedule.type} schedule, "

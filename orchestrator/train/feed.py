@@ -42,7 +42,7 @@ class Source:
         self.reader, self.order, self.n_targets = reader, order, n_targets
 
 
-def open_source(plan: Plan, data: DataFacts, global_rows: int, for_training: bool) -> Source:
+def open_source(plan: Plan, data: DataFacts, global_batch_size: int, for_training: bool) -> Source:
     """Open a prepared split and fix its order.
 
     Evaluation keeps the order of files but groups by length: every row counts once, in any order.
@@ -54,7 +54,7 @@ def open_source(plan: Plan, data: DataFacts, global_rows: int, for_training: boo
     grouped = plan.group_by_length or not for_training
     order = Order(
         shard_rows=tuple(s.rows for s in manifest.shards),
-        global_rows=global_rows,
+        global_batch_size=global_batch_size,
         seed=plan.spec.seed,
         shuffle=plan.spec.data.order.shuffle if for_training else "none",
         window_rows=plan.spec.data.order.window_rows,
@@ -82,13 +82,15 @@ class StepStream:
     segments are known.
     """
 
-    def __init__(self, source: Source | None, global_rows: int, start: int, stop: int) -> None:
+    def __init__(
+        self, source: Source | None, global_batch_size: int, start: int, stop: int
+    ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.source, self.global_rows = source, global_rows
+        self.source, self.global_batch_size = source, global_batch_size
         self._pending: list[Segment] = []
         if source is not None:
             row_bytes = source.reader.row_bytes
-            self._pending = segments(start, stop, global_rows, self.world_size, row_bytes)
+            self._pending = segments(start, stop, global_batch_size, self.world_size, row_bytes)
         self._first = start
         self._opened: queue.Queue[Any] = queue.Queue()
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=AHEAD_STEPS)
@@ -133,7 +135,7 @@ class StepStream:
         self._opened.put(mine[0] or _END)
 
     def _read_ahead(self) -> None:
-        per_step = rows_per_rank(self.global_rows, self.world_size)
+        per_step = rows_per_rank(self.global_batch_size, self.world_size)
         try:
             opened = self._start(self._opened.get())
             while opened is not _END and not self._stopped.is_set():

@@ -1,4 +1,4 @@
-"""What is minimised: the task's loss, and what regularisation makes of it."""
+"""What is minimised: the task's loss, and what regularization makes of it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Batch = dict[str, torch.Tensor]
 class Objective:
     """From the rows of a micro-batch to loss sums. Draws from the global random state alone.
 
-    Raises OrchestratorError where the model lacks what the job's regularisation works on.
+    Raises OrchestratorError where the model lacks what the job's regularization works on.
     """
 
     def __init__(self, plan: Plan, model: Any) -> None:
-        self.plan, self.settings = plan, plan.spec.regularisation
+        self.plan, self.settings = plan, plan.spec.regularization
         settings = self.settings
         on_words = ("neftune_alpha", "mixup_alpha") if plan.spec.task.reads_text else ()
         asked = [n for n in on_words if getattr(settings, n) is not None]
         self.hook: EmbeddingHook | None = None
         if asked:
-            self.hook = EmbeddingHook(model, settings.neftune_alpha, f"regularisation.{asked[0]}")
+            self.hook = EmbeddingHook(model, settings.neftune_alpha, f"regularization.{asked[0]}")
         self.looks_at_scores = bool(
             settings.label_smoothing
             or settings.r_drop_alpha
@@ -52,8 +52,8 @@ class Objective:
         """
         plan, task = self.plan, self.plan.spec.task
         batch = plan.collate(rows, weights)
-        if self.settings.token_masking:
-            batch["input_ids"] = masked(batch["input_ids"], plan, self.settings.token_masking)
+        if self.settings.token_dropout:
+            batch["input_ids"] = masked(batch["input_ids"], plan, self.settings.token_dropout)
         batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
         if self.router is not None:
             self.router.begin()

@@ -65,7 +65,7 @@ def open_writer(
         folder.checkpoints,
         dist.get_rank(),
         dist.get_world_size(),
-        keep=plan.spec.checkpoint.keep,
+        keep=plan.spec.checkpoint.num_to_keep,
         attempt=broadcast(uuid.uuid4().hex[:6]),
         on_commit=on_commit,
         size_bytes=plan.checkpoint_bytes,
@@ -81,9 +81,9 @@ def open_stream(plan: Plan, step: int, journal: Journal) -> StepStream:
     def source() -> Source | None:
         if dist.get_rank():
             return None
-        return open_source(plan, plan.train_data, plan.global_rows, for_training=True)
+        return open_source(plan, plan.train_data, plan.global_batch_size, for_training=True)
 
-    return StepStream(together(source), plan.global_rows, step, plan.total_steps)
+    return StepStream(together(source), plan.global_batch_size, step, plan.total_steps)
 
 
 def open_model(plan: Plan, warm: Warm | None, journal: Journal) -> torch.nn.Module:

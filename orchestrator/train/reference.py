@@ -75,8 +75,8 @@ def _computed(
     model.eval()
     parts: list[dict[str, np.ndarray]] = []
     with torch.no_grad():
-        for start in range(0, len(mine), plan.micro_rows):
-            ids = mine[start : start + plan.micro_rows]
+        for start in range(0, len(mine), plan.micro_batch_size):
+            ids = mine[start : start + plan.micro_batch_size]
             rows = unpack_rows(reader.take(ids))
             batch = plan.collate(rows, np.ones(len(rows), np.float32))
             tensors = {name: tensor.to(device) for name, tensor in batch.items()}

@@ -177,7 +177,7 @@ class Trial:
             lr=lr,
             grad_norm=norm,
             tokens=pulse.tokens,
-            rows=plan.global_rows,
+            rows=plan.global_batch_size,
             step_s=round(time.perf_counter() - wanted, 5),
             wait_s=round(got - wanted, 5),
             memory_bytes=memory_in_use_bytes(self.engine.device),
@@ -217,7 +217,7 @@ class Trial:
         self.journal.event("handover", step=self.progress.step)
         if self.rank == 0:
             self.folder.handover_request.unlink(missing_ok=True)
-        time.sleep(self.plan.spec.faults.health_timeout_s)
+        time.sleep(self.plan.spec.fault_tolerance.health_timeout_s)
 
     def close(self) -> None:
         """Give back everything the trial held."""
@@ -259,7 +259,10 @@ class Trial:
         broken = not math.isfinite(loss) or (
             norm is not None and not math.isfinite(norm) and not skipped
         )
-        return broken or self.progress.skipped_in_a_row >= self.plan.spec.faults.max_skipped_steps
+        return (
+            broken
+            or self.progress.skipped_in_a_row >= self.plan.spec.fault_tolerance.max_skipped_steps
+        )
 
     def _evaluate_if_due(self, stopping: bool) -> tuple[bool, bool]:
         """Evaluate at the plan's steps, and when time is up: (whether to go on, whether the state is

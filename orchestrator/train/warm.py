@@ -19,8 +19,8 @@ from orchestrator.train.state import memory_in_use_bytes
 KEPT_MODEL_BYTES = 2 * 2**30
 """A larger model is read anew for every trial; the operating system's file cache holds it anyway."""
 NOT_IN_MODEL = {
-    "name", "data", "optimizer", "schedule", "batch", "gradient_clipping", "regularisation", "distillation",
-    "zero", "stop", "evaluation", "checkpoint", "resources", "faults", "tracking", "sweep", "storage",
+    "name", "data", "optimizer", "schedule", "batch", "gradient_clipping", "regularization", "distillation",
+    "zero", "stop", "evaluation", "checkpoint", "resources", "fault_tolerance", "tracking", "sweep", "storage_path",
 }  # fmt: skip
 """Fields that a new model does not depend on. Any other one that changes makes a new model."""
 

@@ -128,7 +128,7 @@ def spec_of(cell: Cell, model: Path, folder: Path, **changes: Any) -> JobSpec:
         "name": "cell",
         "task": {**case.fields, **cell.architecture.task, **unpacked},
         "tuning": tuning,
-        "batch": {"global_rows": 8},
+        "batch": {"global_batch_size": 8},
         "optimizer": {"lr": 2e-3},
         "stop": {"max_steps": STEPS},
         "evaluation": {"every_steps": "end"},

@@ -42,7 +42,7 @@ AveragingSpec = Annotated[
 ]
 
 
-class RegularisationSpec(Frozen):
+class RegularizationSpec(Frozen):
     """Penalties, noise and averaging. L2 is `optimizer.weight_decay`, dropout is `model.dropout`."""
 
     l1: Annotated[float, Field(ge=0)] = 0.0
@@ -65,7 +65,7 @@ class RegularisationSpec(Frozen):
     r_drop_alpha: Annotated[float, Field(gt=0)] | None = None
     """Run every row twice with other dropout and pull the two predictions together by so much (R-Drop:
     Liang et al., arXiv 2106.14448, who use 1 to 5). Needs dropout; doubles activations and time."""
-    token_masking: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the tokens that the model does not get to see: the mask token stands for them, or the
     unknown token where there is no mask token. Special tokens and what is predicted stay."""
     mixup_alpha: Annotated[float, Field(gt=0)] | None = None

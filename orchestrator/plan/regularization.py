@@ -1,4 +1,4 @@
-"""What regularisation needs to know of data, tokenizer and model before anything runs."""
+"""What regularization needs to know of data, tokenizer and model before anything runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.data.shards import open_shards
 from orchestrator.errors import PlanError
 from orchestrator.model.config import dropouts, load_config
 from orchestrator.spec import JobSpec
-from orchestrator.spec.regularisation import SWA, NoAveraging
+from orchestrator.spec.regularization import SWA, NoAveraging
 
 
 def class_weights(
@@ -24,14 +24,14 @@ def class_weights(
 
     Raises PlanError for a label that the data does not have.
     """
-    wanted = spec.regularisation.class_weights
+    wanted = spec.regularization.class_weights
     if wanted is None:
         return ()
     if isinstance(wanted, dict):
         unknown = sorted(wanted.keys() - set(labels))
         if unknown:
             raise PlanError(
-                f"regularisation.class_weights: {unknown[0]!r} is no label of this data. "
+                f"regularization.class_weights: {unknown[0]!r} is no label of this data. "
                 f"Labels: {', '.join(labels)}."
             )
         return tuple(wanted.get(label, 1.0) for label in labels)
@@ -56,13 +56,13 @@ def _labels_of_rows(folder: Path, feature: str) -> np.ndarray:
 
 def check_dropout(spec: JobSpec, labels: tuple[str, ...]) -> None:
     """Raises PlanError where R-Drop would compare a model with itself: no dropout, no noise."""
-    settings = spec.regularisation
+    settings = spec.regularization
     if settings.r_drop_alpha is None or settings.neftune_alpha is not None:
         return
     of_model = dropouts(load_config(spec, labels)).values()
     if not any(of_model) and not getattr(spec.tuning, "lora_dropout", 0):
         raise PlanError(
-            "regularisation.r_drop_alpha: every dropout of the model's config is 0, so both passes are "
+            "regularization.r_drop_alpha: every dropout of the model's config is 0, so both passes are "
             "the same. Set model.dropout=0.1."
         )
 
@@ -72,15 +72,15 @@ def mask_token(spec: JobSpec, tokenizer: Any, reasons: dict[str, str]) -> int | 
 
     Raises PlanError where the tokenizer has neither a mask token nor an unknown one.
     """
-    if not spec.regularisation.token_masking:
+    if not spec.regularization.token_dropout:
         return None
     if tokenizer.mask_token_id is not None:
         reasons["mask_token_id"] = f"the tokenizer's mask token {tokenizer.mask_token!r}"
         return int(tokenizer.mask_token_id)
     if tokenizer.unk_token_id is None:
         raise PlanError(
-            "regularisation.token_masking: the tokenizer has neither a mask token nor an unknown token to "
-            "put in place of others. Drop it, or use regularisation.neftune_alpha."
+            "regularization.token_dropout: the tokenizer has neither a mask token nor an unknown token to "
+            "put in place of others. Drop it, or use regularization.neftune_alpha."
         )
     reasons["mask_token_id"] = f"no mask token: the unknown token {tokenizer.unk_token!r}"
     return int(tokenizer.unk_token_id)
@@ -88,14 +88,14 @@ def mask_token(spec: JobSpec, tokenizer: Any, reasons: dict[str, str]) -> int | 
 
 def special_tokens(spec: JobSpec, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that masking leaves alone."""
-    if not spec.regularisation.token_masking:
+    if not spec.regularization.token_dropout:
         return ()
     return tuple(sorted(set(tokenizer.all_special_ids)))
 
 
 def averages(spec: JobSpec) -> bool:
     """Whether an average of the weights is kept beside them."""
-    return not isinstance(spec.regularisation.averaging, NoAveraging)
+    return not isinstance(spec.regularization.averaging, NoAveraging)
 
 
 def swa_steps(swa: SWA, total_steps: int, steps_per_epoch: int) -> tuple[int, int, int]:
@@ -113,18 +113,18 @@ def swa_steps(swa: SWA, total_steps: int, steps_per_epoch: int) -> tuple[int, in
 
 def averaging_warnings(spec: JobSpec, total_steps: int, steps_per_epoch: int) -> Iterator[str]:
     """Where an average would be none."""
-    swa = spec.regularisation.averaging
+    swa = spec.regularization.averaging
     if not isinstance(swa, SWA):
         return
     start, every, points = swa_steps(swa, total_steps, steps_per_epoch)
     if points < 2:
         what = f"one point, step {start + every:,}" if points else "nothing"
         yield (
-            f"regularisation.averaging is the mean of {what}: {total_steps - start:,} steps are left after step "
+            f"regularization.averaging is the mean of {what}: {total_steps - start:,} steps are left after step "
             f"{start:,}, a point every {every:,}. Set every_steps or start_ratio lower."
         )
 
 
 def passes_per_row(spec: JobSpec) -> int:
     """How often a row stands in its micro-batch."""
-    return 1 if spec.regularisation.r_drop_alpha is None else 2
+    return 1 if spec.regularization.r_drop_alpha is None else 2

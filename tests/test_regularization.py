@@ -1,4 +1,4 @@
-"""Regularisation: each knob's arithmetic on one process, against formulas written down here."""
+"""Regularization: each knob's arithmetic on one process, against formulas written down here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plan.show_learning import learning
 from orchestrator.spec import JobSpec, parse_spec
-from orchestrator.spec.regularisation import RegularisationSpec
+from orchestrator.spec.regularization import RegularizationSpec
 from orchestrator.tasks.base import Scores
 from orchestrator.tasks.image_classification import ImageClassification
 from orchestrator.train.averaging import AVERAGE, Averager, add_l1, average_share
@@ -73,14 +73,14 @@ class Bench:
         return self.model(**batch).logits[:7].detach()
 
 
-def test_without_regularisation_the_tasks_loss_is_minimised(spec: JobSpec) -> None:
+def test_without_regularization_the_tasks_loss_is_minimised(spec: JobSpec) -> None:
     bench = Bench(spec)
     expected = functional.cross_entropy(bench.logits(), bench.labels[:7], reduction="sum")
     assert bench.losses() == pytest.approx((float(expected), float(expected)))
 
 
 def test_label_smoothing_gives_all_classes_a_share_in_training_alone(spec: JobSpec) -> None:
-    bench = Bench(spec, "regularisation.label_smoothing=0.2")
+    bench = Bench(spec, "regularization.label_smoothing=0.2")
     log_p = functional.log_softmax(bench.logits(), dim=-1)
     truth = -log_p[torch.arange(7), bench.labels[:7]]
     total, own = bench.losses()
@@ -92,7 +92,7 @@ def test_yes_and_no_of_each_label_are_smoothed_as_two_classes(spec: JobSpec) -> 
     several = parse_spec(
         {**spec.model_dump(mode="json", exclude_unset=True), "task": {**SEVERAL, "labels": LABELS}}
     )
-    bench = Bench(several, "regularisation.label_smoothing=0.2")
+    bench = Bench(several, "regularization.label_smoothing=0.2")
     logits, truth = bench.logits(), bench.labels[:7].float()
     assert set(truth.flatten().tolist()) == {0.0, 1.0}
     yes, no = functional.logsigmoid(logits), functional.logsigmoid(-logits)
@@ -104,7 +104,7 @@ def test_yes_and_no_of_each_label_are_smoothed_as_two_classes(spec: JobSpec) -> 
 
 
 def test_a_rows_loss_is_weighted_by_its_class(spec: JobSpec) -> None:
-    bench = Bench(spec, "regularisation.class_weights={good: 3}")
+    bench = Bench(spec, "regularization.class_weights={good: 3}")
     assert bench.plan.class_weights == (1.0, 3.0)
     each = functional.cross_entropy(bench.logits(), bench.labels[:7], reduction="none")
     weights = torch.tensor([3.0 if label == 1 else 1.0 for label in bench.labels[:7]])
@@ -114,12 +114,12 @@ def test_a_rows_loss_is_weighted_by_its_class(spec: JobSpec) -> None:
 
 
 def test_r_drop_pulls_the_predictions_of_two_passes_together(spec: JobSpec) -> None:
-    alike = Bench(spec, "regularisation.r_drop_alpha=4", "model.dropout=0.5")
+    alike = Bench(spec, "regularization.r_drop_alpha=4", "model.dropout=0.5")
     alike.model.eval()  # no dropout: both passes are the same
     truth = functional.cross_entropy(alike.logits(), alike.labels[:7], reduction="sum")
     assert alike.losses() == pytest.approx((float(truth), float(truth)), rel=1e-5)
     alphas = (1.0, 4.0)
-    apart = [Bench(spec, f"regularisation.r_drop_alpha={a}", dropout=0.5).losses() for a in alphas]
+    apart = [Bench(spec, f"regularization.r_drop_alpha={a}", dropout=0.5).losses() for a in alphas]
     divergence = [(total - own) / a for (total, own), a in zip(apart, alphas, strict=True)]
     assert divergence[0] > 1e-4
     assert divergence[0] == pytest.approx(divergence[1], rel=1e-3)
@@ -137,7 +137,7 @@ def test_r_drop_pulls_labels_and_numbers_together_too() -> None:
 
 def test_r_drop_without_any_dropout_is_refused(spec: JobSpec) -> None:
     with pytest.raises(PlanError, match=r"r_drop_alpha.*model\.dropout"):
-        make_plan(changed(spec, "regularisation.r_drop_alpha=1"), LAPTOP, prepared())
+        make_plan(changed(spec, "regularization.r_drop_alpha=1"), LAPTOP, prepared())
 
 
 def test_noise_is_as_large_as_neftune_says_and_only_in_training(spec: JobSpec) -> None:
@@ -145,7 +145,7 @@ def test_noise_is_as_large_as_neftune_says_and_only_in_training(spec: JobSpec) -
     assert noise.abs().max() <= 6 / math.sqrt(9 * 16)
     assert noise.abs().max() > 5.5 / math.sqrt(9 * 16)
     assert noise.mean().abs() < 0.05
-    bench = Bench(spec, "regularisation.neftune_alpha=5")
+    bench = Bench(spec, "regularization.neftune_alpha=5")
     plain = Bench(spec)
     assert not torch.equal(bench.logits(), plain.logits())
     assert torch.equal(_in_evaluation(bench), _in_evaluation(plain))
@@ -161,7 +161,7 @@ def test_noise_and_mixing_reach_both_sides_of_an_encoder_and_a_decoder(model_typ
     else:
         sizes |= {"d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
     model: Any = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **sizes))
-    hook = EmbeddingHook(model.train(), None, "regularisation.neftune_alpha")
+    hook = EmbeddingHook(model.train(), None, "regularization.neftune_alpha")
     fixed, words = torch.tensor([[5, 6], [5, 6]]), torch.tensor([[7, 8, 2], [9, 10, 2]])
     for sides in ((words, fixed), (fixed, words)):
         inputs = dict(zip(("input_ids", "decoder_input_ids"), sides, strict=True))
@@ -179,7 +179,7 @@ def _in_evaluation(bench: Bench) -> torch.Tensor:
 
 
 def test_masking_hides_a_share_of_the_words_and_no_special_token(spec: JobSpec) -> None:
-    plan = make_plan(changed(spec, "regularisation.token_masking=0.3"), LAPTOP, prepared())
+    plan = make_plan(changed(spec, "regularization.token_dropout=0.3"), LAPTOP, prepared())
     tokenizer = load_tokenizer(spec)
     assert plan.mask_token_id == tokenizer.unk_token_id, "this tokenizer has no mask token"
     assert "unknown token" in plan.reasons["mask_token_id"]
@@ -199,7 +199,7 @@ def test_masking_leaves_what_a_language_model_predicts(
 ) -> None:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.documents(4))
     job = tiny.job(models.llama, rows, tmp_path, task={"type": "causal_lm"})
-    hiding = changed(job, "regularisation.token_masking=0.9")
+    hiding = changed(job, "regularization.token_dropout=0.9")
     with pytest.raises(PlanError, match="neither a mask token nor an unknown token"):
         make_plan(hiding, LAPTOP, prepared())
     plan = make_plan(job, LAPTOP, prepared()).model_copy(
@@ -220,12 +220,12 @@ def test_mixup_is_the_share_of_two_rows_losses_on_mixed_embeddings(
     spec: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(np.random, "beta", lambda *_: 1.0)
-    whole = Bench(spec, "regularisation.mixup_alpha=0.4").losses()
+    whole = Bench(spec, "regularization.mixup_alpha=0.4").losses()
     assert whole == pytest.approx(Bench(spec).losses(), rel=1e-5)
     monkeypatch.setattr(np.random, "beta", lambda *_: 0.25)
     partner = torch.tensor([3, 2, 1, 0, 6, 5, 4, 7])  # the last one only fills
     monkeypatch.setattr(torch, "randperm", lambda count: partner[:count])
-    bench = Bench(spec, "regularisation.mixup_alpha=0.4")
+    bench = Bench(spec, "regularization.mixup_alpha=0.4")
     for row in bench.rows:  # one length, so that no padding is mixed in
         row["input_ids"] = np.resize(row["input_ids"], 7)
     ids = torch.tensor(np.stack([row["input_ids"] for row in bench.rows]))
@@ -243,9 +243,9 @@ def test_images_are_mixed_pixel_by_pixel(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(np.random, "beta", lambda *_: 0.25)
     monkeypatch.setattr(torch, "randperm", lambda _: torch.tensor([1, 0]))
     task = ImageClassification(type="image_classification")
-    settings = RegularisationSpec(mixup_alpha=0.4)
+    settings = RegularizationSpec(mixup_alpha=0.4)
     plan: Any = SimpleNamespace(
-        spec=SimpleNamespace(task=task, regularisation=settings, distillation=None),
+        spec=SimpleNamespace(task=task, regularization=settings, distillation=None),
         class_weights=(),
     )
     batch = {
@@ -269,16 +269,16 @@ def test_rows_that_only_fill_are_nobodys_partner(counting: int) -> None:
 
 
 def test_mixing_in_micro_batches_of_one_row_is_refused(spec: JobSpec) -> None:
-    one = changed(spec, "regularisation.mixup_alpha=0.4", "batch.micro_rows=1")
-    with pytest.raises(PlanError, match=r"mixup_alpha.*one row here.*batch\.micro_rows"):
+    one = changed(spec, "regularization.mixup_alpha=0.4", "batch.micro_batch_size=1")
+    with pytest.raises(PlanError, match=r"mixup_alpha.*one row here.*batch\.micro_batch_size"):
         make_plan(one, LAPTOP, prepared())
-    few = changed(spec, "regularisation.mixup_alpha=0.4", "batch.global_rows=2")
+    few = changed(spec, "regularization.mixup_alpha=0.4", "batch.global_batch_size=2")
     with pytest.raises(PlanError, match="1 rows go to each worker"):
         make_plan(few, LAPTOP, prepared())
 
 
 def test_a_model_without_token_embeddings_is_refused(spec: JobSpec) -> None:
-    job = changed(spec, "regularisation.neftune_alpha=5")
+    job = changed(spec, "regularization.neftune_alpha=5")
     plan = make_plan(job, LAPTOP, prepared())
     images: Any = SimpleNamespace(
         get_input_embeddings=lambda: torch.nn.Linear(1, 1), config=SimpleNamespace(model_type="vit")
@@ -310,7 +310,7 @@ def test_l1_brings_weights_to_exactly_zero_and_spares_biases() -> None:
     ["{type: ema, decay: 0.9}", "{type: swa, start_ratio: 0.4, every_steps: 3}"],
 )
 def test_an_average_is_what_its_definition_says(spec: JobSpec, averaging: str) -> None:
-    job = changed(spec, f"regularisation.averaging={averaging}", "stop.max_steps=20")
+    job = changed(spec, f"regularization.averaging={averaging}", "stop.max_steps=20")
     plan = make_plan(job, LAPTOP, prepared())
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([{"params": [weight], "spared": False}], lr=1.0)
@@ -350,8 +350,8 @@ def test_a_stochastic_average_has_points_or_the_plan_says_so(
     spec: JobSpec, averaging: str, epochs: int, points: int
 ) -> None:
     job = changed(
-        spec, f"regularisation.averaging={{type: swa{averaging}}}", f"stop.max_epochs={epochs}",
-        "batch.global_rows=64",
+        spec, f"regularization.averaging={{type: swa{averaging}}}", f"stop.max_epochs={epochs}",
+        "batch.global_batch_size=64",
     )  # fmt: skip
     plan = make_plan(job, LAPTOP, prepared(1000))
     shares = [average_share(plan, step) for step in range(plan.total_steps)]
@@ -365,18 +365,18 @@ def test_a_stochastic_average_has_points_or_the_plan_says_so(
 
 
 def test_before_its_start_a_stochastic_average_is_the_weights(spec: JobSpec) -> None:
-    job = changed(spec, "regularisation.averaging={type: swa}", "stop.max_steps=100")
+    job = changed(spec, "regularization.averaging={type: swa}", "stop.max_steps=100")
     plan = make_plan(job, LAPTOP, prepared())
     assert {average_share(plan, step) for step in range(75)} == {1.0}
 
 
 def test_memory_and_checkpoints_count_the_average_and_the_second_pass(spec: JobSpec) -> None:
     plain = make_plan(spec, LAPTOP, prepared())
-    ema = make_plan(changed(spec, "regularisation.averaging.type=ema"), LAPTOP, prepared())
+    ema = make_plan(changed(spec, "regularization.averaging.type=ema"), LAPTOP, prepared())
     size = 4 * plain.model.trainable
     assert ema.memory_bytes["optimizer"] - plain.memory_bytes["optimizer"] == size
     assert ema.checkpoint_bytes - plain.checkpoint_bytes == 2 * size
-    twice = changed(spec, "regularisation.r_drop_alpha=1", "model.dropout=0.1")
+    twice = changed(spec, "regularization.r_drop_alpha=1", "model.dropout=0.1")
     assert make_plan(twice, LAPTOP, prepared()).memory_bytes["activations"] == (
         2 * plain.memory_bytes["activations"]
     )
@@ -408,38 +408,38 @@ CLASSIFY = {"task": {"type": "text_classification", "labels": ["a", "b"]}}
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"regularisation": {"class_weights": "balanced"}}, "regularisation.class_weights"),
-        ({"task": {"type": "text_regression"}, "regularisation": {"class_weights": "balanced"}},
-         "regularisation.class_weights"),
-        ({"regularisation": {"mixup_alpha": 0.2}}, "regularisation.mixup_alpha"),
-        ({**CLASSIFY, "regularisation": {"class_weights": {}}}, "regularisation.class_weights"),
-        ({**CLASSIFY, "regularisation": {"class_weights": {"c": 2}}},
-         "regularisation.class_weights"),
-        ({**CLASSIFY, "regularisation": {"mixup_alpha": 0.2, "r_drop_alpha": 1}},
-         "regularisation.mixup_alpha"),
-        ({"regularisation": {"r_drop_alpha": 1},
-          "model": {"pretrained": "org/model", "dropout": 0}}, "regularisation.r_drop_alpha"),
-        ({"task": {"type": "text_regression"}, "regularisation": {"label_smoothing": 0.1}},
-         "regularisation.label_smoothing"),
-        ({"task": {"type": "question_answering"}, "regularisation": {"r_drop_alpha": 1}},
-         "regularisation.r_drop_alpha"),
-        ({"regularisation": {"averaging": {"type": "ema", "decay": 1}}},
-         "regularisation.averaging.decay"),
+        ({"regularization": {"class_weights": "balanced"}}, "regularization.class_weights"),
+        ({"task": {"type": "text_regression"}, "regularization": {"class_weights": "balanced"}},
+         "regularization.class_weights"),
+        ({"regularization": {"mixup_alpha": 0.2}}, "regularization.mixup_alpha"),
+        ({**CLASSIFY, "regularization": {"class_weights": {}}}, "regularization.class_weights"),
+        ({**CLASSIFY, "regularization": {"class_weights": {"c": 2}}},
+         "regularization.class_weights"),
+        ({**CLASSIFY, "regularization": {"mixup_alpha": 0.2, "r_drop_alpha": 1}},
+         "regularization.mixup_alpha"),
+        ({"regularization": {"r_drop_alpha": 1},
+          "model": {"pretrained": "org/model", "dropout": 0}}, "regularization.r_drop_alpha"),
+        ({"task": {"type": "text_regression"}, "regularization": {"label_smoothing": 0.1}},
+         "regularization.label_smoothing"),
+        ({"task": {"type": "question_answering"}, "regularization": {"r_drop_alpha": 1}},
+         "regularization.r_drop_alpha"),
+        ({"regularization": {"averaging": {"type": "ema", "decay": 1}}},
+         "regularization.averaging.decay"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(change: dict[str, Any], field: str) -> None:
     assert list(refused({**BASE, **change})) == [field]
 
 
-@pytest.mark.parametrize("field", ["neftune_alpha", "token_masking"])
+@pytest.mark.parametrize("field", ["neftune_alpha", "token_dropout"])
 def test_noise_on_words_is_refused_where_a_task_reads_none(
     field: str,
 ) -> None:
     task = {"task": {"type": "image_classification"}}
-    found = refused({**BASE, **task, "regularisation": {field: 0.5}})
-    assert "works on words" in found[f"regularisation.{field}"]
+    found = refused({**BASE, **task, "regularization": {field: 0.5}})
+    assert "works on words" in found[f"regularization.{field}"]
 
 
 def test_a_class_weight_for_a_label_that_the_data_lacks_is_refused(spec: JobSpec) -> None:
     with pytest.raises(PlanError, match=r"'ugly' is no label of this data"):
-        make_plan(changed(spec, "regularisation.class_weights={ugly: 2}"), LAPTOP, prepared())
+        make_plan(changed(spec, "regularization.class_weights={ugly: 2}"), LAPTOP, prepared())
