@@ -147,6 +147,16 @@ SYSTEM_MOVED = """
 {%- endfor %}
 """
 
+# … where questions and answers alternate, and calls are not counted: an answer cannot stand in for calls.
+SYSTEM_MOVED_STRICT = """
+{%- set ns = namespace(turn=0) %}
+{%- for m in messages %}
+    {%- if m.role in ('user', 'assistant') and not m.tool_calls %}
+        {%- if (m.role == 'user') != (ns.turn % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+        {%- set ns.turn = ns.turn + 1 %}
+    {%- endif %}
+{%- endfor %}""" + SYSTEM_MOVED.lstrip("\n")
+
 # Text before the end of thinking is cut; calls want null content and arguments as text.
 THINKING_CUT = """
 {%- set ns = namespace(system='') %}
@@ -228,6 +238,14 @@ MARKED_WHOLE = (
     "{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}" + BEGINNING
 )
 
+# … and around the header too, as SmolLM3's.
+MARKED_HEADER = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    + BEGINNING
+)
+
 # Plain words instead of tokens.
 WORDS = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
@@ -300,6 +318,7 @@ SHAPES = {
     "parts_only": Shape(PARTS_ONLY, "<|im_start|>assistant:", "<|im_end|>"),
     "marked": Shape(MARKED, *IM),
     "marked_whole": Shape(MARKED_WHOLE, *IM),
+    "marked_header": Shape(MARKED_HEADER, *IM),
     "words": Shape(WORDS, "ASSISTANT:", "</s>", lead=" "),
     "unknown_markers": Shape(UNKNOWN_MARKERS, "<|role-assistant|>", "<|stop|>"),
     "prompt_in_loop": Shape(PROMPT_IN_LOOP, "<|assistant|>\n", "</s>"),

@@ -247,6 +247,7 @@ def test_thinking_that_no_template_reads_is_remarked_on() -> None:
 
 
 @pytest.mark.parametrize("arguments", ['{"city": "Rome"}', {"city": "Rome"}])
+@pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize(
     ("template", "first"),
     [
@@ -262,18 +263,59 @@ def test_thinking_that_no_template_reads_is_remarked_on() -> None:
             shapes.SYSTEM_MOVED,
             '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}]</s>',
         ),
+        (
+            shapes.SYSTEM_MOVED_STRICT,
+            '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}]</s>',
+        ),
         (shapes.THINKING_CUT, '<|call|>weather\n```json\n{"city": "Rome"}\n```<|callend|></s>'),
         (shapes.TRIMMED, '{"name": "weather", "parameters": {"city": "Rome"}}<|eot|>'),
     ],
 )
 def test_calls_reach_the_template_in_the_form_that_it_reads(
-    template: str, first: str, arguments: Any
+    template: str, first: str, content: str | None, arguments: Any
 ) -> None:
-    messages = [user("weather?"), assistant(None, tool_calls=call(arguments)), tool("21")]
+    messages = [user("weather?"), assistant(content, tool_calls=call(arguments)), tool("21")]
     found = learnt_of(template, [*messages, assistant("it is 21")], TOOLS)
     assert found[0] == first
     assert len(found) == 2
     assert "it is 21" in found[1]
+
+
+def test_calls_are_learnt_where_no_answer_can_stand_in_for_them() -> None:
+    two = [*call(), *call({"city": "Paris"})]
+    messages = [
+        *(system("be short"), user("weather?"), assistant(None, tool_calls=two), tool("21")),
+        *(tool("22"), assistant(None, tool_calls=call()), tool("23"), assistant("it is 21")),
+    ]
+    rome, paris = (
+        f'{{"name": "weather", "arguments": {{"city": "{c}"}}}}' for c in ("Rome", "Paris")
+    )
+    assert learnt_of(shapes.SYSTEM_MOVED_STRICT, [*messages, *TWO], TOOLS) == [
+        f"[TOOL_CALLS] [{rome}, {paris}]</s>",
+        f"[TOOL_CALLS] [{rome}]</s>",
+        *(f" {answer}</s>" for answer in ("it is 21", "it was good", "it was bad")),
+    ]
+
+
+def test_what_a_template_leaves_out_is_remarked_on() -> None:
+    messages = [
+        user("so?"),
+        assistant("let me see", tool_calls=call()),
+        tool("21"),
+        assistant("so"),
+    ]
+    for name, lost in (("trimmed", "of role 'assistant'"), ("thinking_cut", "tool calls beside")):
+        row = encoded(shapes.tokenizer(shapes.SHAPES[name].template), messages)
+        assert isinstance(row, dict)
+        assert any(lost in note for note in row["notes"])
+        whole = encoded(shapes.tokenizer(shapes.THINKING_DROPPED), messages)
+        assert isinstance(whole, dict)
+        assert not any("leaves out" in note for note in whole["notes"])
+
+
+def test_a_refusal_gives_the_template_s_own_reason() -> None:
+    messages = [user("a"), assistant(None, tool_calls=call()), assistant("b")]
+    assert "roles must alternate" in why_bad(shapes.RENAMED, messages)
 
 
 def test_tools_reach_the_template_as_a_list_or_as_json() -> None:

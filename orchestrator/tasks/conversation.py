@@ -47,7 +47,7 @@ def encode_conversation(conversation: Conversation, tokenizer: Any) -> Encoded:
     wanted = [i for i, on in enumerate(masked.learnt) if on]
     turns = locator.turns(wanted)
     text = locator.text
-    notes += left_out(masked, text)
+    notes += left_out(masked, text, render)
     if len(turns) < len(wanted):
         notes.append(
             "some assistant turns cannot be told apart in the chat template's text: not learnt"

@@ -159,6 +159,8 @@ def _set_content(message: Message, column: str) -> None:
         why = text_problem(content, f"{column}.content")
         if why:
             raise Unusable(why)
+    if "tool_calls" in message and not (content or "").strip():
+        content = None  # an empty text beside calls is how some write none
     message["content"] = content
 
 

@@ -173,7 +173,7 @@ def best_shape(conversation: Conversation, render: Renderer) -> Conversation:
     """Return the conversation in the first form that the template renders with nothing left out.
 
     Where every form loses something, the one that loses least. Raises TemplateError where the
-    template refuses all forms, with the reason it gave for the first.
+    template refuses all forms, with the reason of its own that it gave first.
     """
     best: tuple[int, Conversation] | None = None
     refusal: TemplateError | None = None
@@ -182,7 +182,8 @@ def best_shape(conversation: Conversation, render: Renderer) -> Conversation:
         try:
             text = render(candidate.messages)
         except TemplateError as error:
-            refusal = refusal or error
+            if refusal is None or (is_undefined(refusal) and not is_undefined(error)):
+                refusal = error
             continue
         lost = _lost(conversation, candidate, text)
         if lost == 0:
@@ -192,6 +193,13 @@ def best_shape(conversation: Conversation, render: Renderer) -> Conversation:
     if best is None:
         raise refusal or TemplateError("the chat template renders no form of it")
     return best[1]
+
+
+def is_undefined(error: TemplateError) -> bool:
+    """Tell whether a template failed on a field that a form lacks, and gave no reason of its own."""
+    from jinja2 import UndefinedError
+
+    return isinstance(error.__cause__, UndefinedError | TypeError)
 
 
 def _lost(conversation: Conversation, candidate: Conversation, text: str) -> int:
@@ -219,16 +227,29 @@ def _as_python(given: dict[str, Any], text: str) -> bool:
     return printed in text and printed != json.dumps(given, ensure_ascii=False)
 
 
-def left_out(conversation: Conversation, text: str) -> list[str]:
-    """Return remarks on system and user messages whose text a rendering lacks."""
-    roles = [
-        message["role"]
-        for message in conversation.messages
-        if message["role"] in ("system", "user")
-        and isinstance(message["content"], str)
-        and message["content"].strip() not in text
-    ]
-    return [f"the chat template leaves out or changes a {role} message" for role in set(roles)]
+def left_out(conversation: Conversation, text: str, render: Renderer) -> list[str]:
+    """Return remarks on text and tool calls of messages that a rendering lacks."""
+    notes = []
+    for message in conversation.messages:
+        role, content = message["role"], message.get("content")
+        if role == "assistant" and isinstance(content, str):
+            content = content.rpartition("</think>")[2]  # templates leave out earlier thinking
+        if isinstance(content, str) and role != "tool" and content.strip() not in text:
+            notes.append(f"the chat template leaves out or changes a message of role {role!r}")
+        for call in message.get("tool_calls", ()) if render.reads("tool_calls") else ():
+            if not all(word in text for word in _words(call.get("function", call))):
+                notes.append("the chat template leaves out tool calls beside text")
+    return list(dict.fromkeys(notes))
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Yield the texts in a call that every template writes as they are."""
+    value = from_json(value)
+    if isinstance(value, str) and value.isascii() and value.isalnum():
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _words(one)
 
 
 def unread_keys(conversation: Conversation, render: Renderer) -> list[str]:

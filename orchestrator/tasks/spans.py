@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from orchestrator.tasks.messages import Message, shared_length
 from orchestrator.tasks.rendering import Renderer, TemplateError
@@ -79,7 +80,7 @@ class Locator:
             marked = self._by_marks(wanted)
             if marked is not None:
                 return marked
-        found = {i: self._by_prefix(i) or self._by_sentinel(i) for i in wanted}
+        found = {i: self._by_prefix(i) or self._by_sentinel(i) or self._by_calls(i) for i in wanted}
         last = max(wanted)
         if found[last] is None:
             found[last] = self._by_difference(last)
@@ -96,12 +97,19 @@ class Locator:
         turns = {}
         for i, (start, stop) in zip(assistants, marks, strict=True):
             stop = start + len(self.text[start:stop].rstrip("\n"))
+            start += self._marked_header(start, stop)
             closed = self.text[start:stop].endswith(tuple(self.closing))
             following = self.markers.match(self.text, stop)
             if not closed and following and following.group() in self.closing:
                 stop = following.end()
             turns[i] = Turn(start, stop)
         return {i: turn for i, turn in turns.items() if i in wanted}
+
+    def _marked_header(self, start: int, stop: int) -> int:
+        """Return the characters of a marked text that repeat the generation prompt: a model never writes them."""
+        marked = self.text[start:stop]
+        common = self._common(marked, self.prompt)
+        return common if self.markers.match(marked[:common]) else 0
 
     # --- comparison with the messages before
 
@@ -245,6 +253,39 @@ class Locator:
                 return self.prompt[length:]
         return ""
 
+    # --- comparison with other tool calls
+
+    def _by_calls(self, i: int) -> Turn | None:
+        """A turn that shows as its tool calls only, by rendering them under another name.
+
+        Where a template counts calls apart from answers, as Mistral's do, no answer can stand in for them.
+        """
+        turn, earlier = self.messages[i], self.messages[:i]
+        if i == 0 or not turn.get("tool_calls"):
+            return None
+        calls = [_renamed(call, self.sentinel) for call in turn["tool_calls"]]
+        renamed = {**turn, "tool_calls": calls}
+        previous = {**earlier[-1], "content": self._content(self.before_sentinel, earlier[-1])}
+        try:
+            other = self.render([*earlier, renamed, *self.messages[i + 1 :]])
+            called = self.render([*earlier[:-1], previous, renamed, *self.messages[i + 1 :]])
+            answered = self.render([*earlier[:-1], previous, self._replacements(i)[0]])
+        except TemplateError:
+            return None
+        tail = other.rpartition(self.sentinel)[2]
+        if other.count(self.sentinel) != len(calls) or not self.text.endswith(tail):
+            return None
+        headers = [
+            text.partition(self.sentinel)[0].rpartition(self.before_sentinel)
+            for text in (called, answered)
+        ]
+        ends = [at + len(c) for c in self.closing if (at := tail.find(c)) >= 0]
+        if not ends or not all(mark for _, mark, _ in headers):
+            return None
+        header, prompted = (text for _, _, text in headers)
+        start = other.index(self.sentinel) - len(header) + self._common(header, prompted)
+        return Turn(start, len(self.text) - len(tail) + min(ends))
+
     # --- the last resort
 
     def _by_difference(self, i: int) -> Turn | None:
@@ -261,6 +302,12 @@ class Locator:
         if following and following.group() in self.closing:
             stop = following.end()
         return Turn(start, stop) if start < stop else None
+
+
+def _renamed(call: dict[str, Any], name: str) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}
 
 
 @dataclass(frozen=True)
