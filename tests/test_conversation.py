@@ -343,6 +343,7 @@ def test_calls_that_a_template_ignores_are_remarked_on_and_not_learnt_as_silence
 def test_messages_may_be_json_or_sharegpt_or_full_of_nulls() -> None:
     plain = learnt_of(shapes.CHATML, TWO)
     assert learnt_of(shapes.CHATML, json.dumps(TWO)) == plain
+    assert learnt_of(shapes.CHATML, str([*TWO[:3], {**TWO[3], "name": None}])) == plain
     names = {"user": "human", "assistant": "gpt"}
     told = [{"from": names[m["role"]], "value": m["content"]} for m in TWO]
     assert learnt_of(shapes.CHATML, told) == plain
@@ -667,6 +668,11 @@ GOOD, BAD = "it was good<|im_end|>", "it was bad<|im_end|>"
         {
             "chosen": json.dumps([user("the film"), assistant("it was good")]),
             "rejected": json.dumps([user("the film"), assistant("it was bad")]),
+        },
+        {
+            "prompt": str([user("the film")]),
+            "chosen": assistant("it was good"),
+            "rejected": {"from": "gpt", "value": "it was bad"},
         },
         {
             "prompt": [user("the film")],

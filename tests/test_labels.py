@@ -194,6 +194,16 @@ def test_rows_whose_labels_are_none(value: Any) -> None:
     assert isinstance(MULTI.target(value, ABC), BadRow)
 
 
+@pytest.mark.parametrize("value", [[0, 1, 0], "[1, 1]", [0.0, 0.0, 1.0], [True, False, True]])
+def test_a_zero_or_one_per_label_needs_the_labels_names(value: Any) -> None:
+    without = MultiLabelClassification(type="multi_label_classification")
+    found = without.labels_in(value)
+    assert isinstance(found, BadRow)
+    assert "task.labels" in found.why
+    assert without.labels_in([0, 1]) == ["0", "1"]
+    assert without.labels_in(["a", "a"]) == ["a", "a"]
+
+
 # --- tags
 
 

@@ -18,6 +18,7 @@ from orchestrator.tasks.base import ragged
 TASK = QuestionAnswering(type="question_answering", stride_tokens=4)
 WORDS = [*tiny.GOOD, *tiny.BAD, "film", "book", "lunch", "walk", "song", "speech", "today"]
 CONTEXT = " ".join(WORDS)
+AT = CONTEXT.index("film")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,51 @@ def test_windows_cover_the_context_and_share_the_stride(tokenizer: Any) -> None:
     assert [bool(w["context"]) for w in found] == [True] + [False] * (len(found) - 1)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        [{"text": "film", "answer_start": AT}],
+        {"text": "film", "answer_start": AT},
+        {"text": ["film"], "answer_start": [float(AT)]},
+        json.dumps({"text": ["film"], "answer_start": [AT]}),
+        json.dumps([{"text": "film", "answer_start": AT}]),
+        str({"text": ["film"], "answer_start": [AT]}),
+        f"{{'text': array(['film'], dtype=object), 'answer_start': array([{AT}], dtype=int32)}}",
+    ],
+)
+def test_answers_of_every_form_are_the_same(tokenizer: Any, form: Any) -> None:
+    assert windows(asked("film", answers=form), tokenizer) == windows(asked("film"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "form", [None, [], "[]", {"text": [], "answer_start": []}, '{"text": [], "answer_start": []}']
+)
+def test_no_answer_of_every_form_is_none(tokenizer: Any, form: Any) -> None:
+    free = TASK.model_copy(update={"no_answer": True})
+    (row,) = free.encode([asked("film", answers=form)], tokenizer, 14, ())
+    assert isinstance(row, dict)
+    assert {(w["start"], w["end"]) for w in row["windows"]} == {(0, 0)}
+    (row,) = TASK.encode([asked("film", answers=form)], tokenizer, 14, ())
+    assert isinstance(row, BadRow)
+    assert "task.no_answer" in row.why
+
+
+def test_a_column_that_is_missing_is_not_taken_for_no_answer(tokenizer: Any) -> None:
+    free = TASK.model_copy(update={"no_answer": True})
+    asking = {key: value for key, value in asked("film").items() if key != "answers"}
+    (row,) = free.encode([asking], tokenizer, 14, ())
+    assert isinstance(row, BadRow)
+    assert "'answers' is missing" in row.why
+
+
+@pytest.mark.parametrize(
+    "form", ["film", 7, {"text": ["film"]}, {"text": ["film"], "answer_start": []}]
+)
+def test_an_answer_without_its_place_is_a_bad_row(tokenizer: Any, form: Any) -> None:
+    (row,) = TASK.encode([asked("film", answers=form)], tokenizer, 14, ())
+    assert isinstance(row, BadRow)
+
+
 def test_an_answer_is_learnt_in_every_window_that_holds_all_of_it(tokenizer: Any) -> None:
     found = windows(asked("film book"), tokenizer)
     holds = []
@@ -89,7 +135,7 @@ def test_an_answer_is_learnt_in_every_window_that_holds_all_of_it(tokenizer: Any
     [
         ({"question": ""}, "'question' is empty"),
         ({"context": None}, "'context' is missing"),
-        ({"answers": None}, "must hold lists"),
+        ({"answers": None}, "task.no_answer=true"),
         ({"answers": {"text": ["film"], "answer_start": []}}, "must hold lists"),
         ({"answers": {"text": [], "answer_start": []}}, "task.no_answer=true"),
         ({"answers": {"text": ["film"], "answer_start": [3]}}, "is not at character 3"),

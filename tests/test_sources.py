@@ -277,6 +277,13 @@ def test_compressed_files_are_read(tmp_path: Path, codec: str, kind: str) -> Non
     assert read(path) == ROWS
 
 
+def test_endings_in_upper_case_are_the_same(tmp_path: Path) -> None:
+    for kind, codec in (("csv", "gz"), ("jsonl", "bz2")):
+        packed = compressed(codec, CONTENT[kind])
+        assert read(write(tmp_path / f"ROWS.{kind}.{codec}".upper(), packed)) == ROWS
+    assert "unzip" in refused(write(tmp_path / "C.CSV.ZIP", b"PK\x03\x04"))
+
+
 @pytest.mark.parametrize("codec", ["gz", "bz2", "xz", "zst", "lz4"])
 def test_a_compressed_file_that_is_cut_off_or_none_is_named(tmp_path: Path, codec: str) -> None:
     noise = np.random.default_rng(0).integers(97, 122, 50_000, dtype=np.uint8).tobytes()

@@ -65,7 +65,7 @@ class SourceFile:
 def codec_of(url: str) -> str:
     """Return the compression that a file's name tells; empty where there is none."""
     path = url.partition("?")[0] if "://" in url else url
-    return CODECS.get(PurePosixPath(path).suffix, "")
+    return CODECS.get(PurePosixPath(path).suffix.lower(), "")
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -148,10 +148,10 @@ def _describe(
     filesystem: Any, path: str, url: str, file_format: str, delimiter: str | None
 ) -> SourceFile:
     suffixes = PurePosixPath(path).suffixes
-    packed = next((s for s in suffixes[-2:] if s in ARCHIVES), None)
-    if packed:
-        raise DataError(f"{url}: is an archive. Unpack it first: {ARCHIVES[packed]} {path}")
-    suffixes = [s for s in suffixes if s not in CODECS]
+    commands = [ARCHIVES.get(s) or ARCHIVES.get(s.lower()) for s in suffixes[-2:]]
+    if command := next(filter(None, commands), None):
+        raise DataError(f"{url}: is an archive. Unpack it first: {command} {path}")
+    suffixes = [s for s in suffixes if s.lower() not in CODECS]
     last = suffixes[-1].lower() if suffixes else ""
     if file_format == "auto":
         file_format = FORMATS.get(last, "")

@@ -14,8 +14,8 @@ from orchestrator.tasks.messages import (
     Conversation,
     Message,
     Unusable,
-    from_json,
     is_messages,
+    list_of_messages,
     read_message,
     read_tools,
 )
@@ -72,7 +72,7 @@ def generation_prompt(value: Any, tokenizer: Any, tools: Any = None) -> list[int
     An answer that the messages end with is left out. Raises Unusable where they cannot be rendered.
     """
     if is_messages(value):
-        messages = [read_message(turn, "messages") for turn in from_json(value)]
+        messages = [read_message(turn, "messages") for turn in list_of_messages(value)]
         while len(messages) > 1 and messages[-1]["role"] == "assistant":
             messages.pop()
     else:

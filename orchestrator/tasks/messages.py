@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.tasks.base import text_problem
+from orchestrator.tasks.labels import list_in
 
 Message = dict[str, Any]
 TrainOn = Literal["all", "last"]
@@ -65,7 +66,7 @@ def read_conversation(
     Raises:
         Unusable: The messages or the tools cannot be used, or nothing in them is learnt.
     """
-    raw = from_json(value)
+    raw = list_of_messages(value)
     if not isinstance(raw, list | tuple) or not raw:
         raise Unusable(
             f"column {column!r} must be a non-empty list of messages, or the JSON text of one"
@@ -97,9 +98,23 @@ def from_json(value: Any) -> Any:
     return value
 
 
+def list_of_messages(value: Any) -> Any:
+    """Return the list that a text holds as JSON, or as Python writes it; one message as a list of it.
+
+    Any other value is returned as it is.
+    """
+    found = from_json(value)
+    if isinstance(found, str) and found.lstrip()[:2] in ("[{", "[ "):
+        written = list_in(found)
+        return found if written is None else written
+    if isinstance(found, Mapping) and ("role" in found or "from" in found):
+        return [found]
+    return found
+
+
 def is_messages(value: Any) -> bool:
     """Tell whether a value is a list of messages, or the JSON text of one."""
-    found = from_json(value)
+    found = list_of_messages(value)
     return (
         isinstance(found, list | tuple)
         and bool(found)

@@ -37,9 +37,11 @@ def _is_multi_hot(items: Sequence[Any], index: Mapping[str, int]) -> bool:
     """Return whether a list holds a 0 or 1 per label, and is no list of different labels."""
     if len(items) != len(index) or {"0", "1"} & index.keys():
         return False
-    if not all(isinstance(item, int | float) and item in (0, 1) for item in items):
-        return False
-    return len(set(items)) < len(items)
+    return _are_zeros_and_ones(items) and len(set(items)) < len(items)
+
+
+def _are_zeros_and_ones(items: Sequence[Any]) -> bool:
+    return all(isinstance(item, int | float) and item in (0, 1) for item in items)
 
 
 class MultiLabelClassification(SequenceTask):
@@ -94,6 +96,9 @@ class MultiLabelClassification(SequenceTask):
             items = [part.strip() for part in value.split(self.separator)]
         if items is None:
             why = f"must be a list of labels or a text, got {shown(value)}"
+            return BadRow(f"column {self.labels_column!r} {why}")
+        if self.labels is None and _are_zeros_and_ones(items) and len(set(items)) < len(items):
+            why = f"holds a 0 or 1 per label, {shown(items)}: list the labels' names under task.labels"
             return BadRow(f"column {self.labels_column!r} {why}")
         return [item for item in items if not is_missing(item)]
 

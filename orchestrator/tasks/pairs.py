@@ -10,8 +10,8 @@ from orchestrator.tasks.conversation import Encoded
 from orchestrator.tasks.messages import (
     Message,
     Unusable,
-    from_json,
     is_messages,
+    list_of_messages,
     read_message,
     shared_length,
 )
@@ -78,7 +78,7 @@ def _both(sides: Sequence[Encoded | BadRow]) -> Sides | BadRow:
 def _messages(value: Any, role: str, column: str) -> list[Message]:
     """Return the messages of a column; a text is one of the given role."""
     if is_messages(value):
-        return [_checked(turn, column) for turn in from_json(value)]
+        return [_checked(turn, column) for turn in list_of_messages(value)]
     if why := text_problem(value, column):
         raise Unusable(why)
     return [{"role": role, "content": value}]

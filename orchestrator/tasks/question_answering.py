@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -28,6 +30,41 @@ if TYPE_CHECKING:
     import torch
 
 
+NUMPY_ARRAY = re.compile(r"array\((\[.*?\]), dtype=\w+\)", re.DOTALL)
+"""How pandas writes the lists of a column of `datasets` into a CSV file."""
+
+
+def answers_in(value: Any) -> tuple[list[Any], list[Any]] | None:
+    """Return the answers' texts and where they begin; no answers where there is nothing.
+
+    Args:
+        value: `{text: [...], answer_start: [...]}`, a list of `{text, answer_start}`, or either written as
+            text (JSON, Python, pandas).
+
+    Returns None for anything else.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            try:
+                value = ast.literal_eval(NUMPY_ARRAY.sub(r"\1", value.strip()))
+            except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+                return None
+    if value is None:
+        return [], []
+    if isinstance(value, list | tuple) and all(isinstance(one, dict) for one in value):
+        value = {key: [one.get(key) for one in value] for key in ("text", "answer_start")}
+    if not isinstance(value, dict):
+        return None
+    texts, starts = (
+        list(found) if isinstance(found, list | tuple) else [found]
+        for found in (value.get("text"), value.get("answer_start"))
+    )
+    starts = [int(s) if isinstance(s, float) and s.is_integer() else s for s in starts]
+    return (texts, starts) if len(texts) == len(starts) else None
+
+
 class QuestionAnswering(Task):
     """A question about a context, answered by a part of the context (Rajpurkar et al., arXiv 1606.05250).
 
@@ -40,8 +77,9 @@ class QuestionAnswering(Task):
     context_column: str = "context"
     """Column with the text that holds the answer."""
     answers_column: str = "answers"
-    """Column with `{text: [...], answer_start: [...]}`, as in SQuAD: the right answers, and the character
-    of the context where each begins. The first one is learnt, an evaluation takes any of them."""
+    """Column with `{text: [...], answer_start: [...]}`, or a list of `{text, answer_start}`, as in SQuAD, or
+    either as text: the right answers, and the character of the context where each begins. The first one is
+    learnt, an evaluation takes any of them."""
     stride_tokens: Annotated[int, Field(ge=0)] = 64
     """Tokens of the context that consecutive windows share. At least as long as the longest answer."""
     max_answer_tokens: Annotated[int, Field(ge=1)] = 30
@@ -111,8 +149,7 @@ class QuestionAnswering(Task):
         windows = self._windows(row, tokenizer, max_length)
         if isinstance(windows, BadRow):
             return windows
-        answers = row[self.answers_column]
-        texts, starts = list(answers["text"]), list(answers["answer_start"])
+        texts, starts = answers_in(row[self.answers_column]) or ([], [])
         span = (starts[0], starts[0] + len(texts[0])) if texts else None
         for window in windows:
             window["start"], window["end"] = tokens_of(span, window)
@@ -128,18 +165,12 @@ class QuestionAnswering(Task):
         for column in self.predict_columns:
             if why := text_problem(row.get(column), column):
                 return why
-        answers = row.get(self.answers_column)
-        texts, starts = (
-            (answers.get("text"), answers.get("answer_start"))
-            if isinstance(answers, dict)
-            else (None, None)
-        )
-        if (
-            not isinstance(texts, list | tuple)
-            or not isinstance(starts, list | tuple)
-            or len(texts) != len(starts)
-        ):
+        if self.answers_column not in row:
+            return f"column {self.answers_column!r} is missing"
+        answers = answers_in(row[self.answers_column])
+        if answers is None:
             return f"column {self.answers_column!r} must hold lists `text` and `answer_start` of one length"
+        texts, starts = answers
         if not texts and not self.no_answer:
             return "has no answer; task.no_answer=true allows that"
         for text, start in zip(texts, starts, strict=True):
