@@ -1,5 +1,7 @@
 """What all values share: frozen, closed to unknown keys, unions told apart by `type`."""
 
+import types
+import typing
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator
@@ -26,3 +28,12 @@ def by_type(default: str) -> Discriminator:
         return getattr(value, "type", None)
 
     return Discriminator(tag)
+
+
+def model_members(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models inside an annotation: itself, or the members of its unions and tuples."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
+        return [m for a in typing.get_args(annotation) for m in model_members(a)]
+    return []

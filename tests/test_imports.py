@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "orchestrator"
 FLOORS = {
     "redaction": -1,
     "errors": 0, "values": 0, "product": 0, "renames": 0,
-    "run_folder": 1,
+    "run_folder": 1, "effects": 1,
     "tasks": 2, "report": 2,
     "spec": 3,
     "model": 4,
@@ -31,6 +31,7 @@ LIGHT_ROOMS = {
     "values",
     "product",
     "renames",
+    "effects",
     "run_folder",
     "tasks",
     "report",

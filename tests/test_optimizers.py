@@ -19,10 +19,10 @@ from orchestrator.plan import describe_cluster, make_plan
 from orchestrator.plan.defaults import SOURCES, learning_rate
 from orchestrator.plan.fit import optimizer_states
 from orchestrator.spec import JobSpec, parse_spec
-from orchestrator.spec.explain import model_members
 from orchestrator.tasks import TaskSpec
 from orchestrator.train.lion import Lion
 from orchestrator.train.optimizer import make_optimizer
+from orchestrator.values import model_members
 
 KINDS: dict[str, list[str]] = {
     "adamw": ["optimizer.type=adamw"],

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_plan import LAPTOP, changed, prepared
 
+from orchestrator.effects import decided_by
 from orchestrator.errors import OrchestratorError, RunExistsError
-from orchestrator.launch.claim import claimed, compare_content, evaluation_dependents
+from orchestrator.launch.claim import claimed, compare_content
 from orchestrator.model import identity
 from orchestrator.model.identity import ModelIdentity, check_base, identity_of, source_identity
 from orchestrator.plan import Plan, make_plan
@@ -230,5 +231,4 @@ def test_evaluation_may_change_only_where_no_decision_depends_on_it(
 
 
 def test_dependents_of_a_job_without_decisions_are_none(spec: JobSpec) -> None:
-    found = evaluation_dependents(spec.model_dump(mode="json"))
-    assert found == {"evaluation.every_steps": [], "evaluation.metric": []}
+    assert decided_by(spec) == {}

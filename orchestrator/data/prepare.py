@@ -35,6 +35,7 @@ from orchestrator.data.write import (
     Split,
     prepare_piece,
 )
+from orchestrator.effects import Effect, without
 from orchestrator.errors import DataError
 from orchestrator.model.causal import settled
 from orchestrator.model.positions import check_max_length, max_length_tokens
@@ -171,7 +172,9 @@ def prepared_folder(
     facts = {
         "version": FORMAT_VERSION,
         "files": [(f.format, f.delimiter, f.size_bytes, f.digest) for f in files],
-        "task": spec.task.model_dump(mode="json", exclude=set(spec.task.after_prepare)),
+        "task": spec.task.model_dump(
+            mode="json", exclude=without(JobSpec, Effect.ROWS).get("task")
+        ),
         "tokenizer": tokenizer_fingerprint(spec),
         "max_length_tokens": max_length_tokens(spec),
         "over_long": FINGERPRINTED[spec.data.truncation],

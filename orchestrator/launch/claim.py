@@ -7,13 +7,14 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from orchestrator.effects import decided_by, may_change_on_resume
 from orchestrator.errors import OrchestratorError, RunExistsError
 from orchestrator.model.identity import ModelIdentity
 from orchestrator.plan.plan import Plan, at_workers
@@ -26,21 +27,10 @@ from orchestrator.run_folder import (
     write_atomically,
     write_json,
 )
-from orchestrator.spec import dump_spec
+from orchestrator.spec import JobSpec, dump_spec
 
 STALE_S = 3600.0
 """A temporary file in which nothing was written for this long belongs to a process that died."""
-MAY_CHANGE = (
-    "name", "storage_path", "runtime", "tracking", "checkpoint", "fault_tolerance", "evaluation.baseline_rows",
-    "stop.max_time_s", "data.prepared_dir", "distillation.teacher_rows", "distillation.compare_rows",
-    "resources.cpus_per_worker", "resources.num_workers",
-)  # fmt: skip
-"""Fields that do not touch the mathematics: a run may be continued with other values."""
-BY_CONTENT = (
-    "data.train", "data.eval", "model.pretrained", "model.revision", "model.tokenizer",
-    "distillation.teacher", "distillation.revision",
-)  # fmt: skip
-"""Fields that name files: they may change where what they name is the same."""
 MUST_MATCH = ("stage", "bf16", "global_batch_size", "total_steps", "labels")
 """Derived figures that a checkpoint depends on. The same number of workers must also keep `micro_batch_size`:
 it then goes on bit-identically; another number adds up in another order anyway."""
@@ -68,7 +58,7 @@ def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
     """The run folder, ready for a launch, locked against a second driver.
 
     Raises RunExistsError where another process trains this run, or where its checkpoints belong to a
-    job that differs in more than MAY_CHANGE.
+    job that differs in more than what may change.
     """
     folder = RunFolder(Path(plan.run_dir))
     with claimed_folder(folder.root, fresh):
@@ -156,9 +146,12 @@ def _must_fit(folder: RunFolder, plan: Plan) -> None:
     old = read_object(folder.plan, {"spec": dict, "train_data": dict}) or {}
     new = plan.model_dump(mode="json")
     same, changed = compare_content(old, new, folder.plan)
-    needed_by = evaluation_dependents(old["spec"])
-    free = [name for name, dependents in needed_by.items() if not dependents]
-    for name in differences(old["spec"], new["spec"], (*MAY_CHANGE, *same, *free)):
+    needed_by = decided_by(plan.spec)
+
+    def may_change(path: str) -> bool:
+        return path in same or may_change_on_resume(JobSpec, path, needed_by)
+
+    for name in differences(old["spec"], new["spec"], may_change):
         why = f" ({', '.join(needed_by[name])} depends on it)" if needed_by.get(name) else ""
         changed.append(f"{name}: {_at(old['spec'], name)!r} → {_at(new['spec'], name)!r}{why}")
     same_size = old.get("num_workers") == new["num_workers"]
@@ -216,29 +209,6 @@ def _folder_name(plan: dict[str, Any], part: str, name: str) -> str:
     return Path(folder).name if isinstance(folder, str) else ""
 
 
-def evaluation_dependents(spec: dict[str, Any]) -> dict[str, list[str]]:
-    """Return, of each field of `evaluation`, the fields of a job whose decisions depend on it."""
-    stop, schedule = (_section(spec, name) for name in ("stop", "schedule"))
-
-    def is_set(*names: str) -> list[str]:
-        return [f"stop.{name}" for name in names if stop.get(name) is not None]
-
-    plateau = ["schedule.type = plateau"] if schedule.get("type") == "plateau" else []
-    return {
-        "evaluation.every_steps": [
-            *plateau, *is_set("target", "patience", "overfitting_evals", "max_loss_ratio"),
-        ],
-        "evaluation.metric": [
-            *(plateau if schedule.get("metric") is None else []), *is_set("target", "patience"),
-        ],
-    }  # fmt: skip
-
-
-def _section(spec: dict[str, Any], name: str) -> dict[str, Any]:
-    found = spec.get(name)
-    return found if isinstance(found, dict) else {}
-
-
 def another_job(root: Path, changed: list[str]) -> RunExistsError:
     """The error that names every difference between a run and the job that claims its name."""
     return RunExistsError(
@@ -248,11 +218,9 @@ def another_job(root: Path, changed: list[str]) -> RunExistsError:
     )
 
 
-def differences(
-    old: Any, new: Any, may_change: tuple[str, ...] = MAY_CHANGE, path: str = ""
-) -> list[str]:
-    """Dotted paths at which two specs differ, without those that may change."""
-    if path in may_change:
+def differences(old: Any, new: Any, may_change: Callable[[str], bool], path: str = "") -> list[str]:
+    """Return the dotted paths at which two specs differ, without those that may change."""
+    if path and may_change(path):
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*old, *new])

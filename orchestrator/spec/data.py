@@ -6,8 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from orchestrator.effects import Affects, Effect
 from orchestrator.spec.paths import PathText
 from orchestrator.values import Frozen
+
+FILES = Affects(Effect.ROWS, Effect.CHECKPOINT, Effect.TRAINING, names_content=True)
 
 
 class OrderSpec(Frozen):
@@ -29,9 +32,9 @@ class DataSpec(Frozen):
     `~` is the home folder. A file of exactly the given name wins over a glob; globs skip hidden files.
     """
 
-    train: PathText | tuple[PathText, ...]
+    train: Annotated[PathText | tuple[PathText, ...], FILES]
     """Training rows."""
-    eval: PathText | tuple[PathText, ...] | None = None
+    eval: Annotated[PathText | tuple[PathText, ...] | None, FILES] = None
     """Evaluation rows. At most one of `eval` and `eval_fraction`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Hold out this share of the training rows, chosen by a hash of `seed` and row number."""
@@ -54,5 +57,5 @@ class DataSpec(Frozen):
     """Order of training rows."""
     shard_rows: Annotated[int, Field(ge=1)] = 65_536
     """Most rows per Arrow shard."""
-    prepared_dir: PathText = "prepared"
+    prepared_dir: Annotated[PathText, Affects()] = "prepared"
     """Folder of prepared shards, one folder per fingerprint; shared by all runs. Not a URL."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
 from typing import Any
 
@@ -14,6 +13,7 @@ from pydantic_core import ErrorDetails
 from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.meanings import meanings
+from orchestrator.values import model_members
 
 OTHER_NAMES: dict[str, list[str]] = {
     "batch_size": ["batch.global_batch_size"],
@@ -160,15 +160,6 @@ def _model_at(path: list[str], data: Any) -> type[BaseModel] | None:
             return None
         model = chosen[0]
     return model
-
-
-def model_members(annotation: Any) -> list[type[BaseModel]]:
-    """The spec classes inside an annotation: itself, or the members of its unions and tuples."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
-        return [m for a in typing.get_args(annotation) for m in model_members(a)]
-    return []
 
 
 def _tags(model: type[BaseModel]) -> tuple[str, ...]:

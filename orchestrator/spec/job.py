@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from orchestrator.effects import Affects, DecidedBy, Effect
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.distillation import DistillationSpec
 from orchestrator.spec.kubernetes import KubernetesSpec
@@ -21,6 +22,12 @@ from orchestrator.spec.tuning import FullTuning, TuningSpec
 from orchestrator.tasks import TaskSpec
 from orchestrator.values import Frozen
 
+BY_STEPS = DecidedBy(("evaluation.every_steps",))
+BY_METRIC = DecidedBy(("evaluation.every_steps", "evaluation.metric"))
+EVERYTHING = Affects(
+    Effect.ROWS, Effect.MODEL, Effect.CHECKPOINT, Effect.TRAINING
+)  # what the field of a kind does not need, it says itself
+
 
 class StopSpec(Frozen):
     """When training ends: whichever comes first."""
@@ -29,19 +36,19 @@ class StopSpec(Frozen):
     """Passes over the training rows; fractions allowed. Default 1 where neither limit is given."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps."""
-    max_time_s: Annotated[float, Field(gt=0)] | None = None
+    max_time_s: Annotated[float | None, Field(gt=0), Affects(Effect.LENGTH)] = None
     """Seconds of training, restarts included; of a population-based trial, its parents' too. A run that
     reaches it is measured, saved and exported; with a larger value the same command goes on."""
-    target: float | None = None
+    target: Annotated[float | None, BY_METRIC] = None
     """Stop once `evaluation.metric` reaches this value."""
-    patience: Annotated[int, Field(ge=1)] | None = None
+    patience: Annotated[int | None, Field(ge=1), BY_METRIC] = None
     """Stop after so many evaluations in a row without a better `evaluation.metric`."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """For `patience`, a value counts as better when it beats the best by more than this."""
-    overfitting_evals: Annotated[int, Field(ge=1)] | None = None
+    overfitting_evals: Annotated[int | None, Field(ge=1), BY_STEPS] = None
     """Stop after so many evaluations in a row in which the evaluation loss rose while the training
     loss fell."""
-    max_loss_ratio: Annotated[float, Field(gt=1)] | None = None
+    max_loss_ratio: Annotated[float | None, Field(gt=1), BY_STEPS] = None
     """Stop once the mean training loss between two evaluations is more than this many times the lowest
     before it, or the first step's: training diverges though every number is finite. Losses that are not end any run."""
 
@@ -74,14 +81,16 @@ NumWorkers = Annotated[
 class ResourcesSpec(Frozen):
     """What the job asks of the cluster."""
 
-    num_workers: NumWorkers = "auto"
+    num_workers: Annotated[NumWorkers, Affects(Effect.ROUNDING)] = "auto"
     """Ray Train workers: a number, `{min: 1, max: 4}` to follow the cluster, or `auto`: one per GPU, or
     two on CPU."""
-    gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | Literal["auto"], Affects(Effect.DEVICE)
+    ] = "auto"
     """`auto`: 1 where the cluster has GPUs, else 0 (CPU and gloo)."""
-    cpus_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    cpus_per_worker: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Affects()] = "auto"
     """CPU cores per worker, also its thread count. `auto`: an equal share of the node."""
-    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    gpu_memory_gib: Annotated[float | None, Field(gt=0), Affects()] = None
     """Memory of one GPU, where Ray's name for it does not tell: cards that are not known, or are sold with
     less than this product takes them to have (an A100 of 40 GiB). Default: by the name."""
 
@@ -93,7 +102,7 @@ class EvaluationSpec(Frozen):
     """Steps between evaluations, at every `epoch`'s end, or only at the `end`. The end always counts."""
     metric: str | None = None
     """The metric that names the best model. Default: the task's (`accuracy`, `loss`)."""
-    baseline_rows: Annotated[int, Field(ge=2)] | Literal["all"] | None = None
+    baseline_rows: Annotated[Annotated[int, Field(ge=2)] | Literal["all"] | None, Affects()] = None
     """Text classification: also fit a logistic regression on the untouched model's mean-pooled
     features of this many training rows, and report it beside the result."""
 
@@ -132,53 +141,60 @@ class TrackingSpec(Frozen):
 class JobSpec(Frozen):
     """One fine-tuning job."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+    name: Annotated[str, Affects(), Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
     """Run name: lower-case letters, digits, `.`, `_`, `-`. Running the same name again resumes it."""
-    task: TaskSpec
+    task: Annotated[TaskSpec, EVERYTHING]
     """What is learnt."""
-    model: ModelSpec
+    model: Annotated[ModelSpec, EVERYTHING]
     """What is tuned."""
-    data: DataSpec
+    data: Annotated[DataSpec, Affects(Effect.ROWS, Effect.CHECKPOINT, Effect.TRAINING)]
     """What it learns from."""
-    tuning: TuningSpec = FullTuning()
+    tuning: Annotated[TuningSpec, Affects(Effect.MODEL, Effect.CHECKPOINT, Effect.TRAINING)] = (
+        FullTuning()
+    )
     """Which weights move."""
-    optimizer: OptimizerSpec = AdamW()
+    optimizer: Annotated[OptimizerSpec, Affects(Effect.TRAINING)] = AdamW()
     """How they move."""
-    schedule: ScheduleSpec = LinearSchedule()
+    schedule: Annotated[ScheduleSpec, Affects(Effect.TRAINING)] = LinearSchedule()
     """How the learning rate changes."""
-    regularization: RegularizationSpec = RegularizationSpec()
+    regularization: Annotated[RegularizationSpec, Affects(Effect.TRAINING)] = RegularizationSpec()
     """What keeps the model from learning its rows by heart."""
-    distillation: DistillationSpec | None = None
+    distillation: Annotated[DistillationSpec | None, Affects(Effect.ROWS, Effect.TRAINING)] = None
     """A larger model to learn from, beside the labels."""
-    batch: BatchSpec = BatchSpec()
+    batch: Annotated[BatchSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = BatchSpec()
     """Rows per step."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        Affects(Effect.MODEL, Effect.CHECKPOINT, Effect.TRAINING),
+    ] = "auto"
     """`auto`: bf16 on GPUs that have it, else fp32."""
-    gradient_clipping: Annotated[float, Field(gt=0)] | None = 1.0
+    gradient_clipping: Annotated[float | None, Field(gt=0), Affects(Effect.TRAINING)] = 1.0
     """Largest global L2 norm of the gradient; null switches clipping off."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Affects(Effect.MODEL, Effect.TRAINING)] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    zero: ZeroSpec = ZeroSpec()
+    zero: Annotated[ZeroSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = ZeroSpec()
     """DeepSpeed ZeRO."""
-    stop: StopSpec = StopSpec()
+    stop: Annotated[StopSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = StopSpec()
     """When to stop."""
-    evaluation: EvaluationSpec = EvaluationSpec()
+    evaluation: Annotated[EvaluationSpec, Affects(Effect.DECISIONS)] = EvaluationSpec()
     """When to measure."""
-    checkpoint: CheckpointSpec = CheckpointSpec()
+    checkpoint: Annotated[CheckpointSpec, Affects()] = CheckpointSpec()
     """When to save."""
-    resources: ResourcesSpec = ResourcesSpec()
+    resources: Annotated[ResourcesSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = (
+        ResourcesSpec()
+    )
     """What to run on."""
-    runtime: RuntimeSpec = RuntimeSpec()
+    runtime: Annotated[RuntimeSpec, Affects()] = RuntimeSpec()
     """What to bring along to a cluster."""
-    fault_tolerance: FaultToleranceSpec = FaultToleranceSpec()
+    fault_tolerance: Annotated[FaultToleranceSpec, Affects()] = FaultToleranceSpec()
     """How to survive."""
-    tracking: TrackingSpec = TrackingSpec()
+    tracking: Annotated[TrackingSpec, Affects()] = TrackingSpec()
     """Whom to tell."""
-    kubernetes: KubernetesSpec = KubernetesSpec()
+    kubernetes: Annotated[KubernetesSpec, Affects()] = KubernetesSpec()
     """Where on Kubernetes."""
-    sweep: SweepSpec | None = None
+    sweep: Annotated[SweepSpec | None, Affects(Effect.SEARCH)] = None
     """Search over fields of this job; `orchestrator sweep` runs it, `train` leaves it alone."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32), EVERYTHING] = 42
     """Seeds order, initial weights and dropout."""
-    storage_path: PathText = "runs"
+    storage_path: Annotated[PathText, Affects()] = "runs"
     """Folder of all runs; on several nodes a path that every node sees. Not a URL."""

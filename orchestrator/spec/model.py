@@ -6,24 +6,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from orchestrator.effects import Affects, Effect
 from orchestrator.spec.paths import PathText
 from orchestrator.values import Frozen
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
+WEIGHTS = Affects(Effect.ROWS, Effect.MODEL, Effect.CHECKPOINT, Effect.TRAINING, names_content=True)
 
 
 class ModelSpec(Frozen):
     """A Hugging Face model: pretrained (hub id or local folder), or from a config."""
 
-    pretrained: PathText | None = None
+    pretrained: Annotated[PathText | None, WEIGHTS] = None
     """Hub id (`org/name`) or local folder with weights. Exactly one of `pretrained` and `config`."""
-    revision: str | None = None
+    revision: Annotated[str | None, WEIGHTS] = None
     """Branch, tag or commit on the hub. Pin it for a run that can be repeated."""
     gguf_file: str | None = None
     """File name of a GGUF inside `pretrained`; it is dequantised on load, so that it trains."""
     config: dict[str, Any] | None = None
     """A `transformers` config (`model_type` and its fields): random weights, training from scratch."""
-    tokenizer: PathText | None = None
+    tokenizer: Annotated[PathText | None, WEIGHTS] = None
     """Hub id or folder of the tokenizer. Default: the one beside `pretrained`."""
     chat_template: PathText | None = None
     """File with a Jinja chat template, used and exported in place of the tokenizer's own."""

@@ -9,9 +9,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
-from orchestrator.spec.explain import model_members
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.meanings import meanings
+from orchestrator.values import model_members
 
 
 def json_schema() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
+from orchestrator.effects import Affects, Effect
 from orchestrator.values import Frozen, by_type
 
 
@@ -72,5 +73,5 @@ class RegularizationSpec(Frozen):
     """Tasks with one label per row: mix pixels, or the embeddings of words, and labels of pairs of rows by a
     share drawn from Beta(alpha, alpha) (mixup: Zhang et al., arXiv 1710.09412; on words: Guo et al.,
     arXiv 1905.08941). Partners are of one micro-batch, which needs two rows or more."""
-    averaging: AveragingSpec = NoAveraging()
+    averaging: Annotated[AveragingSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = NoAveraging()
     """Which weights are evaluated and exported."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
+from orchestrator.effects import DecidedBy
 from orchestrator.values import Frozen, by_type
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -94,7 +95,11 @@ class WSDSchedule(Falling):
 class PlateauSchedule(Warmup):
     """Warm-up, then the peak rate, times `factor` whenever evaluation stops getting better."""
 
-    type: Literal["plateau"]
+    type: Annotated[
+        Literal["plateau"],
+        DecidedBy(("evaluation.every_steps",)),
+        DecidedBy(("evaluation.metric",), unless="metric"),
+    ]
     metric: str | None = None
     """The evaluation metric that is watched. Default: `evaluation.metric`."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5

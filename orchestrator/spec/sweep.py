@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
 
+from orchestrator.effects import Affects
 from orchestrator.values import Frozen, by_type
 
 Scalar = bool | int | float | str | None
@@ -97,13 +98,13 @@ class Rungs(Frozen):
     """When trials are compared, on a step key that survives a resume."""
 
     unit: Literal["steps", "rows", "tokens"] = "steps"
-    """What `min` counts: optimizer steps, training rows or training tokens."""
+    """What `grace_period` counts: optimizer steps, training rows or training tokens."""
     grace_period: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """The first rung. `auto`: the last one divided by reduction_factor², at least one step."""
 
 
 class AshaScheduler(Rungs):
-    """Asynchronous successive halving (Li et al., MLSys 2020): at rung min · factorᵏ a trial goes on
+    """Asynchronous successive halving (Li et al., MLSys 2020): at rung grace_period · factorᵏ a trial goes on
     while it is among the best 1/factor of those that came there before."""
 
     type: Literal["asha"] = "asha"
@@ -170,19 +171,21 @@ class SweepSpec(Frozen):
     """Dotted path of a field → what to draw it from: a list, or a `type` with its bounds."""
     constraints: tuple[str, ...] = ()
     """Comparisons between searched fields that every trial keeps: `optimizer.lr * batch.global_batch_size < 0.1`."""
-    num_trials: Annotated[int, Field(ge=1)] | None = None
+    num_trials: Annotated[int | None, Field(ge=1), Affects()] = None
     """Trials to run. Default: 20, or the size of the grid."""
     searcher: SearcherSpec = RandomSearch()
     """Who proposes values."""
     scheduler: SchedulerSpec = AshaScheduler()
     """Who stops trials early."""
-    max_concurrent_trials: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    max_concurrent_trials: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Affects()] = (
+        "auto"
+    )
     """Trials in flight, each in a worker group of `resources.num_workers`. `auto`: as many as the cluster holds."""
-    budget: BudgetSpec = BudgetSpec()
+    budget: Annotated[BudgetSpec, Affects()] = BudgetSpec()
     """When to stop early."""
-    max_trial_failures: Annotated[int, Field(ge=0)] = 3
+    max_trial_failures: Annotated[int, Field(ge=0), Affects()] = 3
     """Lost workers that one trial may cost before it counts as failed."""
-    keep_trials: Annotated[int, Field(ge=1)] = 1
+    keep_trials: Annotated[int, Field(ge=1), Affects()] = 1
     """Best trials whose checkpoints are kept once they have ended."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the proposals; the trials' own seed is the job's."""

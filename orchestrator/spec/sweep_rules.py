@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from orchestrator.effects import NOT_SEARCHED, Effect, changes_between, effect_of, fields_of
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.spec.expression import Expression, ExpressionError
 from orchestrator.spec.search_space import Values, grid, random_values
@@ -22,32 +23,10 @@ from orchestrator.spec.sweep import (
 if TYPE_CHECKING:
     from orchestrator.spec.job import JobSpec
 
-FIXED = (
-    "name",
-    "storage_path",
-    "sweep",
-    "tracking",
-    "checkpoint",
-    "fault_tolerance",
-    "evaluation",
-    "data.prepared_dir",
-    "resources.cpus_per_worker",
-    "resources.gpus_per_worker",
-)
-"""Fields that belong to the run and not to the model: searching them means nothing."""  # fmt: skip
-
+NOT_INHERITED = Effect.CHECKPOINT | Effect.ROUNDING | Effect.LENGTH
+"""A trial of a population cannot go on with another value of such a field from another one's checkpoint."""
 POINTS_TRIED = 20
 """Points of the space that are read as jobs; `check` says where none of them is one."""
-
-
-OF_THE_STATE = (
-    "model", "tuning", "task", "data", "batch", "zero", "stop", "resources", "precision", "distillation.hidden.layers",
-    "optimizer.type", "optimizer.implementation", "optimizer.centered", "regularization.averaging",
-)  # fmt: skip
-"""Fields that decide what a checkpoint holds: weights, the optimizer's groups and state."""
-WHOLE_SECTIONS = ("optimizer", "regularization")
-SWITCHES = {"optimizer.layer_decay": 1, "optimizer.head_lr": None, "optimizer.momentum": 0}
-"""Field → the value without which there are more groups of weights, or more state for each."""
 
 
 def sweep_rules(spec: JobSpec) -> Iterator[Problem]:
@@ -62,7 +41,7 @@ def sweep_rules(spec: JobSpec) -> Iterator[Problem]:
     dimensions = sweep.dimensions()
     for path, dimension in dimensions.items():
         yield from _dimension(spec, path, dimension, dimensions)
-    yield from _searcher(sweep, dimensions)
+    yield from _searcher(spec, sweep, dimensions)
     for number, text in enumerate(sweep.constraints):
         yield from _constraint(number, text, dimensions)
     yield from _points(spec, sweep)
@@ -88,7 +67,7 @@ def _dimension(
     spec: JobSpec, path: str, dimension: Dimension, all_of_them: dict[str, Any]
 ) -> Iterator[Problem]:
     field = f"sweep.space.{path}"
-    if any(path == f or path.startswith(f"{f}.") for f in FIXED):
+    if path in fields_of(type(spec)) and not effect_of(type(spec), path) & ~NOT_SEARCHED:
         yield Problem(
             field, "belongs to the run, not to the model: it cannot be searched", "drop it"
         )
@@ -154,7 +133,7 @@ def _refused(spec: JobSpec, values: dict[str, Any]) -> str | None:
     return None
 
 
-def _searcher(sweep: SweepSpec, dimensions: dict[str, Any]) -> Iterator[Problem]:
+def _searcher(spec: JobSpec, sweep: SweepSpec, dimensions: dict[str, Any]) -> Iterator[Problem]:
     if isinstance(sweep.searcher, GridSearch):
         for path, dimension in dimensions.items():
             if not isinstance(dimension, Choice):
@@ -169,18 +148,11 @@ def _searcher(sweep: SweepSpec, dimensions: dict[str, Any]) -> Iterator[Problem]
                 "sweep.num_trials", "PBT needs a population of 4 or more", "4", sweep.num_trials
             )
         for path, dimension in dimensions.items():
-            if _changes_the_state(path, dimension):
+            if changes_between(type(spec), path, ends(dimension)) & NOT_INHERITED:
                 yield Problem(
                     f"sweep.space.{path}", "a checkpoint cannot be taken over into another value of it",
                     "under PBT search numbers of optimizer, schedule and regularization",
                 )  # fmt: skip
-
-
-def _changes_the_state(path: str, dimension: Any) -> bool:
-    """Whether a checkpoint of one of the values may not load, or mean something else, under another."""
-    if path in WHOLE_SECTIONS or any(path == f or path.startswith(f"{f}.") for f in OF_THE_STATE):
-        return True
-    return path in SWITCHES and SWITCHES[path] in ends(dimension)
 
 
 def _constraint(number: int, text: str, dimensions: dict[str, Any]) -> Iterator[Problem]:

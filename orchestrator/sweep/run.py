@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
+from orchestrator.effects import may_change_on_resume, names_content
 from orchestrator.launch.claim import (
-    BY_CONTENT,
-    MAY_CHANGE,
     another_job,
     at_saved_stage,
     claimed_folder,
@@ -52,10 +51,6 @@ if TYPE_CHECKING:
 POLL_S = 0.2
 LEAVE_S = 60.0
 """How long slots may take to leave when there is nothing left to do."""
-MAY_CHANGE_IN_SWEEP = (
-    *MAY_CHANGE, "sweep.num_trials", "sweep.max_concurrent_trials", "sweep.budget", "sweep.keep_trials",
-    "sweep.max_trial_failures",
-)  # fmt: skip
 
 
 def make_sweep_plan(spec: JobSpec, cluster: Cluster | None = None) -> SweepPlan:
@@ -103,7 +98,11 @@ def _claimed(spec: JobSpec, folder: SweepFolder, fresh: bool) -> Iterator[None]:
         old = read_object(folder.plan, {"spec": dict, "base": dict})
         if old is not None:
             new = spec.model_dump(mode="json")
-            changed = differences(old["spec"], new, (*MAY_CHANGE_IN_SWEEP, *BY_CONTENT))
+            changed = differences(
+                old["spec"],
+                new,
+                lambda path: names_content(JobSpec, path) or may_change_on_resume(JobSpec, path),
+            )
             if changed:
                 raise another_job(folder.root, changed)
         write_atomically(folder.spec, dump_spec(spec))
@@ -118,7 +117,9 @@ def _must_have_the_same_rows(folder: SweepFolder, plan: SweepPlan) -> None:
     new = plan.base.model_dump(mode="json")
     same, changed = compare_content(read["base"], new, folder.plan)
     spec = plan.spec.model_dump(mode="json")
-    changed += differences(read["spec"], spec, (*MAY_CHANGE_IN_SWEEP, *same))
+    changed += differences(
+        read["spec"], spec, lambda path: path in same or may_change_on_resume(JobSpec, path)
+    )
     if changed:
         raise another_job(folder.root, changed)
 

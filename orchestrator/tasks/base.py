@@ -70,8 +70,6 @@ class Task(Frozen):
     """Features that `metrics` needs beside what `measure` keeps."""
     needs_tokenizer: ClassVar[bool] = False
     """Evaluation calls `decode` before `metrics`."""
-    after_prepare: ClassVar[frozenset[str]] = frozenset()
-    """Fields that change nothing about prepared rows: another value finds the same ones."""
     own_of_model: ClassVar[tuple[str, ...]] = ()
     """Fields that may be `auto`, and are then the model's own."""
     reads_text: ClassVar[bool] = True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
+from orchestrator.effects import Affects, Effect
 from orchestrator.errors import Problem
 from orchestrator.tasks.base import (
     BadRow,
@@ -50,11 +51,11 @@ class ImageClassification(SingleLabel):
     """Filter for scaling. `auto`: the model's own."""
     channels: Literal[1, 3] = 3
     """3: red, green and blue; 1: grey."""
-    channel_order: Literal["auto", "rgb", "bgr"] = "auto"
+    channel_order: Annotated[Literal["auto", "rgb", "bgr"], Affects(Effect.TRAINING)] = "auto"
     """Order of three channels. `auto`: the model's own."""
-    mean: tuple[float, ...] | Literal["auto"] = "auto"
+    mean: Annotated[tuple[float, ...] | Literal["auto"], Affects(Effect.TRAINING)] = "auto"
     """Taken off values of 0 to 1, per channel or one for all. `auto`: the model's own."""
-    std: tuple[float, ...] | Literal["auto"] = "auto"
+    std: Annotated[tuple[float, ...] | Literal["auto"], Affects(Effect.TRAINING)] = "auto"
     """What remains is divided by it. `auto`: the model's own."""
 
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
@@ -64,7 +65,6 @@ class ImageClassification(SingleLabel):
     soft_targets: ClassVar[SoftTargets | None] = "classes"
     fixed_length: ClassVar[bool] = True
     own_of_model: ClassVar[tuple[str, ...]] = SETTINGS
-    after_prepare: ClassVar[frozenset[str]] = frozenset({"mean", "std", "channel_order"})
     usual_global_rows_source: ClassVar[str] = (
         "a start and no more: transformers' guide to image classification takes 64"
     )

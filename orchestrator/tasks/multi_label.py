@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from orchestrator.effects import Affects, Effect
 from orchestrator.errors import Problem
 from orchestrator.tasks.base import (
     BadRow,
@@ -56,7 +57,7 @@ class MultiLabelClassification(SequenceTask):
     """Cuts labels that come as one text, as in CSV files."""
     labels: tuple[str, ...] | None = None
     """The label set, in the order of the model's outputs. Default: all labels of the training rows, sorted."""
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    threshold: Annotated[float, Field(gt=0, lt=1), Affects(Effect.PREDICTION)] = 0.5
     """A label holds where its probability is above this: in metrics and predictions."""
 
     metric_names: ClassVar[tuple[str, ...]] = (
@@ -73,7 +74,6 @@ class MultiLabelClassification(SequenceTask):
     target_kind: ClassVar[FeatureKind] = "ints"
     label_feature: ClassVar[str] = "label"
     soft_targets: ClassVar[SoftTargets | None] = "labels"
-    after_prepare: ClassVar[frozenset[str]] = frozenset({"threshold"})
     sources: ClassVar[Mapping[str, str]] = {
         "threshold": "likelier than not; the best one for F1 lies lower (Lipton et al., arXiv 1402.1892)"
     }

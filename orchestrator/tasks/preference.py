@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from orchestrator.effects import Affects, Effect
 from orchestrator.tasks.base import (
     IGNORED,
     BadRow,
@@ -44,9 +45,9 @@ class PreferenceTuning(Task):
     """Column with the worse answer."""
     tools_column: str = "tools"
     """Column with the tools on offer: a list of JSON schemas, or its JSON text. Rows may lack it."""
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    beta: Annotated[float, Field(gt=0), Affects(Effect.TRAINING)] = 0.1
     """How strongly the model is held to the reference; rewards are beta × the log of their ratio."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5), Affects(Effect.TRAINING)] = 0.0
     """Share of pairs taken to be the wrong way round (conservative DPO, Mitchell 2023)."""
 
     metric_names: ClassVar[tuple[str, ...]] = (
@@ -64,7 +65,6 @@ class PreferenceTuning(Task):
     all_logits: ClassVar[bool] = True
     writes_on: ClassVar[bool] = True
     has_reference: ClassVar[bool] = True
-    after_prepare: ClassVar[frozenset[str]] = frozenset({"beta", "label_smoothing"})
     reads_left_to_right: ClassVar[bool] = True
     usual_global_rows: ClassVar[int] = 16
     usual_global_rows_source: ClassVar[str] = (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from orchestrator.effects import Affects, Effect
 from orchestrator.errors import OrchestratorError
 from orchestrator.tasks.base import (
     BadRow,
@@ -82,7 +83,7 @@ class QuestionAnswering(Task):
     learnt, an evaluation takes any of them."""
     stride_tokens: Annotated[int, Field(ge=0)] = 64
     """Tokens of the context that consecutive windows share. At least as long as the longest answer."""
-    max_answer_tokens: Annotated[int, Field(ge=1)] = 30
+    max_answer_tokens: Annotated[int, Field(ge=1), Affects(Effect.PREDICTION)] = 30
     """Longest answer that is given."""
     no_answer: bool = False
     """Some questions have no answer in their context (empty lists), as in SQuAD 2: to say so is right."""
@@ -94,7 +95,6 @@ class QuestionAnswering(Task):
     pipeline_tag: ClassVar[str] = "question-answering"
     peft_task: ClassVar[str] = "QUESTION_ANS"
     no_soft_targets: ClassVar[str] = "it points at a place, and each text has other places"
-    after_prepare: ClassVar[frozenset[str]] = frozenset({"max_answer_tokens"})
     sources: ClassVar[Mapping[str, str]] = {
         "stride_tokens": "a start and no more; BERT's run_squad.py moves windows on by 128 tokens",
         "max_answer_tokens": "BERT's run_squad.py (Devlin et al., arXiv 1810.04805)",

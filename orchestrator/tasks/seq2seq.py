@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from orchestrator.effects import Affects, Effect
 from orchestrator.tasks.base import (
     IGNORED,
     BadRow,
@@ -53,12 +54,14 @@ class Seq2Seq(Task):
     max_target_tokens: Annotated[int, Field(ge=2)] = 128
     """Longest target in tokens: longer ones are cut, and none longer is written. Sources are cut to
     `data.max_length_tokens`."""
-    num_beams: Annotated[int, Field(ge=1)] = 1
+    num_beams: Annotated[int, Field(ge=1), Affects(Effect.PREDICTION)] = 1
     """Beams of the search in evaluations and predictions; 1 is greedy."""
-    keep_generation_settings: bool = False
+    keep_generation_settings: Annotated[bool, Affects(Effect.MODEL, Effect.PREDICTION)] = False
     """Write with the checkpoint's own settings of length and repetition (`min_length`, `no_repeat_ngram_size`, …).
     By default they are set aside, in the export too: they suit the data that the checkpoint was made for."""
-    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    bleu_tokenize: Annotated[
+        Literal["13a", "intl", "zh", "char", "none"], Affects(Effect.PREDICTION)
+    ] = "13a"
     """sacrebleu's tokenizer; `zh` for Chinese, `char` for other languages without spaces."""
 
     metric_names: ClassVar[tuple[str, ...]] = (
@@ -79,9 +82,6 @@ class Seq2Seq(Task):
     token_features: ClassVar[tuple[str, ...]] = ("input_ids", "label_ids")
     kept_features: ClassVar[tuple[str, ...]] = ("reference",)
     needs_tokenizer: ClassVar[bool] = True
-    after_prepare: ClassVar[frozenset[str]] = frozenset(
-        {"num_beams", "keep_generation_settings", "bleu_tokenize"}
-    )
     usual_global_rows_source: ClassVar[str] = (
         "a start and no more: recipes for translation count tokens instead of rows"
     )

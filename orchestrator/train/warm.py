@@ -11,19 +11,15 @@ from typing import Any
 import torch
 
 from orchestrator.data.stream import StepRows
+from orchestrator.effects import Effect, without
 from orchestrator.model.build import build_model
 from orchestrator.plan.plan import Plan
+from orchestrator.spec import JobSpec
 from orchestrator.spec.tuning import quantized
 from orchestrator.train.state import memory_in_use_bytes
 
 KEPT_MODEL_BYTES = 2 * 2**30
 """A larger model is read anew for every trial; the operating system's file cache holds it anyway."""
-NOT_IN_MODEL = {
-    "name", "data", "optimizer", "schedule", "batch", "gradient_clipping", "regularization", "distillation",
-    "zero", "stop", "evaluation", "checkpoint", "resources", "fault_tolerance", "tracking", "sweep", "storage_path",
-}  # fmt: skip
-"""Fields that a new model does not depend on. Any other one that changes makes a new model."""
-
 SETTLED_TRIALS = 3
 """A worker's memory is what it is after so many trials; what comes later is a heap that comes apart."""
 GROWTH = 1.1
@@ -64,7 +60,7 @@ class Warm:
 
         A copy of the kept one where the job's model is the same, bit by bit what loading would give.
         """
-        key = plan.spec.model_dump_json(exclude=NOT_IN_MODEL) + repr(plan.labels)
+        key = plan.spec.model_dump_json(exclude=without(JobSpec, Effect.MODEL)) + repr(plan.labels)
         if self._key != key or self._model is None:
             self._model = None
             model = build_model(plan.spec, plan.labels)
