@@ -354,6 +354,61 @@ def test_messages_may_be_json_or_sharegpt_or_full_of_nulls() -> None:
     assert "unit" not in learnt_of(shapes.TRIMMED, messages)[0]
 
 
+@pytest.mark.parametrize(
+    ("asks", "answers"),
+    [("human", "gpt"), ("User", "Assistant"), ("USER", "model"), ("user", "bot")],
+)
+def test_roles_have_other_names(asks: str, answers: str) -> None:
+    names = {"user": asks, "assistant": answers}
+    renamed = [{**m, "role": names[m["role"]]} for m in TWO]
+    assert learnt_of(shapes.RENAMED, renamed) == learnt_of(shapes.RENAMED, TWO)
+
+
+@pytest.mark.parametrize("name", ["thinking_dropped", "thinking_cut", "trimmed", "channels"])
+def test_calls_of_other_forms_are_the_same(name: str) -> None:
+    template = shapes.SHAPES[name].template
+    inner = {"name": "weather", "arguments": {"city": "Rome"}}
+    result = {"role": "function", "name": "weather", "content": "21"}
+    whole = learnt_of(template, CALLS)
+    assert "Rome" in whole[0]
+    flat = [
+        user("weather?"),
+        assistant(None, tool_calls=[inner]),
+        tool("21"),
+        assistant("it is 21"),
+    ]
+    assert learnt_of(template, flat) == whole
+    old = [user("weather?"), assistant(None, function_call=inner), result, assistant("it is 21")]
+    row = encoded(shapes.tokenizer(template), old)
+    assert isinstance(row, dict), row
+    assert "21" in shapes.tokenizer(template).decode(row["input_ids"]).partition("it is")[0]
+    assert learnt_of(template, old) == whole
+    told = [
+        {"from": "human", "value": "weather?"},
+        {"from": "function_call", "value": json.dumps(inner)},
+        *({"from": "observation", "value": "21"}, {"from": "gpt", "value": "it is 21"}),
+    ]
+    assert learnt_of(template, told) == whole
+
+
+def test_a_system_turn_of_null_is_an_empty_one() -> None:
+    assert learnt_of(shapes.TRIMMED, [system(None), *TWO]) == learnt_of(shapes.TRIMMED, TWO)
+
+
+@pytest.mark.parametrize("kind", ["plain", "instruction"])
+def test_a_tokenizer_without_an_end_is_remarked_on(kind: str) -> None:
+    task = CausalLM.model_validate({"type": "causal_lm", "rows": {"type": kind}})
+    texts = {"text": "so it was", "prompt": "so", "answer": "it was"}
+    tokenizer = tiny.bpe_tokenizer()
+    (row,) = task.encode([texts], tokenizer, 64, ())
+    assert isinstance(row, dict)
+    assert not row["notes"]
+    tokenizer.eos_token = None
+    (row,) = task.encode([texts], tokenizer, 64, ())
+    assert isinstance(row, dict)
+    assert any("eos_token" in note for note in row["notes"])
+
+
 def test_parts_of_text_are_joined_and_other_parts_refused() -> None:
     parts = [{"type": "text", "text": "it was "}, {"type": "text", "text": "good", "image": None}]
     assert learnt_of(shapes.CHATML, [user("so"), assistant(parts)]) == ["it was good<|im_end|>"]

@@ -26,7 +26,15 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    "human": "user",
+    "function": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+}
+"""Names of roles in data, in any case: the names that chat templates know. Others go to the template as they are."""
 
 
 class Unusable(ValueError):
@@ -137,6 +145,7 @@ def read_message(turn: Any, column: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise Unusable(f"column {column!r}: a message needs `role` and `content`")
+    message["role"] = ROLES.get(role.strip().lower(), role)
     if isinstance(call := message.pop("function_call", None), dict):
         message.setdefault("tool_calls", [{"type": "function", "function": call}])
     if "tool_calls" in message:
@@ -158,7 +167,7 @@ def _from_sharegpt(message: Message, column: str) -> None:
         )
     message["role"] = SHAREGPT_ROLES[role]
     if "value" in message:
-        message["content"] = message.pop("value")
+        message["tool_calls" if role == "function_call" else "content"] = message.pop("value")
 
 
 def _set_content(message: Message, column: str) -> None:
@@ -168,6 +177,8 @@ def _set_content(message: Message, column: str) -> None:
         content = _joined(content, message, column)
     elif isinstance(content, Mapping) and role == "tool":
         content = json.dumps(content, ensure_ascii=False)
+    elif content is None and role == "system":
+        content = ""
     elif content is None and role != "assistant":
         raise Unusable(f"column {f'{column}.content'!r} is missing or null in a {role} message")
     if content is not None and (not isinstance(content, str) or content.strip()):
@@ -212,9 +223,16 @@ def _set_reasoning(message: Message, column: str) -> None:
 
 def _tool_calls(value: Any, column: str) -> list[dict[str, Any]]:
     calls = from_json(value)
+    if isinstance(calls, Mapping):
+        calls = [calls]
     if not isinstance(calls, list | tuple) or not all(isinstance(c, Mapping) for c in calls):
         raise Unusable(f"column {column!r}: `tool_calls` must be a list of objects, got {calls!r}")
-    return [dict(call) for call in calls]
+    return [
+        {"type": "function", "function": dict(call)}
+        if "name" in call and "function" not in call
+        else {"type": "function", **call}
+        for call in calls
+    ]
 
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...]:

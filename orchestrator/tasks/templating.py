@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 
+NO_END = "the tokenizer has no end-of-text token (eos_token): no end is learnt"
+
+
 def plain(texts: Sequence[Any], column: str, tokenizer: Any) -> list[Encoded | BadRow]:
     """Encode documents, every token learnt, in one call, which fast tokenizers spread over idle cores."""
     whys = [text_problem(text, column) for text in texts]
@@ -26,7 +29,7 @@ def _all_learnt(ids: list[int], head: list[int], tokenizer: Any) -> Encoded:
     if head and ids[len(head) : 2 * len(head)] == head:  # the text begins with it already
         ids = ids[len(head) :]
     ids = ended(ids, tokenizer)
-    return Encoded(ids, [1] * len(ids))
+    return Encoded(ids, [1] * len(ids), _endless(tokenizer))
 
 
 def instruction(
@@ -41,7 +44,8 @@ def instruction(
         return chat([{"role": role, "content": text} for role, text in turns], "row", tokenizer)
     head = begun(prompt, tokenizer)
     tail = ended(tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
-    return Encoded(head + tail, [0] * len(head) + [1] * len(tail))
+    targets = [0] * len(head) + [1] * len(tail)
+    return Encoded(head + tail, targets, _endless(tokenizer))
 
 
 def chat(
@@ -101,7 +105,17 @@ def beginning(tokenizer: Any) -> list[int]:
     return list(framed[:count])
 
 
+def _end(tokenizer: Any) -> int | None:
+    found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return None if found is None else int(found)
+
+
+def _endless(tokenizer: Any) -> tuple[str, ...]:
+    """Return a remark where the tokenizer has no end of text."""
+    return () if _end(tokenizer) is not None else (NO_END,)
+
+
 def ended(ids: list[int], tokenizer: Any) -> list[int]:
     """Return the ids, closed by the tokenizer's end of text where it has one."""
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    end = _end(tokenizer)
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
