@@ -17,8 +17,8 @@ from orchestrator.model.build import build_model
 from orchestrator.model.parts import groups
 from orchestrator.plan import describe_cluster, make_plan
 from orchestrator.plan.defaults import SOURCES, learning_rate
-from orchestrator.plan.fit import optimizer_states
 from orchestrator.spec import JobSpec, parse_spec
+from orchestrator.spec.optimizers import OptimizerSpec
 from orchestrator.tasks import TaskSpec
 from orchestrator.train.lion import Lion
 from orchestrator.train.optimizer import make_optimizer
@@ -68,7 +68,7 @@ def test_the_plan_counts_the_state_that_each_optimizer_keeps(spec: JobSpec, kind
         if torch.is_tensor(value) and value.numel() > 1
     )
     elements = sum(p.numel() for p in model.parameters())
-    assert kept / elements == pytest.approx(optimizer_states(job), abs=0.25)
+    assert kept / elements == pytest.approx(job.optimizer.states_per_element, abs=0.25)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -210,10 +210,16 @@ def test_what_the_job_sets_is_no_default_and_all_else_has_its_source(spec: JobSp
 
 
 def test_every_source_belongs_to_a_field() -> None:
-    of_tasks = {f"task.{t.model_fields['type'].annotation.__args__[0]}/{name}": why  # type: ignore[union-attr]
+    def kind_of(model: Any) -> str:
+        return str(get_args(model.model_fields["type"].annotation)[0])
+
+    of_tasks = {f"task.{kind_of(t)}/{name}": why
                 for t in model_members(TaskSpec) for name, why in t.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
     assert of_tasks.keys() >= {"task.preference/beta", "task.question_answering/stride_tokens"}
-    for field, why in (SOURCES | of_tasks).items():
+    of_optimizers = {f"optimizer.{kind_of(o)}/{name}": why
+                     for o in model_members(OptimizerSpec) for name, why in o.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
+    assert of_optimizers.keys() >= {"optimizer.adamw/type", "optimizer.lion/betas"}
+    for field, why in (SOURCES | of_tasks | of_optimizers).items():
         section, _, name = field.rpartition(".")
         kind, _, name = name.rpartition("/")
         models: list[Any] = [JobSpec]

@@ -20,7 +20,7 @@ from orchestrator.errors import SpecError
 from orchestrator.spec import JobSpec, apply_overrides, dump_spec, load_spec, parse_spec, read_yaml
 from orchestrator.spec.explain import OTHER_NAMES
 from orchestrator.spec.meanings import meanings
-from orchestrator.spec.optimizer import SGD
+from orchestrator.spec.optimizers import SGD
 from orchestrator.spec.reference import json_schema, reference_page
 from orchestrator.spec.schedule import CosineSchedule
 from orchestrator.tasks import TextClassification

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.spec import JobSpec
-from orchestrator.spec.optimizer import OptimizerSpec
+from orchestrator.spec.optimizers import OptimizerSpec
 from orchestrator.spec.tuning import FullTuning, TuningSpec
 
 if TYPE_CHECKING:

@@ -8,12 +8,9 @@ from typing import Any
 from orchestrator.plan.memory import ModelFacts
 from orchestrator.plan.settings import Knob, shown
 from orchestrator.spec import JobSpec
-from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
+from orchestrator.spec.optimizers.base import DefaultLr
 from orchestrator.spec.tuning import IA3Tuning, LoraTuning, PrefixTuning, PromptTuning
 from orchestrator.tasks.usual import nearest
-
-LION_SHARE = 0.2
-"""Lion's rate as a share of AdamW's: Chen et al., arXiv 2302.06675, say 3 to 10 times less."""
 
 
 def learning_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
@@ -21,26 +18,8 @@ def learning_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
     optimizer = spec.optimizer
     if optimizer.lr != "auto":
         return optimizer.lr, ""
-    match optimizer:
-        case AdamW() | Adam():
-            return _adam_rate(spec, model)
-        case RMSProp():
-            rate, why = _adam_rate(spec, model)
-            return rate, f"as for Adam, which is RMSProp with momentum: {why}"
-        case Lion():
-            rate, why = _adam_rate(spec, model)
-            return rate * LION_SHARE, (
-                "a fifth of AdamW's; Chen et al., arXiv 2302.06675, say 3 to 10 times less. "
-                f"AdamW's: {why}"
-            )
-        case Adafactor() if isinstance(spec.tuning, IA3Tuning):
-            return 3e-3, "Liu et al., arXiv 2205.05638, tuned IA³ with Adafactor at 3e-3"
-        case Adafactor() if isinstance(spec.tuning, PromptTuning):
-            return 0.3, "Lester et al., arXiv 2104.08691, tuned prompts with Adafactor at 0.3"
-        case Adafactor():
-            return 1e-3, "Raffel et al., arXiv 1910.10683, fine-tuned T5 with Adafactor at 1e-3"
-        case SGD():
-            return 1e-2, "a common start and no more: no source settles it; search optimizer.lr"
+    adam = DefaultLr(*_adam_rate(spec, model))
+    return optimizer.default_lr(adam, spec.tuning.type)
 
 
 def _adam_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
@@ -78,10 +57,14 @@ def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Knob, ...]:
 
 
 def _listed(spec: JobSpec) -> Iterator[Knob]:
-    of_task = {
-        f"task.{spec.task.type}/{name}": why for name, why in spec.task.default_sources.items()
-    }
-    for field, why in (SOURCES | of_task).items():
+    of_optimizer, of_task = (
+        {f"{section}.{kind.type}/{name}": why for name, why in sources.items()}
+        for section, kind, sources in (
+            ("optimizer", spec.optimizer, spec.optimizer.sources),
+            ("task", spec.task, spec.task.default_sources),
+        )
+    )
+    for field, why in (of_optimizer | SOURCES | of_task).items():
         section, _, name = field.rpartition(".")
         owner: Any = spec
         for part in filter(None, section.split(".")):
@@ -100,21 +83,6 @@ def _listed(spec: JobSpec) -> Iterator[Knob]:
 INSTEAD = {"warmup_ratio": "warmup_steps"}
 """Field → another one that says the same in other words."""
 SOURCES: dict[str, str] = {
-    "optimizer.type": "decoupled decay generalises better than Adam's: Loshchilov & Hutter, arXiv 1711.05101",
-    "optimizer.adamw/betas": "Kingma & Ba, arXiv 1412.6980",
-    "optimizer.adamw/weight_decay": "Devlin et al., arXiv 1810.04805, A.2, pre-trained BERT with 0.01",
-    "optimizer.adamw/eps": "Kingma & Ba, arXiv 1412.6980",
-    "optimizer.adam/betas": "Kingma & Ba, arXiv 1412.6980",
-    "optimizer.adam/eps": "Kingma & Ba, arXiv 1412.6980",
-    "optimizer.adam/weight_decay": "none unless asked for: Kingma & Ba, arXiv 1412.6980, have none",
-    "optimizer.sgd/momentum": "Sutskever et al., ICML 2013, and most work since",
-    "optimizer.sgd/weight_decay": "none unless asked for",
-    "optimizer.rmsprop/alpha": "torch's; Hinton's lecture 6e has 0.9",
-    "optimizer.rmsprop/eps": "torch's",
-    "optimizer.lion/betas": "Chen et al., arXiv 2302.06675",
-    "optimizer.lion/weight_decay": "five times AdamW's: Chen et al., arXiv 2302.06675, say 3 to 10 times",
-    "optimizer.adafactor/decay_rate": "Shazeer & Stern, arXiv 1804.04235",
-    "optimizer.adafactor/clip_threshold": "Shazeer & Stern, arXiv 1804.04235",
     "schedule.type": "down to 0 in a straight line: Devlin et al., arXiv 1810.04805, A.2",
     "schedule.warmup_ratio": "none; Devlin et al., arXiv 1810.04805, A.2, warm up: schedule.warmup_ratio=0.1 does",
     "schedule.cosine/min_lr_ratio": "down to 0: Loshchilov & Hutter, arXiv 1608.03983",

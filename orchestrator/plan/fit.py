@@ -14,7 +14,6 @@ from orchestrator.plan.regularization import averages, passes_per_row
 from orchestrator.plan.resources import Workers
 from orchestrator.plan.zero import bucket_elements
 from orchestrator.spec import JobSpec
-from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
 from orchestrator.spec.tuning import quantized, virtual_tokens
 
 MEMORY_SHARE = 0.85
@@ -50,7 +49,7 @@ class Load:
             world_size=self.workers.count,
             stage=stage,
             bf16=self.bf16,
-            optimizer_states=optimizer_states(spec) + averages(spec),
+            optimizer_states=spec.optimizer.states_per_element + averages(spec),
             averages=averages(spec),
             offload_optimizer=spec.zero.offload_optimizer == "cpu",
             offload_param=spec.zero.offload_param == "cpu",
@@ -93,8 +92,8 @@ def _stage(load: Load, rows: int, reasons: dict[str, str]) -> Stage:
     lowest = _lowest_stage(load.spec)
     highest = 2 if quantized(load.spec.tuning) else 3
     stages = [s for s in STAGES if lowest <= s <= highest] if load.workers.count > 1 else [lowest]
-    if needs_whole_matrices(load.spec):
-        reasons["stage"] = f"{load.spec.optimizer.type} needs whole matrices"
+    if load.spec.optimizer.whole_matrices:
+        reasons["stage"] = load.spec.optimizer.whole_matrices
         return 0
     reasons["stage"] = f"the lowest that fits {load.room_bytes / GIB:.1f} GiB per worker"
     return next((s for s in stages if load.fits(s, rows)), stages[-1])
@@ -117,26 +116,6 @@ def _lowest_stage(spec: JobSpec) -> Stage:
     if spec.zero.offload_param == "cpu":
         return 3
     return 1 if spec.zero.offload_optimizer == "cpu" else 0
-
-
-def needs_whole_matrices(spec: JobSpec) -> bool:
-    """Whether the optimizer cannot work on the flat pieces that ZeRO 1 to 3 hand out."""
-    return isinstance(spec.optimizer, Adafactor)
-
-
-def optimizer_states(spec: JobSpec) -> int:
-    """fp32 values the optimizer keeps per trainable element."""
-    match spec.optimizer:
-        case AdamW() | Adam():
-            return 2
-        case SGD(momentum=momentum):
-            return int(momentum > 0)
-        case RMSProp(momentum=momentum, centered=centered):
-            return 1 + int(momentum > 0) + int(centered)
-        case Lion():
-            return 1
-        case Adafactor():
-            return 0  # a row and a column per matrix: nothing beside the weights
 
 
 def _too_big(load: Load, stage: Stage, rows: int) -> str:
@@ -190,7 +169,7 @@ def _changes(spec: JobSpec, setup: MemorySetup, rows: int) -> list[_Change]:
         ),
         (not setup.bf16, _Change("precision=bf16", {"bf16": True})),
         (
-            setup.on_gpu and not setup.offload_optimizer and not needs_whole_matrices(spec),
+            setup.on_gpu and not setup.offload_optimizer and not spec.optimizer.whole_matrices,
             _Change(f"zero.offload_optimizer=cpu{staged}", offload),
         ),
         (pinned, _Change("zero.stage=auto", {"stage": highest})),

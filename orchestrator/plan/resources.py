@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,6 @@ from orchestrator.errors import PlanError
 from orchestrator.plan.cluster import GIB, Cluster, Node
 from orchestrator.spec import JobSpec
 from orchestrator.spec.job import WorkerRange
-from orchestrator.spec.optimizer import SGD, Adafactor, Adam, AdamW, Lion, RMSProp
 from orchestrator.spec.tuning import quantized
 from orchestrator.spec.tuning_rules import NO_GPU
 
@@ -195,47 +193,9 @@ def _gpu_memory_bytes(spec: JobSpec, cluster: Cluster) -> tuple[int, str]:
 
 
 def optimizer_class(spec: JobSpec, on_gpu: bool, reasons: dict[str, str]) -> str:
-    """The class that steps the weights, by what can be compiled here."""
-    optimizer = spec.optimizer
-    match optimizer:
-        case SGD():
-            return "torch.optim.SGD"
-        case RMSProp():
-            return "torch.optim.RMSprop"
-        case Lion():
-            reasons["optimizer_class"] = "torch has none"
-            return "orchestrator.train.lion.Lion"
-        case Adafactor():
-            reasons["optimizer_class"] = "with rates from the schedule, not its own"
-            return "transformers.optimization.Adafactor"
-        case AdamW() | Adam():
-            return _adam_class(optimizer, spec, on_gpu, reasons)
-
-
-def _adam_class(
-    optimizer: AdamW | Adam, spec: JobSpec, on_gpu: bool, reasons: dict[str, str]
-) -> str:
+    """Return the dotted path of the class that steps the weights."""
     offloaded = on_gpu and spec.zero.offload_optimizer == "cpu"
-    name = (
-        "deepspeed.ops.adam.FusedAdam"
-        if on_gpu and not offloaded
-        else "deepspeed.ops.adam.DeepSpeedCPUAdam"
-    )
-    compiler = "nvcc" if on_gpu and not offloaded else "g++"
-    if optimizer.implementation == "deepspeed":
-        return name
-    if (
-        optimizer.implementation == "auto"
-        and on_gpu
-        and shutil.which(compiler)
-        and shutil.which("ninja")
-    ):
-        reasons["optimizer_class"] = f"{compiler} and ninja are here to compile it"
-        return name
-    if optimizer.implementation == "auto":
-        reasons["optimizer_class"] = (
-            f"{compiler} or ninja is missing here: torch's fused kernel needs no compiler"
-            if on_gpu
-            else "torch's fused CPU kernel needs no compiler"
-        )
-    return f"torch.optim.{type(optimizer).__name__}"
+    path, reason = spec.optimizer.implementation_on(on_gpu, offloaded)
+    if reason:
+        reasons["optimizer_class"] = reason
+    return path

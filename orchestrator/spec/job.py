@@ -12,7 +12,7 @@ from orchestrator.spec.distillation import DistillationSpec
 from orchestrator.spec.kubernetes import KubernetesSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.optimization import BatchSpec, ZeroSpec
-from orchestrator.spec.optimizer import AdamW, OptimizerSpec
+from orchestrator.spec.optimizers import AdamW, OptimizerSpec
 from orchestrator.spec.paths import PathText
 from orchestrator.spec.regularization import RegularizationSpec
 from orchestrator.spec.runtime import RuntimeSpec

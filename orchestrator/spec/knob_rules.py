@@ -23,13 +23,10 @@ def knob_rules(spec: JobSpec) -> Iterator[Problem]:
 
 def _optimizer(spec: JobSpec) -> Iterator[Problem]:
     optimizer, zero = spec.optimizer, spec.zero
-    if optimizer.type == "sgd" and optimizer.nesterov and optimizer.momentum == 0:
-        yield Problem("optimizer.nesterov", "needs momentum above 0", "momentum: 0.9", True)
-    if optimizer.type != "adafactor":
+    yield from optimizer.broken_rules()
+    if not optimizer.whole_matrices:
         return
-    why = (
-        "cuts weights into flat pieces, and adafactor needs the rows and columns of whole matrices"
-    )
+    why = f"cuts weights into flat pieces, and {optimizer.whole_matrices}"
     if zero.stage not in (0, "auto"):
         fix = "zero.stage: 0, or optimizer.type: adamw or lion"
         yield Problem("zero.stage", why, fix, zero.stage)
