@@ -210,6 +210,16 @@ def test_globs_skip_hidden_files_and_a_literal_name_wins(tmp_path: Path) -> None
     assert local_files(literal) == [literal]
 
 
+def test_folders_that_exist_are_no_part_of_a_glob(tmp_path: Path) -> None:
+    folder = tmp_path / "run [1]"
+    (folder / "deep [x]").mkdir(parents=True)
+    for path in (folder / "a.csv", folder / "deep [x]" / "b.csv"):
+        path.write_text("text,label\n")
+    assert local_files(f"{folder}/*.csv") == [f"{folder}/a.csv"]
+    assert local_files(f"{folder}/**/*.csv") == [f"{folder}/a.csv", f"{folder}/deep [x]/b.csv"]
+    assert local_files(f"{tmp_path}/run*/[ab].csv") == [f"{folder}/a.csv"]
+
+
 @pytest.mark.parametrize("name", ["a folder", "x#y", "50%", "größe", "日本", "{a,b}"])
 def test_odd_names_are_names(tmp_path: Path, name: str) -> None:
     path = tiny.write_csv(tmp_path / name / f"{name}.csv", tiny.labelled(2))

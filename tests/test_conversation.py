@@ -391,6 +391,10 @@ def test_calls_of_other_forms_are_the_same(name: str) -> None:
     assert learnt_of(template, told) == whole
 
 
+def test_a_column_that_is_missing_is_called_missing() -> None:
+    assert "'messages' is missing" in why_bad(shapes.CHATML, None)
+
+
 def test_a_system_turn_of_null_is_an_empty_one() -> None:
     assert learnt_of(shapes.TRIMMED, [system(None), *TWO]) == learnt_of(shapes.TRIMMED, TWO)
 

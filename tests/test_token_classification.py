@@ -42,6 +42,24 @@ def test_a_word_is_learnt_at_its_first_token(pieces: Any) -> None:
     assert int((labels != IGNORED).sum()) == row["n_targets"] == 3
 
 
+@pytest.mark.parametrize("ignored", [-100, -100.0])
+def test_words_tagged_minus_100_are_neither_learnt_nor_counted(pieces: Any, ignored: Any) -> None:
+    row = {"tokens": ["the", "great", "film"], "tags": [ignored, 1, 0]}
+    assert TASK.labels_in(row["tags"]) == ["1", "0"]
+    (encoded,) = TASK.encode([row], pieces, 64, ("0", "1"))
+    assert isinstance(encoded, dict)
+    whole = TASK.encode([{**row, "tags": [0, 1, 0]}], pieces, 64, ("0", "1"))[0]
+    assert isinstance(whole, dict)
+    assert encoded["input_ids"] == whole["input_ids"]
+    assert encoded["positions"] == whole["positions"][1:]
+    assert encoded["tags"] == [1, 0]
+    assert encoded["n_targets"] == 2
+    batch = TASK.collate(arrays([encoded]), np.ones(1), 0)
+    assert (batch["labels"] != IGNORED).sum() == 2
+    (bad,) = TASK.encode([{**row, "tags": [-100] * 3}], pieces, 64, ("0", "1"))
+    assert isinstance(bad, BadRow)
+
+
 def test_words_without_a_token_are_counted_as_outside_any_entity(pieces: Any) -> None:
     words, tags = ["so", "", "again", "Zebra"], ["B-X", "B-Y", "O", "B-X"]
     length = len(pieces(words[:3], is_split_into_words=True)["input_ids"])
@@ -64,7 +82,7 @@ def test_words_without_a_token_are_counted_as_outside_any_entity(pieces: Any) ->
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({"tags": ["O"]}, "'tokens' must be a non-empty list"),
+        ({"tags": ["O"]}, "'tokens' is missing or null"),
         ({"tokens": "a b", "tags": ["O", "O"]}, "'tokens' must be a non-empty list"),
         ({"tokens": ["a"], "tags": []}, "'tags' must be a non-empty list"),
         ({"tokens": ["a"], "tags": ["O", "O"]}, "1 words have 2 tags"),

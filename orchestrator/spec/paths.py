@@ -57,14 +57,22 @@ def has_wildcards(path: str) -> bool:
 def local_files(path: str) -> list[str]:
     """Return the local files that a path or glob names, sorted; an empty list where there is none.
 
-    A file of exactly this name wins over the glob. Globs skip hidden files and folders.
+    A file or folder of exactly this name wins over the glob. Globs skip hidden files and folders.
     """
     try:
         if os.path.isfile(path):
             return [path]
-        return sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+        return sorted(p for p in glob.glob(_pattern(path), recursive=True) if os.path.isfile(p))
     except (OSError, ValueError, re.error):
         return []
+
+
+def _pattern(path: str) -> str:
+    """Return a path for `glob` in which the folders that exist as written are literal."""
+    folder = os.path.dirname(path)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return glob.escape(folder) + path[len(folder) :]
 
 
 def is_hidden(path: str, root: str = "") -> bool:
@@ -113,7 +121,7 @@ def _files_inside(folder: str) -> str:
 
 def _quietly_globbed(path: str) -> list[str]:
     try:
-        return glob.glob(path, recursive=True)
+        return glob.glob(_pattern(path), recursive=True)
     except (OSError, ValueError, re.error):
         return []
 

@@ -74,6 +74,8 @@ def read_conversation(
     Raises:
         Unusable: The messages or the tools cannot be used, or nothing in them is learnt.
     """
+    if value is None:
+        raise Unusable(f"column {column!r} is missing or null")
     raw = list_of_messages(value)
     if not isinstance(raw, list | tuple) or not raw:
         raise Unusable(

@@ -37,6 +37,11 @@ WORDS = re.compile(r"\w+|[^\w\s]")
 """How a text is cut into words where none are given: runs of letters and digits, single marks."""
 
 
+def _is_ignored(tag: Any) -> bool:
+    """Tell whether a tag is the number by which PyTorch's losses leave a word out."""
+    return isinstance(tag, int | float) and tag == IGNORED
+
+
 class TokenClassification(Task):
     """One tag per word, learnt and predicted at the word's first token."""
 
@@ -44,7 +49,8 @@ class TokenClassification(Task):
     tokens_column: str = "tokens"
     """Column with the words of a text, as a list or a list written as text."""
     tags_column: str = "tags"
-    """Column with the tags, one per word, as a list or a list written as text."""
+    """Column with the tags, one per word, as a list or a list written as text. A word tagged -100 is neither
+    learnt nor counted."""
     entities: bool = True
     """Count whole entities, by the scheme that the tag set shows: IOB1 and IOB2 as conlleval does, IOBES and
     BILOU where an entity is complete, names without a prefix (`PER`, `O`) as runs of one name. Words are
@@ -93,7 +99,7 @@ class TokenClassification(Task):
         if isinstance(tags, BadRow):
             return tags
         names: list[str] = []
-        for name in map(label_name, tags):
+        for name in map(label_name, (tag for tag in tags if not _is_ignored(tag))):
             if isinstance(name, BadRow):
                 return BadRow(f"column {self.tags_column!r} holds a value that {name.why}")
             names.append(name)
@@ -117,7 +123,10 @@ class TokenClassification(Task):
                 continue
             words, tags = read
             encoded = aligned(words, tokenizer, max_length)
-            encoded["tags"] = tags
+            kept = [i for i, tag in enumerate(tags) if tag != IGNORED]
+            encoded["tags"] = [tags[i] for i in kept]
+            encoded["positions"] = [encoded["positions"][i] for i in kept]
+            encoded["n_targets"] = sum(at != NO_TOKEN for at in encoded["positions"])
             if encoded["n_targets"] == 0:
                 out.append(BadRow(f"no word has a token within {max_length} tokens"))
             else:
@@ -141,6 +150,9 @@ class TokenClassification(Task):
             return BadRow(f"column {self.tokens_column!r} must hold texts")
         numbers: list[int] = []
         for tag in tags:
+            if _is_ignored(tag) and str(IGNORED) not in index:
+                numbers.append(IGNORED)
+                continue
             number = label_number(tag, index, given=self.labels is not None, what="tag")
             if isinstance(number, BadRow):
                 holds = number.why.startswith(("is ", "must "))
@@ -150,6 +162,8 @@ class TokenClassification(Task):
         return words, numbers
 
     def _list(self, value: Any, column: str) -> list[Any] | BadRow:
+        if value is None:
+            return BadRow(f"column {column!r} is missing or null")
         items = list_in(value)
         if not items:
             return BadRow(f"column {column!r} must be a non-empty list, got {shown(value)}")
