@@ -81,6 +81,15 @@ def test_answers_of_every_form_are_the_same(tokenizer: Any, form: Any) -> None:
     assert windows(asked("film", answers=form), tokenizer) == windows(asked("film"), tokenizer)
 
 
+def test_space_around_an_answer_is_no_part_of_it(tokenizer: Any) -> None:
+    found = windows(
+        asked("film", answers={"text": [" film "], "answer_start": [AT - 1]}), tokenizer
+    )
+    right = windows(asked("film"), tokenizer)
+    assert [(w["start"], w["end"]) for w in found] == [(w["start"], w["end"]) for w in right]
+    assert any(w["start"] for w in found)
+
+
 @pytest.mark.parametrize(
     "form", [None, [], "[]", {"text": [], "answer_start": []}, '{"text": [], "answer_start": []}']
 )

@@ -66,6 +66,12 @@ def answers_in(value: Any) -> tuple[list[Any], list[Any]] | None:
     return (texts, starts) if len(texts) == len(starts) else None
 
 
+def _without_space(text: str, start: int) -> tuple[int, int]:
+    """Return the (start, stop) characters of an answer without the space around it, which few tokens hold."""
+    start += len(text) - len(text.lstrip())
+    return start, start + len(text.strip())
+
+
 class QuestionAnswering(Task):
     """A question about a context, answered by a part of the context (Rajpurkar et al., arXiv 1606.05250).
 
@@ -150,7 +156,7 @@ class QuestionAnswering(Task):
         if isinstance(windows, BadRow):
             return windows
         texts, starts = answers_in(row[self.answers_column]) or ([], [])
-        span = (starts[0], starts[0] + len(texts[0])) if texts else None
+        span = _without_space(texts[0], starts[0]) if texts else None
         for window in windows:
             window["start"], window["end"] = tokens_of(span, window)
         if span and all(window["start"] == NO_ANSWER for window in windows):
