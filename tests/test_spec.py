@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -388,10 +387,9 @@ def walk(path: str, model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]
 HEAVY = {"torch", "ray", "deepspeed", "transformers", "numpy", "pyarrow", "pandas", "peft"}
 
 
-def run_python(code: str, *arguments: str) -> tuple[str, float]:
-    """Standard output and CPU seconds of a fresh interpreter; other work on the machine changes neither."""
+def run_python(code: str, *arguments: str) -> str:
+    """Return the standard output of a fresh interpreter."""
     root = str(Path(__file__).parent.parent)
-    start = cpu_s_of_children()
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
@@ -399,14 +397,11 @@ def run_python(code: str, *arguments: str) -> tuple[str, float]:
         check=True,
         env={**os.environ, "PYTHONPATH": root},
     )
-    return done.stdout, cpu_s_of_children() - start
+    return done.stdout
 
 
-def cpu_s_of_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
+MOST_MODULES = 500
+"""`check` imports 420; torch alone would add a thousand. benchmarks/check.py times it."""
 CHECK = """
 import sys
 from orchestrator.cli import main
@@ -420,16 +415,15 @@ print(*{name.partition(".")[0] for name in sys.modules})
 
 
 def test_checking_a_job_imports_nothing_heavy(example: Path) -> None:
-    loaded, _ = run_python(CHECK, str(example))
+    loaded = run_python(CHECK, str(example))
     assert "ok reviews: text_classification" in loaded
     assert {"orchestrator", "typer", "rich"} <= set(loaded.split())
     assert not HEAVY & set(loaded.split())
 
 
-def test_checking_a_job_takes_less_than_half_a_second(example: Path) -> None:
-    bare = min(run_python("pass")[1] for _ in range(3))
-    check = min(run_python(CHECK, str(example))[1] for _ in range(3))
-    assert check - bare < 0.5
+def test_checking_a_job_imports_few_modules(example: Path) -> None:
+    count = run_python(f"{CHECK}\nprint(len(sys.modules))", str(example)).split()[-1]
+    assert int(count) < MOST_MODULES
 
 
 def test_unions_are_told_apart_by_type_alone(base: dict[str, Any]) -> None:
