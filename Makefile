@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test compat chaos lint docs clean
+.PHONY: setup demo test compat chaos lint docs docs-site docs-serve clean
 
 setup: $(VENV)/.ready
 
@@ -12,7 +12,7 @@ $(VENV)/.ready: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: make PYTHON=python3 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,demo]'
+	$(BIN)/pip install --quiet --editable '.[dev,demo,docs]'
 	touch $@
 
 demo: setup
@@ -39,6 +39,13 @@ docs: setup
 	$(BIN)/orchestrator schema --markdown > docs/reference.md
 	$(BIN)/orchestrator schema > docs/job.schema.json
 	$(BIN)/python -m orchestrator.kube.overlays cluster/overlays
+
+# The site under build/site; warnings are errors. `make docs-serve` shows it on http://127.0.0.1:8000.
+docs-site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:
 	rm -rf $(VENV) runs prepared jobs/data
