@@ -2,7 +2,9 @@
 
 Every rank maps all shards into memory and copies what it needs, so it reads no more than its part of
 them, one parameter at a time, and nothing is written. Layouts are those of DeepSpeed 0.19: its own
-universal format serves Adam only (docs/decisions/0021-zero-shards-are-resharded-on-load-without-the-universal-format.md).
+universal format serves Adam only.
+
+See docs/decisions/0021-zero-shards-are-resharded-on-load-without-the-universal-format.md.
 """
 
 from __future__ import annotations
