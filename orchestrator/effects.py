@@ -3,6 +3,8 @@
 A field declares it once, as `Annotated[float, Affects(Effect.TRAINING)]`; a field without it has that of
 its section. Rules on resuming, on search spaces, on models that stay in memory and on prepared rows ask
 `effect_of` instead of keeping lists of names.
+
+See docs/decisions/0129-a-field-declares-what-a-change-of-it-affects.md.
 """
 
 from __future__ import annotations

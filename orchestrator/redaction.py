@@ -2,6 +2,8 @@
 
 The forms are those that issuers document: prefixes of tokens, parameters of presigned URLs, user information in URLs,
 PEM headers. Hashes, revisions and paths have none of them. A reference to a variable (`${TOKEN}`) is no secret.
+
+See docs/decisions/0095-credentials-are-found-by-documented-forms-not-entropy.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Job fields and plan figures that had another name, for the error of a job file and for stored runs."""
+"""Job fields and plan figures that had another name, for the error of a job file and for stored runs.
+
+See docs/decisions/0128-old-field-names-are-one-table-read-at-the-edge.md.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ own blocks, in order: no coordinator stands between the ranks, whose process wou
 could die, beside them. The first blocks of a start the rank reads itself, so that no start, restart or
 trial of a sweep waits for Ray Data's processes. Every row carries its step and rank, and the worker
 checks both.
+
+See docs/decisions/0019-every-rank-runs-its-own-ray-data-dataset.md.
 """
 
 from __future__ import annotations

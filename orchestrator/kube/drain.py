@@ -6,6 +6,8 @@ KubeRay turns no pod's end into a drain, so the pods' preStop hooks run `python 
 - The pod with the driver (`--driver`) asks it to commit and leave, as SIGTERM does anywhere.
 - The head (`--head`) does the same where the driver is with it. Where it is not, the head stays until the
   other nodes have gone: they end together where a whole cluster does, and need it for their drain.
+
+See docs/decisions/0030-the-drain-hook-is-a-module-not-ray-drain-node.md.
 """
 
 from __future__ import annotations

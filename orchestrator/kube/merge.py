@@ -1,4 +1,7 @@
-"""A pod template with a user's fields laid over it."""
+"""A pod template with a user's fields laid over it.
+
+See docs/decisions/0032-pod-fields-are-overridden-by-a-strategic-merge.md.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ Ray Train decides when to change the number of workers and does so at once, losi
 last checkpoint. Here the workers are asked to commit one first. Callbacks that are not `UserCallback`s
 are handed to Ray's controller as they are (`DataParallelTrainer._create_default_callbacks`); the hooks
 are those of Ray 2.60.
+
+See docs/decisions/0029-a-checkpoint-is-committed-before-every-resize.md.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ work than cores takes longer to start. Here the ports are chosen before the star
 waits for the agents; a raylet that is dead is noticed within a second; and the time for the rest is ours to set.
 
 Tested with Ray 2.60; `tests/test_session.py` delays an agent by more than 15 s and fails where Ray's internals change.
+
+See docs/decisions/0116-ray-ports-are-published-before-its-agents-start.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The one padding token of a job, and the side of a row on which it does no harm."""
+"""The one padding token of a job, and the side of a row on which it does no harm.
+
+See docs/decisions/0114-one-padding-token-chosen-once.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a language model's code does with its inputs, measured on a small copy of the model on CPU."""
+"""What a language model's code does with its inputs, measured on a small copy of the model on CPU.
+
+See docs/decisions/0096-packing-is-probed.md.
+"""
 
 from __future__ import annotations
 

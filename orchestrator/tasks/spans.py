@@ -4,6 +4,8 @@ A turn's span begins where the generation prompt ends and stops after the end-of
 taken from the template's own generation marks; else from comparing the rendering with that of the
 messages before the turn; else from rendering the conversation again with a sentinel in place of the
 turn's text, so that all text around the sentinel is the template's.
+
+See docs/decisions/0105-assistant-turns-are-found-by-rendering-with-a-sentinel.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Averages of the weights, kept beside the optimizer's state: one shard per rank, saved with it."""
+"""Averages of the weights, kept beside the optimizer's state: one shard per rank, saved with it.
+
+See docs/decisions/0026-weight-averages-are-optimizer-state.md.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@
 
 The protocol needs nothing but a shared folder: it does not wait for Ray Train's controller, which
 commits only when it polls, and several trials can run in one Ray Train run.
+
+See docs/decisions/0011-checkpoints-have-a-commit-protocol-of-their-own.md.
 """
 
 from __future__ import annotations

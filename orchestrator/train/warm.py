@@ -1,4 +1,7 @@
-"""What a worker keeps from one trial to the next: the untouched model, the evaluation rows."""
+"""What a worker keeps from one trial to the next: the untouched model, the evaluation rows.
+
+See docs/decisions/0072-a-base-model-above-2-gib-is-reloaded-for-every-trial.md.
+"""
 
 from __future__ import annotations
 
