@@ -7,12 +7,15 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-# torch first and by its exact version: pip then never looks at newer builds.
-$(VENV)/.ready: pyproject.toml
+# torch first and by its exact version: pip then never looks at newer builds. The constraints leave its resolver
+# nothing to search, and it prints what it fetches.
+$(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: make PYTHON=python3 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,demo,docs]'
+	@echo 'setup 1/2: torch'
+	$(BIN)/pip install torch==2.13.0
+	@echo 'setup 2/2: the orchestrator and its tools, at the versions of constraints.txt'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,demo,docs]'
 	touch $@
 
 demo: setup

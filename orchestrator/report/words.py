@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.report.records import finite
@@ -50,7 +50,7 @@ def duration(seconds: Any) -> str:
 
 def clock(seconds: float) -> str:
     """Seconds since the epoch → `2026-11-22 00:46:01` in UTC."""
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def shown(value: Any) -> str:

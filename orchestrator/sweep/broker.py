@@ -238,7 +238,7 @@ async def _within(timeout_s: float, event: asyncio.Event) -> None:
     """Wait for an event, but not for ever."""
     try:
         await asyncio.wait_for(event.wait(), timeout_s)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         return
 
 

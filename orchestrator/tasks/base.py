@@ -13,9 +13,10 @@ from orchestrator.tasks.usual import BY_SIZE, TEXT_NEW, TEXT_TUNED, Rate
 from orchestrator.values import LOWER_IS_BETTER, Frozen
 
 if TYPE_CHECKING:  # annotations only: no import at run time, so no cycle and nothing heavy
+    from typing import Self
+
     import numpy as np
     import torch
-    from typing_extensions import Self
 
 RawRow = dict[str, Any]
 EncodedRow = dict[str, Any]

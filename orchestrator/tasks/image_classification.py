@@ -23,9 +23,10 @@ from orchestrator.tasks.single_label import SingleLabel
 from orchestrator.tasks.usual import BY_SIZE, IMAGE_NEW, IMAGE_TUNED, Rate
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import numpy as np
     import torch
-    from typing_extensions import Self
 
 
 Side = Annotated[int, Field(ge=1)]

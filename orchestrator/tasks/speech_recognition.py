@@ -31,9 +31,10 @@ from orchestrator.tasks.sounds import open_sound
 from orchestrator.tasks.usual import BY_SIZE, SPEECH_NEW, SPEECH_TUNED, Rate
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import numpy as np
     import torch
-    from typing_extensions import Self
 
 PADDING = "<pad>"
 """The blank's token where the vocabulary is the job's."""
