@@ -116,41 +116,35 @@ def stop(submission_id: JobId, address: Address = LOCAL_HEAD) -> None:
 def render(
     job: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", show_default=False)] = None,
     overrides: Overrides = None,
-    kuberay: Annotated[bool, typer.Option("--kuberay", help="For KubeRay: the only kind.")] = True,
     cluster_only: Annotated[
-        bool, typer.Option("--cluster-only", help="A RayCluster that takes jobs.")
+        bool, typer.Option("--cluster-only", help="Write a RayCluster that takes jobs.")
     ] = False,
-    cluster: Annotated[str | None, typer.Option(help="Machines: 8xH100x4, 16cpux2.")] = None,
-    kueue: Annotated[str | None, typer.Option(metavar="QUEUE", help="Queue in Kueue.")] = None,
-    spot: Annotated[bool, typer.Option("--spot", help="Workers on spot machines.")] = False,
+    cluster: Annotated[str | None, typer.Option(help="The machines: 8xH100x4, 16cpux2.")] = None,
+    kueue: Annotated[
+        str | None, typer.Option(metavar="QUEUE", help="Queue the job in Kueue.")
+    ] = None,
+    spot: Annotated[bool, typer.Option("--spot", help="Run workers on spot machines.")] = False,
     gcs_ft: Annotated[
         str | None,
         typer.Option(
             metavar="redis://HOST:PORT",
-            help="Survive a lost head: Ray's state in Redis, the driver in a pod of its own.",
+            help="Survive a lost head: keep Ray's state in this Redis, and the driver in its own pod.",
         ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As \\[key=value].")
     ] = None,
-    validate: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Check manifests instead of writing them.")
-    ] = None,
-    crds: Annotated[
-        Path | None, typer.Option(help="With --validate: a cluster's own CRDs, file or folder.")
-    ] = None,
 ) -> None:
-    """Manifests for Kubernetes, sized as the plan sizes the job; or a check of manifests."""
-    from orchestrator.kube.command import check_file, manifests
+    """Write a job's manifests for KubeRay, with the worker sizes of the plan.
 
-    if validate is not None:
-        for line in check_file(validate, crds):
-            say(line)
-        return
+    Check them against your cluster with kubectl apply --dry-run=server -f FILE.
+    """
+    from orchestrator.kube.render import render_yaml
+
     flags = {
         "kubernetes.cluster": cluster, "kubernetes.kueue.queue": kueue,
         "kubernetes.worker.spot": "true" if spot else None,
         "kubernetes.gcs_fault_tolerance.redis": gcs_ft,
     }  # fmt: skip
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    print(manifests(job, [*(overrides or []), *(set_ or []), *given], cluster_only), end="")
+    print(render_yaml(job, [*(overrides or []), *(set_ or []), *given], cluster_only), end="")

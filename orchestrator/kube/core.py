@@ -1,8 +1,47 @@
-"""The parts of Kubernetes' core API that we write. Anything else is merged in from the job file."""
+"""Typed manifests: what all of them share, and the parts of Kubernetes' core API that `render` writes.
+
+Names are Python's here and Kubernetes' in the output. Any other field is merged in from the job file.
+"""
 
 from __future__ import annotations
 
-from orchestrator.kube.base import Manifest, Object, ObjectMeta
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.alias_generators import to_camel
+
+
+class Manifest(BaseModel):
+    """A part of a manifest: frozen, closed to unknown fields, and as strict about types as the API server."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, alias_generator=to_camel, populate_by_name=True
+    )
+
+    def dump(self) -> dict[str, Any]:
+        """Return the fields that were given, as Kubernetes spells them."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
+
+
+class ObjectMeta(Manifest):
+    """An object's `metadata`."""
+
+    name: str | None = None
+    namespace: str | None = None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class Object(Manifest):
+    """A whole object."""
+
+    api_version: str
+    kind: str
+    metadata: ObjectMeta
+
+    def dump(self) -> dict[str, Any]:
+        """Return the object as Kubernetes spells it, with its kind and API version."""
+        return {"apiVersion": self.api_version, "kind": self.kind, **super().dump()}
 
 
 class KeyRef(Manifest):
@@ -13,7 +52,7 @@ class KeyRef(Manifest):
 
 
 class ValueFrom(Manifest):
-    """Where a value is kept."""
+    """The source of a variable's value."""
 
     secret_key_ref: KeyRef
 
@@ -35,7 +74,7 @@ class VolumeMount(Manifest):
 
 
 class EmptyDir(Manifest):
-    """A folder that lives as long as its pod; in memory where `medium` says so."""
+    """A folder that lives as long as its pod; in memory with `medium: Memory`."""
 
     medium: str | None = None
     size_limit: str | None = None
@@ -63,7 +102,7 @@ class Volume(Manifest):
 
 
 class Resources(Manifest):
-    """Quantities. Requests equal limits here, which makes pods the last to be evicted."""
+    """Quantities. Requests equal limits, so these pods are evicted last."""
 
     requests: dict[str, str]
     limits: dict[str, str]
@@ -76,20 +115,20 @@ class Capabilities(Manifest):
 
 
 class Seccomp(Manifest):
-    """System calls that are let through."""
+    """A profile of allowed system calls."""
 
     type: str
 
 
 class ContainerSecurity(Manifest):
-    """What the `restricted` Pod Security Standard asks of a container."""
+    """The settings that the `restricted` Pod Security Standard requires of a container."""
 
     allow_privilege_escalation: bool
     capabilities: Capabilities
 
 
 class PodSecurity(Manifest):
-    """What the `restricted` Pod Security Standard asks of a pod."""
+    """The settings that the `restricted` Pod Security Standard requires of a pod."""
 
     run_as_non_root: bool
     run_as_user: int
@@ -105,7 +144,7 @@ class Exec(Manifest):
 
 
 class Handler(Manifest):
-    """What a hook does."""
+    """The action of a hook."""
 
     exec: Exec
 
@@ -166,7 +205,7 @@ class NodeAffinity(Manifest):
 
 
 class Affinity(Manifest):
-    """Where a pod may run."""
+    """The nodes that a pod may run on."""
 
     node_affinity: NodeAffinity
 
@@ -195,7 +234,7 @@ class Pod(Manifest):
 
 
 class PodTemplate(Manifest):
-    """A pod to be made."""
+    """A template from which pods are created."""
 
     metadata: ObjectMeta | None = None
     spec: Pod

@@ -1,288 +1,284 @@
-"""KubeRay's RayCluster, RayJob and RayCronJob, API version v1, field by field (KubeRay 1.7).
+"""The parts of KubeRay's API (version v1, KubeRay 1.7) that `render` writes, with the rules on them.
 
-Written by hand from the API; a test compares names, types, enums and defaults with the operator's own
-schemas. Pod templates stay plain mappings: Kubernetes' schema describes them, not KubeRay's.
+A test compares names, types, enums and required fields with the operator's own schemas. Pod templates stay
+plain mappings, because `kubernetes.*.pod` may set any field of a pod.
+
+See docs/decisions/0130-render-checks-only-the-manifests-that-it-writes.md.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Literal
 
 from pydantic import Field
 
-from orchestrator.kube.base import Manifest, Object
+from orchestrator.errors import Problem
+from orchestrator.kube.core import Manifest, Object
 
-Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-Quantity = int | str
-ManagedBy = Literal["ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue"]
-Policy = Literal["DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone"]
+FT_ANNOTATION = "ray.io/ft-enabled"
+STORAGE_ANNOTATION = "ray.io/external-storage-namespace"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+ELASTIC_ANNOTATION = "kueue.x-k8s.io/elastic-job"
+DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 
 
 class AuthOptions(Manifest):
-    """Ray's token authentication. `mode: token` has to be written: an empty section enables nothing."""
+    """Ray's token authentication. `mode: token` must be written: an empty section enables nothing."""
 
-    mode: Literal["disabled", "token"] | None = None
-    secret_name: str | None = None
-    enable_k8s_token_auth: bool | None = Field(None, alias="enableK8sTokenAuth")
+    mode: Literal["token"]
 
 
 class AutoscalerOptions(Manifest):
-    """The autoscaler's container, and how it scales."""
+    """The autoscaler's container and its settings."""
 
-    version: Literal["v1", "v2"] | None = None
-    idle_timeout_seconds: Int32 | None = None
-    upscaling_mode: Literal["Default", "Aggressive", "Conservative"] | None = None
-    image: str | None = None
-    image_pull_policy: str | None = None
-    resources: dict[str, Any] | None = None
-    security_context: dict[str, Any] | None = None
-    env: list[dict[str, Any]] | None = None
-    env_from: list[dict[str, Any]] | None = None
-    volume_mounts: list[dict[str, Any]] | None = None
-    args: list[str] | None = None
-    command: list[str] | None = None
+    version: Literal["v2"]
+    idle_timeout_seconds: int
+    security_context: dict[str, Any]
 
 
 class Credential(Manifest):
-    """A value, or a reference to where it is kept."""
+    """A reference to a credential."""
 
-    value: str | None = None
-    value_from: dict[str, Any] | None = None
-
-
-class GcsStorage(Manifest):
-    """A volume for GCS's state, under the rocksdb backend."""
-
-    access_modes: list[str] | None = None
-    claim_name: str | None = None
-    deletion_policy: Literal["DeleteWithCluster", "Retain"] | None = None
-    size: Quantity | None = None
-    storage_class_name: str | None = None
-    sub_path: str | None = None
+    value_from: dict[str, Any]
 
 
 class GcsFaultToleranceOptions(Manifest):
-    """Where GCS keeps its state, so that a new head finds it."""
+    """The Redis that keeps GCS's state, so that a new head can read it."""
 
-    backend: Literal["redis", "rocksdb"] | None = None
-    external_storage_namespace: str | None = None
-    redis_address: str | None = None
-    redis_username: Credential | None = None
+    redis_address: str
     redis_password: Credential | None = None
-    storage: GcsStorage | None = None
-
-
-class IngressTls(Manifest):
-    """TLS of an ingress."""
-
-    hosts: list[str] | None = None
-    secret_name: str | None = None
-
-
-class IngressOptions(Manifest):
-    """The head's ingress."""
-
-    host: str | None = None
-    path: str | None = None
-    path_type: Literal["Exact", "Prefix", "ImplementationSpecific"] | None = None
-    tls: list[IngressTls] | None = None
 
 
 class HeadGroupSpec(Manifest):
     """The head pod."""
 
-    ray_start_params: dict[str, str] | None = None
+    ray_start_params: dict[str, str]
     template: dict[str, Any]
-    resources: dict[str, str] | None = None
-    labels: dict[str, str] | None = None
-    service_type: str | None = None
-    head_service: dict[str, Any] | None = None
-    enable_ingress: bool | None = None
-    ingress_options: IngressOptions | None = None
-
-
-class ScaleStrategy(Manifest):
-    """Which pods go first."""
-
-    workers_to_delete: list[str] | None = None
 
 
 class WorkerGroupSpec(Manifest):
     """A group of equal worker pods."""
 
     group_name: str
-    replicas: Int32 = 0
-    min_replicas: Int32 = 0
-    max_replicas: Int32 = 2**31 - 1
-    num_of_hosts: Int32 = 1
-    priority: Int32 = 0
-    idle_timeout_seconds: Int32 | None = None
-    ray_start_params: dict[str, str] | None = None
+    replicas: int
+    min_replicas: int
+    max_replicas: int
+    ray_start_params: dict[str, str]
     template: dict[str, Any]
-    resources: dict[str, str] | None = None
-    labels: dict[str, str] | None = None
-    scale_strategy: ScaleStrategy | None = None
-    suspend: bool | None = None
-
-
-class CollectorOptions(Manifest):
-    """The container that collects events for the history server."""
-
-    env: list[dict[str, Any]] | None = None
-    image: str | None = None
-    image_pull_policy: str | None = None
-    resources: dict[str, Any] | None = None
-
-
-class HistoryServerOptions(Manifest):
-    """KubeRay's history server."""
-
-    collector_options: CollectorOptions | None = None
-
-
-class NetworkRules(Manifest):
-    """Traffic that is let through."""
-
-    egress_rules: list[dict[str, Any]] | None = None
-    ingress_rules: list[dict[str, Any]] | None = None
-
-
-class GroupNetworkRules(NetworkRules):
-    """Traffic that one worker group is allowed."""
-
-    group_name: str
-
-
-class NetworkPolicyOptions(Manifest):
-    """Network policies that the operator makes."""
-
-    mode: Literal["DenyAll", "DenyAllIngress", "DenyAllEgress"] = "DenyAll"
-    head: NetworkRules | None = None
-    worker: NetworkRules | None = None
-    worker_groups: list[GroupNetworkRules] | None = None
-
-
-class TlsOptions(Manifest):
-    """TLS between Ray's processes."""
-
-    enabled: bool | None = None
-
-
-class UpgradeStrategy(Manifest):
-    """What a changed spec does to a running cluster."""
-
-    type: Literal["Recreate", "None"] | None = None
 
 
 class RayClusterSpec(Manifest):
     """A Ray cluster."""
 
-    ray_version: str | None = None
+    ray_version: str
     enable_in_tree_autoscaling: bool | None = None
     autoscaler_options: AutoscalerOptions | None = None
     auth_options: AuthOptions | None = None
     gcs_fault_tolerance_options: GcsFaultToleranceOptions | None = None
-    head_service_annotations: dict[str, str] | None = None
-    history_server_options: HistoryServerOptions | None = None
-    managed_by: ManagedBy | None = None
-    network_policy: NetworkPolicyOptions | None = None
-    suspend: bool | None = None
-    tls_options: TlsOptions | None = None
-    upgrade_strategy: UpgradeStrategy | None = None
     head_group_spec: HeadGroupSpec
-    worker_group_specs: list[WorkerGroupSpec] | None = None
+    worker_group_specs: list[WorkerGroupSpec]
 
 
 class DeletionCondition(Manifest):
-    """When a deletion rule applies: exactly one of the two states, and how long after it."""
+    """The end of a job after which a deletion rule applies, and the seconds after it."""
 
-    job_status: Literal["SUCCEEDED", "FAILED"] | None = None
-    job_deployment_status: Literal["Failed"] | None = None
-    ttl_seconds: Annotated[Int32, Field(ge=0)] = 0
+    job_status: Literal["SUCCEEDED", "FAILED"]
+    ttl_seconds: int
 
 
 class DeletionRule(Manifest):
-    """What is deleted, and when."""
+    """One deletion and its condition."""
 
     condition: DeletionCondition
-    policy: Policy
-
-
-class LegacyDeletion(Manifest):
-    """The older form of a deletion rule."""
-
-    policy: Policy | None = None
+    policy: Literal["DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone"]
 
 
 class DeletionStrategy(Manifest):
-    """Rules, or the older pair."""
+    """Deletion rules."""
 
-    deletion_rules: Annotated[list[DeletionRule], Field(min_length=1)] | None = None
-    on_success: LegacyDeletion | None = None
-    on_failure: LegacyDeletion | None = None
+    deletion_rules: list[DeletionRule]
 
 
 class SubmitterConfig(Manifest):
     """The Kubernetes Job that submits."""
 
-    backoff_limit: Int32 | None = None
+    backoff_limit: int
 
 
 class RayJobSpec(Manifest):
     """A Ray job and the cluster it runs on."""
 
-    entrypoint: str | None = None
-    submission_mode: str = "K8sJobMode"
+    entrypoint: str
+    submission_mode: Literal["K8sJobMode", "HTTPMode", "SidecarMode"]
     submitter_config: SubmitterConfig | None = None
     submitter_pod_template: dict[str, Any] | None = None
     shutdown_after_job_finishes: bool | None = None
-    ttl_seconds_after_finished: Int32 = 0
+    ttl_seconds_after_finished: int | None = None
     deletion_strategy: DeletionStrategy | None = None
-    active_deadline_seconds: Int32 | None = None
-    pre_running_deadline_seconds: Annotated[Int32, Field(ge=1)] | None = None
-    backoff_limit: Int32 = 0
+    active_deadline_seconds: int | None = None
+    pre_running_deadline_seconds: int | None = None
+    backoff_limit: int | None = None
     suspend: bool | None = None
-    managed_by: ManagedBy | None = None
-    cluster_selector: dict[str, str] | None = None
-    entrypoint_num_cpus: float | None = None
-    entrypoint_num_gpus: float | None = None
     entrypoint_resources: str | None = None
-    job_id: str | None = None
-    metadata: dict[str, str] | None = None
-    runtime_env_yaml: str | None = Field(None, alias="runtimeEnvYAML")
-    ray_cluster_spec: RayClusterSpec | None = None
+    runtime_env_yaml: str = Field(alias="runtimeEnvYAML")
+    ray_cluster_spec: RayClusterSpec
 
 
-class _Object(Object):
-    api_version: Literal["ray.io/v1"] = "ray.io/v1"
-    status: dict[str, Any] | None = None
-
-
-class RayJob(_Object):
+class RayJob(Object):
     """A job with a cluster of its own."""
 
+    api_version: Literal["ray.io/v1"] = "ray.io/v1"
     kind: Literal["RayJob"] = "RayJob"
     spec: RayJobSpec
 
 
-class RayCluster(_Object):
+class RayCluster(Object):
     """A cluster that takes jobs."""
 
+    api_version: Literal["ray.io/v1"] = "ray.io/v1"
     kind: Literal["RayCluster"] = "RayCluster"
     spec: RayClusterSpec
 
 
-class RayCronJobSpec(Manifest):
-    """A job that starts at times."""
+def broken_rules(manifest: RayJob | RayCluster) -> list[Problem]:
+    """Return every rule of the operator or of Kueue that a job's settings break and no schema holds.
 
-    schedule: str
-    job_template: RayJobSpec
-    suspend: bool | None = None
-    time_zone: str | None = None
+    References: `ray-operator/controllers/ray/utils/validation.go` in KubeRay 1.7 and
+    `pkg/controller/jobs/rayjob/rayjob_webhook.go` in Kueue. Rules on fields that `render` never writes, or
+    writes in one valid form only, are left to the cluster (`kubectl apply --dry-run=server`).
+    """
+    annotations = manifest.metadata.annotations
+    if isinstance(manifest, RayJob):
+        cluster, path = manifest.spec.ray_cluster_spec, "spec.rayClusterSpec"
+        found = [*_deletion(manifest.spec), *_sidecar(manifest.spec)]
+    else:
+        cluster, path, found = manifest.spec, "spec", []
+    found += [*_redis(cluster, annotations, path), *_autoscaler(cluster, path)]
+    if QUEUE_LABEL in manifest.metadata.labels:
+        found += _kueue(manifest, cluster, path)
+    return found
 
 
-class RayCronJob(_Object):
-    """A RayJob on a schedule."""
+def pod_templates(manifest: RayJob | RayCluster) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the path and the template of every pod in a manifest."""
+    cluster, path = manifest.spec, "spec"
+    if isinstance(cluster, RayJobSpec):
+        if cluster.submitter_pod_template is not None:
+            yield "spec.submitterPodTemplate", cluster.submitter_pod_template
+        cluster, path = cluster.ray_cluster_spec, "spec.rayClusterSpec"
+    yield f"{path}.headGroupSpec.template", cluster.head_group_spec.template
+    for index, group in enumerate(cluster.worker_group_specs):
+        yield f"{path}.workerGroupSpecs[{index}].template", group.template
 
-    kind: Literal["RayCronJob"] = "RayCronJob"
-    spec: RayCronJobSpec
+
+def _deletion(spec: RayJobSpec) -> Iterator[Problem]:
+    path = "spec.deletionStrategy.deletionRules"
+    rules = spec.deletion_strategy.deletion_rules if spec.deletion_strategy else []
+    seconds: dict[str, dict[str, int]] = defaultdict(dict)
+    for index, rule in enumerate(rules):
+        state, policy = rule.condition.job_status, rule.policy
+        field = f"{path}[{index}].policy"
+        if policy == "DeleteWorkers" and spec.ray_cluster_spec.enable_in_tree_autoscaling:
+            why = "cannot be combined with the autoscaler of an elastic worker range"
+            yield Problem(field, why, "use DeleteCluster in kubernetes.cleanup.rules", policy)
+        if policy in seconds[state]:
+            fix = "remove one entry of kubernetes.cleanup.rules"
+            yield Problem(field, f"duplicate rule for {state}", fix, policy)
+        seconds[state][policy] = rule.condition.ttl_seconds
+    for end, delays in seconds.items():
+        for first, then in pairwise(policy for policy in DELETION_ORDER if policy in delays):
+            if delays[then] < delays[first]:
+                why = (
+                    f"{end}: {then} after {delays[then]} s must not precede "
+                    f"{first} after {delays[first]} s"
+                )
+                yield Problem(path, why, f"set after_s of {then} to {delays[first]} or more")
+
+
+def _sidecar(spec: RayJobSpec) -> Iterator[Problem]:
+    if spec.submission_mode == "SidecarMode":
+        template = spec.ray_cluster_spec.head_group_spec.template
+        yield from _restart_policy(template, "spec.rayClusterSpec.headGroupSpec", "SidecarMode")
+
+
+def _redis(spec: RayClusterSpec, annotations: dict[str, str], path: str) -> Iterator[Problem]:
+    """Yield settings of Redis outside `gcsFaultToleranceOptions`, the only place that the operator accepts."""
+    variables = _variables(spec.head_group_spec.template)
+    fix = "set kubernetes.gcs_fault_tolerance instead"
+    by_hand = ["REDIS_USERNAME"]
+    if spec.gcs_fault_tolerance_options is not None:
+        by_hand += ["REDIS_PASSWORD", "RAY_REDIS_ADDRESS"]
+        for name in (FT_ANNOTATION, STORAGE_ANNOTATION):
+            if annotations.get(name):
+                why = "conflicts with gcsFaultToleranceOptions"
+                remove = "remove it from kubernetes.annotations"
+                yield Problem(f"metadata.annotations.{name}", why, remove)
+    elif annotations.get(FT_ANNOTATION, "").lower() != "true":
+        by_hand.append("RAY_REDIS_ADDRESS")
+    for name in by_hand:
+        if name in variables:
+            field = f"{path}.headGroupSpec.template.spec.containers[0].env.{name}"
+            yield Problem(field, "must not be set as an environment variable", fix)
+
+
+def _autoscaler(spec: RayClusterSpec, path: str) -> Iterator[Problem]:
+    name = "RAY_enable_autoscaler_v2"
+    switch = _variables(spec.head_group_spec.template).get(name)
+    if switch is not None and (spec.enable_in_tree_autoscaling or switch in ("1", "true")):
+        field = f"{path}.headGroupSpec.template.spec.containers[0].env.{name}"
+        why = (
+            "conflicts with autoscalerOptions.version"
+            if spec.enable_in_tree_autoscaling
+            else "needs the autoscaler, and the number of workers is fixed"
+        )
+        yield Problem(field, why, "remove the variable", switch)
+    if spec.enable_in_tree_autoscaling:
+        groups = [("headGroupSpec", spec.head_group_spec.template)]
+        for index, group in enumerate(spec.worker_group_specs):
+            groups.append((f"workerGroupSpecs[{index}]", group.template))
+        for group_path, template in groups:
+            yield from _restart_policy(template, f"{path}.{group_path}", "autoscaler v2")
+
+
+def _restart_policy(template: dict[str, Any], path: str, reason: str) -> Iterator[Problem]:
+    policy = _pod(template).get("restartPolicy")
+    if policy not in (None, "", "Never"):
+        field = f"{path}.template.spec.restartPolicy"
+        yield Problem(field, f"must be Never or unset with {reason}", "set it to Never", policy)
+
+
+def _kueue(manifest: RayJob | RayCluster, cluster: RayClusterSpec, path: str) -> Iterator[Problem]:
+    if isinstance(manifest, RayJob) and not manifest.spec.shutdown_after_job_finishes:
+        yield Problem(
+            "spec.shutdownAfterJobFinishes",
+            "must be true for Kueue, so that a finished job returns its quota",
+            "set kubernetes.cleanup.type=shutdown",
+        )
+    elastic = manifest.metadata.annotations.get(ELASTIC_ANNOTATION) == "true"
+    if cluster.enable_in_tree_autoscaling and not elastic:
+        yield Problem(
+            f"{path}.enableInTreeAutoscaling",
+            "needs Kueue's feature gate ElasticJobsViaWorkloadSlices and an annotation",
+            f'set {ELASTIC_ANNOTATION}: "true" in kubernetes.annotations, '
+            "or a fixed resources.num_workers",
+            True,
+        )
+
+
+def _pod(template: dict[str, Any]) -> dict[str, Any]:
+    """Return a template's pod. Malformed parts count as absent: Kubernetes' schema names them."""
+    spec = template.get("spec")
+    return spec if isinstance(spec, dict) else {}
+
+
+def _variables(template: dict[str, Any]) -> dict[str, Any]:
+    """Return the environment of the Ray container, which is the first one."""
+    first = (_mappings(_pod(template).get("containers")) or [{}])[0]
+    return {str(one.get("name")): one.get("value", "") for one in _mappings(first.get("env"))}
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []

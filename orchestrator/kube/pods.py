@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.kube.base import ObjectMeta
 from orchestrator.kube.core import (
     Affinity,
     Capabilities,
@@ -22,6 +21,7 @@ from orchestrator.kube.core import (
     NodeAffinity,
     NodeTerm,
     NodeTerms,
+    ObjectMeta,
     Pod,
     PodSecurity,
     PodTemplate,

@@ -1,17 +1,18 @@
-"""A job → the manifests that run it: a ConfigMap and a RayJob, or a RayCluster that takes jobs."""
+"""Render a job as the manifests that run it: a ConfigMap and a RayJob, or a RayCluster that takes jobs."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import Problem, SpecError
-from orchestrator.kube.base import ObjectMeta
-from orchestrator.kube.core import ConfigMap
+from orchestrator.errors import OrchestratorError, Problem, SpecError
+from orchestrator.kube.core import ConfigMap, ObjectMeta
 from orchestrator.kube.kuberay import (
+    QUEUE_LABEL,
     AuthOptions,
     AutoscalerOptions,
     Credential,
@@ -26,8 +27,10 @@ from orchestrator.kube.kuberay import (
     RayJobSpec,
     SubmitterConfig,
     WorkerGroupSpec,
+    broken_rules,
+    pod_templates,
 )
-from orchestrator.kube.merge import merged
+from orchestrator.kube.merge import merged, pod_problems
 from orchestrator.kube.pods import (
     JOB_FOLDER,
     S3_VARIABLES,
@@ -41,74 +44,106 @@ from orchestrator.kube.pods import (
 )
 from orchestrator.kube.sizing import PodSize, Size, size_of
 from orchestrator.kube.text import MAX_RAYCLUSTER_NAME, MAX_RAYJOB_NAME, dump_documents, object_name
-from orchestrator.kube.validate import problems_of
-from orchestrator.spec import JobSpec, dump_spec
+from orchestrator.spec import JobSpec, dump_spec, load_spec
 from orchestrator.spec.kubernetes import DeletionRules, KubernetesSpec, Shutdown
 
 DRIVER = "driver"
-"""The Ray resource of the node that only drivers run on; each takes one."""
-MOST_DRIVERS = 100
+"""The Ray resource of the node that only drivers run on; each driver takes one."""
+MAX_DRIVERS = 100
 SUBMITTER_RETRIES = 10
-"""The operator's default of 2 fails healthy jobs whose head is slow to answer (KubeRay issues 2317, 4760)."""
+"""The operator's default of 2 fails healthy jobs with a slow head (KubeRay issues 2317, 4760)."""
+
+
+def render_yaml(job: Path | None, overrides: Sequence[str], cluster_only: bool = False) -> str:
+    """Return the YAML for `kubectl apply`, with the reasons for its sizes as comments.
+
+    Local paths of the job belong to the cluster and are not looked up here.
+
+    Raises:
+        OrchestratorError: No job file is given.
+        SpecError, PlanError: As `render` does.
+    """
+    if job is None:
+        raise OrchestratorError("no job file is given → orchestrator render JOB.yaml")
+    spec = load_spec(job, overrides, files="there")
+    documents = render(spec, cluster_only)
+    reasons = "".join(f"# {name}: {reason}\n" for name, reason in size_of(spec).reasons.items())
+    return reasons + dump_documents(documents)
 
 
 def render(spec: JobSpec, cluster_only: bool = False) -> list[dict[str, Any]]:
-    """Manifests as mappings, checked as `validate` checks files.
+    """Return the manifests of a job as mappings.
 
-    Raises SpecError with everything that KubeRay or Kubernetes would refuse, PlanError where the workers
-    do not fit `kubernetes.cluster`.
+    Args:
+        spec: The job.
+        cluster_only: Return a RayCluster that takes jobs, instead of the job's ConfigMap and RayJob.
+
+    Raises:
+        SpecError: With every setting that KubeRay, Kueue or Kubernetes would refuse.
+        PlanError: The workers do not fit `kubernetes.cluster`.
     """
-    _require(spec, cluster_only)
+    _check_settings(spec, cluster_only)
     size = size_of(spec)
-    documents = [_ray_cluster(spec, size)] if cluster_only else _ray_job(spec, size)
-    if problems := [p for one in documents for p in problems_of(one)]:
+    config = [] if cluster_only else [_config_map(spec)]
+    manifest = _ray_cluster(spec, size) if cluster_only else _ray_job(spec, size)
+    problems = broken_rules(manifest)
+    for path, template in pod_templates(manifest):
+        problems += pod_problems(template, path)
+    if problems:
         raise SpecError(problems, "manifests")
-    return documents
+    return [*(one.dump() for one in config), manifest.dump()]
 
 
-def _require(spec: JobSpec, cluster_only: bool) -> None:
+def _check_settings(spec: JobSpec, cluster_only: bool) -> None:
+    """Raise SpecError with all settings that rendering lacks or cannot honour."""
     k = spec.kubernetes
-    needed = (
-        ("cluster", k.cluster, "the workers' machines, as in 8xH100x4 or 16cpux2 (or --cluster)"),
-        (
-            "image",
-            k.image,
-            "an image built from cluster/Dockerfile, in a registry your cluster reads",
-        ),
-    )
-    missing = [
-        Problem(f"kubernetes.{name}", "is needed to render", fix)
-        for name, value, fix in needed
+    required = (
+        ("cluster", k.cluster, "the workers' machines: --cluster 8xH100x4, or 16cpux2"),
+        ("image", k.image, "an image built from cluster/Dockerfile, in a registry that the cluster reads"),
+    )  # fmt: skip
+    problems = [
+        Problem(f"kubernetes.{name}", "is required by render", fix)
+        for name, value, fix in required
         if not value
     ]
-    missing += [
+    problems += [
         Problem(
             f"kubernetes.secret_env.{name}",
-            "is needed: runtime.secrets names it, and no container would have it",
-            "{secret: NAME, key: KEY}",
+            "is required, because runtime.secrets names this variable",
+            "set it to {secret: NAME, key: KEY}",
         )
         for name in spec.runtime.secrets
         if name not in k.secret_env and not (name in S3_VARIABLES and k.s3 and k.s3.secret)
     ]
     if not cluster_only:
-        missing += _own_reservations(spec)
-    if missing:
-        raise SpecError(missing)
+        problems += _driver_reservations(spec)
+    if problems:
+        raise SpecError(problems)
 
 
-def _own_reservations(spec: JobSpec) -> Iterator[Problem]:
-    """A RayJob's driver has its place already: a reservation would send it where its job is not mounted, or
-    wait for a node that there is none of."""
-    sizes = "it gets kubernetes.head.cpus and kubernetes.head.memory_gib"
+def _driver_reservations(spec: JobSpec) -> Iterator[Problem]:
+    """Yield the reservations for a driver, which a RayJob cannot honour.
+
+    They would place the driver on a node without the job's file, or make it wait for a node that never comes.
+    """
+    fix = "remove it: kubernetes.head.cpus and kubernetes.head.memory_gib size the driver's pod"
     for name in ("driver_cpus", "driver_memory_gib", "driver_resources"):
         if value := getattr(spec.runtime, name):
-            yield Problem(f"runtime.{name}", "has no place in a RayJob", f"drop it: {sizes}", value)
+            yield Problem(f"runtime.{name}", "is not supported in a RayJob", fix, value)
 
 
-def _ray_job(spec: JobSpec, size: Size) -> list[dict[str, Any]]:
+def _job_name(spec: JobSpec) -> str:
+    return object_name(spec.name, MAX_RAYJOB_NAME)
+
+
+def _config_map(spec: JobSpec) -> ConfigMap:
+    metadata = _metadata(spec, f"{_job_name(spec)}-job")
+    return ConfigMap(metadata=metadata, data={"job.yaml": dump_spec(spec)})
+
+
+def _ray_job(spec: JobSpec, size: Size) -> RayJob:
     k = spec.kubernetes
-    name = object_name(spec.name, MAX_RAYJOB_NAME)
-    config = ConfigMap(metadata=_metadata(spec, f"{name}-job"), data={"job.yaml": dump_spec(spec)})
+    name = _job_name(spec)
     optional: dict[str, Any] = {
         "active_deadline_seconds": k.active_deadline_s,
         "pre_running_deadline_seconds": k.pre_running_deadline_s,
@@ -128,44 +163,48 @@ def _ray_job(spec: JobSpec, size: Size) -> list[dict[str, Any]]:
         **{field: value for field, value in optional.items() if value is not None},
         ray_cluster_spec=_cluster_spec(spec, size, f"{name}-job"),
     )
-    return [config.dump(), RayJob(metadata=_metadata(spec, name, queued=True), spec=job).dump()]
+    return RayJob(metadata=_metadata(spec, name, queued=True), spec=job)
 
 
-def _ray_cluster(spec: JobSpec, size: Size) -> dict[str, Any]:
+def _ray_cluster(spec: JobSpec, size: Size) -> RayCluster:
     name = object_name(spec.name, MAX_RAYCLUSTER_NAME)
-    cluster = RayCluster(
+    return RayCluster(
         metadata=_metadata(spec, name, queued=True), spec=_cluster_spec(spec, size, None)
     )
-    return cluster.dump()
 
 
 def _entrypoint(spec: JobSpec) -> str:
-    """What a person would type. The job's relative paths start on the shared storage."""
+    """Return the command that a user would type. Relative paths of the job start on the shared storage."""
     verb = "sweep" if spec.sweep is not None else "train"
     command = ("python", "-m", "orchestrator", verb, f"{JOB_FOLDER}/job.yaml")
     return shlex.join(("env", f"--chdir={spec.kubernetes.storage.mount_path}", *command))
 
 
 def _runtime_env(spec: JobSpec) -> dict[str, Any]:
-    """Time for a stopped job to commit, and packages; variables are the containers' already."""
+    """Return the time that a stopped job gets to commit, and its packages.
+
+    The containers have the job's variables already.
+    """
     runtime = spec.runtime
-    found: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(runtime.stop_wait_s)}}
+    runtime_env: dict[str, Any] = {
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(runtime.stop_wait_s)}
+    }
     if runtime.pip:
         options = {"pip_install_options": list(runtime.pip_options)} if runtime.pip_options else {}
-        found["pip"] = {"packages": list(runtime.pip), **options}
-    return found
+        runtime_env["pip"] = {"packages": list(runtime.pip), **options}
+    return runtime_env
 
 
 def _metadata(spec: JobSpec, name: str, queued: bool = False) -> ObjectMeta:
     k = spec.kubernetes
-    marks = labels(spec)
+    object_labels = labels(spec)
     if queued and k.kueue:
-        marks["kueue.x-k8s.io/queue-name"] = k.kueue.queue
+        object_labels[QUEUE_LABEL] = k.kueue.queue
         if k.kueue.priority_class:
-            marks["kueue.x-k8s.io/priority-class"] = k.kueue.priority_class
+            object_labels["kueue.x-k8s.io/priority-class"] = k.kueue.priority_class
     optional: dict[str, Any] = {"namespace": k.namespace, "annotations": queued and k.annotations}
     given = {field: value for field, value in optional.items() if value}
-    return ObjectMeta(name=name, labels=marks, **given)
+    return ObjectMeta(name=name, labels=object_labels, **given)
 
 
 def _cleanup(k: KubernetesSpec) -> dict[str, Any]:
@@ -209,7 +248,7 @@ def _cluster_spec(spec: JobSpec, size: Size, job: str | None) -> RayClusterSpec:
         ray_version=version("ray"),
         **optional,
         head_group_spec=HeadGroupSpec(
-            # No CPUs on offer: Ray places no worker and no read task here.
+            # Without CPUs, Ray places no worker and no read task on the head.
             ray_start_params={"dashboard-host": "0.0.0.0", "num-cpus": "0", **_ray_memory(head)},
             template=merged(head_template(spec, head, on_head, size.elastic).dump(), k.head.pod),
         ),
@@ -228,15 +267,16 @@ def _cluster_spec(spec: JobSpec, size: Size, job: str | None) -> RayClusterSpec:
 
 
 def _driver_group(spec: JobSpec, job: str | None) -> list[WorkerGroupSpec]:
-    """One pod for the driver where the head may be lost: Ray would run it on the head, and it would go along.
+    """Return the group with a pod for the driver, where the head may be lost; else nothing.
 
-    It offers no CPU either, so no worker lies on it, and DRIVER, so that the job's entrypoint does.
+    By default Ray runs the driver on the head, and it would be lost with it. The pod offers no CPU, so Ray
+    places no worker on it, and the resource DRIVER, so Ray places the job's entrypoint on it.
     """
-    wanted, size = spec.kubernetes.gcs_fault_tolerance, head_size(spec)
-    if wanted is None:
+    settings, size = spec.kubernetes.gcs_fault_tolerance, head_size(spec)
+    if settings is None:
         return []
-    # KubeRay writes the value into a shell's command line as it is.
-    resources = '"' + json.dumps({DRIVER: MOST_DRIVERS}).replace('"', '\\"') + '"'
+    # KubeRay writes the value unquoted into a shell command.
+    resources = '"' + json.dumps({DRIVER: MAX_DRIVERS}).replace('"', '\\"') + '"'
     return [
         WorkerGroupSpec(
             group_name="driver",
@@ -244,23 +284,26 @@ def _driver_group(spec: JobSpec, job: str | None) -> list[WorkerGroupSpec]:
             min_replicas=1,
             max_replicas=1,
             ray_start_params={"num-cpus": "0", "resources": resources, **_ray_memory(size)},
-            template=merged(driver_template(spec, size, job).dump(), wanted.driver_pod),
+            template=merged(driver_template(spec, size, job).dump(), settings.driver_pod),
         )
     ]
 
 
 def _ray_memory(size: PodSize) -> dict[str, str]:
-    """Without these Ray counts /dev/shm twice: in its object store, and in the memory it offers."""
+    """Return the memory settings of `ray start`.
+
+    Without them Ray counts /dev/shm twice: in its object store and in the memory it offers.
+    """
     return {"memory": str(size.ray_memory_bytes), "object-store-memory": str(size.store_bytes)}
 
 
 def _gcs(spec: JobSpec) -> GcsFaultToleranceOptions:
-    wanted = spec.kubernetes.gcs_fault_tolerance
-    assert wanted is not None
-    password = wanted.password
+    settings = spec.kubernetes.gcs_fault_tolerance
+    assert settings is not None
+    password = settings.password
     if password is None:
-        return GcsFaultToleranceOptions(redis_address=wanted.redis)
+        return GcsFaultToleranceOptions(redis_address=settings.redis)
     reference = {"secretKeyRef": {"name": password.secret, "key": password.key}}
     return GcsFaultToleranceOptions(
-        redis_address=wanted.redis, redis_password=Credential(value_from=reference)
+        redis_address=settings.redis, redis_password=Credential(value_from=reference)
     )
