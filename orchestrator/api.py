@@ -30,7 +30,7 @@ __all__ = [
 
 
 def make_plan(spec: JobSpec, cluster: Cluster | None = None) -> Plan:
-    """What would run. Prepares the data first where it is not ready.
+    """Return the plan of the job. Prepares the data first where it is not ready.
 
     `cluster`: `describe_cluster("8xH100x4")`; default: the Ray cluster in RAY_ADDRESS, else this machine.
     Raises PlanError where the job cannot fit, DataError for rows that cannot be used.

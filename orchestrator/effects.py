@@ -23,7 +23,7 @@ from orchestrator.values import model_members
 
 
 class Effect(enum.Flag):
-    """What another value of a field changes; no member at all for a field that changes nothing."""
+    """Consequences of another value of a field; no member at all for a field without any."""
 
     ROWS = enum.auto()
     """Prepared rows."""
@@ -52,7 +52,7 @@ NOT_SEARCHED = Effect.DECISIONS | Effect.DEVICE | Effect.SEARCH
 
 
 class Affects:
-    """What another value of the field changes.
+    """The consequences of another value of the field.
 
     Args:
         effects: joined; none for a field that changes nothing.

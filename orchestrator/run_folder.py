@@ -152,7 +152,7 @@ def read_outcome(folder: RunFolder) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class _Folder:
-    """What the folders of runs and of sweeps have in common."""
+    """Paths common to the folders of runs and of sweeps."""
 
     root: Path
 
@@ -167,7 +167,7 @@ class _Folder:
 
     @property
     def outcome(self) -> Path:
-        """How the last launch ended; absent while it runs."""
+        """The result of the last launch; absent while it runs."""
         return self.root / "outcome.json"
 
     @property
@@ -254,7 +254,7 @@ class SweepFolder(_Folder):
 
     @property
     def slots(self) -> Path:
-        """Which slot ran which trial from when to when."""
+        """Records of the trials that each slot ran, with start and end."""
         return self.root / "slots.jsonl"
 
     @property
@@ -292,7 +292,7 @@ def _is_sweep(root: Path) -> bool:
 
 
 def in_use(root: Path) -> bool:
-    """Whether a process works in the folder of a run or sweep: whether its lock is held."""
+    """Tell whether a process holds the lock of a run or sweep folder."""
     try:
         with open(lock_of(root), encoding="ascii") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What all values share: frozen, closed to unknown keys, unions told apart by `type`."""
+"""Base of all values: frozen, closed to unknown keys, unions told apart by `type`."""
 
 import types
 import typing

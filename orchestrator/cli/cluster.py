@@ -76,7 +76,7 @@ def jobs(address: Address = LOCAL_HEAD) -> None:
 
 
 def status(submission_id: JobId, address: Address = LOCAL_HEAD, as_json: AsJson = False) -> None:
-    """How a job on a cluster stands."""
+    """Show the state of a job on a cluster."""
     from orchestrator.remote.head import Head
     from orchestrator.remote.show import job_facts, job_table
 
@@ -95,7 +95,7 @@ def logs(
         typer.Option("--follow/--no-follow", "-f", help="Go on to the job's end; exit as it does."),
     ] = False,
 ) -> None:
-    """What a job on a cluster printed."""
+    """Print the logs of a job on a cluster."""
     from orchestrator.remote.head import Head
 
     head = Head(address)

@@ -48,7 +48,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would run: each number with its reason. Prepares the data if it is not ready."""
+    """Show what would run: each number with its reason. Prepares the data if it is not ready."""
     if cluster and address:
         raise typer.BadParameter("--cluster and --address name two clusters: give one of them")
     spec = load_spec(job, overrides or [])
@@ -210,7 +210,7 @@ def report(run: Run, storage_path: Storage = Path("runs")) -> None:
 
 
 def doctor(storage_path: Storage = Path("runs")) -> None:
-    """What this machine or cluster can do, each shortcoming with its fix."""
+    """Check what this machine or cluster can do; each shortcoming comes with its fix."""
     quiet_libraries()
     from orchestrator.launch.doctor import examine
 

@@ -1,4 +1,4 @@
-"""What the verbs share: where they print, and the arguments that several of them take."""
+"""Arguments and output shared by the commands."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class Progress:
 
 
 def run_all(work: Sequence[Any], function: Any, **how: Any) -> list[dict[str, Any]]:
-    """What `function` says of each item (see `work_of`) under `out`, as JSON, in the order of `work`.
+    """Return the result of `function` for each item (see `work_of`) under `out`, as JSON, in the order of `work`.
 
     Runs through Ray Data; `how`: options of its `map`, as `compute` for a class. Raises the first
     error that a piece ends with.

@@ -1,4 +1,4 @@
-"""What prepared data is: shards, counts, checksums, and the fingerprint they were made under."""
+"""Manifest of prepared data: shards, counts, checksums, and the fingerprint they were made under."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which row stands where: a pure function of data, seed, epoch and global batch.
+"""Order of rows: a pure function of data, seed, epoch and global batch.
 
 Worker count plays no part: rank r of w takes every w-th row of each global batch. A resume at step
 s is therefore a subtraction, and a change of worker count changes no batch.

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def patiently(url: str, work: Callable[[], T]) -> T:
-    """What `work`, which reads `url`, returns; done again while a URL's storage fails in passing.
+    """Return the result of `work`, which reads `url`; retry while a URL's storage fails in passing.
 
     Raises what `work` raises: at once for local paths and lasting errors, else after PATIENCE_S.
     """
@@ -38,7 +38,7 @@ def patiently(url: str, work: Callable[[], T]) -> T:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is of the kind that passes."""
+    """Tell whether an error, or what caused it, is of the kind that passes."""
     if isinstance(error, ConnectionError | TimeoutError) or PASSING.search(str(error)):
         return True
     return error.__cause__ is not None and passes(error.__cause__)

@@ -51,7 +51,7 @@ MAX_HASH_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Prepared:
-    """Where a data set lies, and what is in it. `was_ready`: nothing had to be done."""
+    """A prepared data set: its folder and its manifest. `was_ready`: nothing had to be done."""
 
     folder: Path
     manifest: Manifest
@@ -79,7 +79,7 @@ def prepare(spec: JobSpec) -> dict[Split, Prepared]:
 
 
 def find_prepared(spec: JobSpec) -> dict[Split, Prepared] | None:
-    """What `prepare` would return, where it has nothing to do; else None."""
+    """Return the prepared data if there is nothing left to prepare, else None."""
     spec = settled(spec)
     check_max_length(spec)
     check_tokenizer(spec)
@@ -168,7 +168,7 @@ def prepared_folder(
     labels: tuple[str, ...] | None,
     held_out: bool,
 ) -> Path:
-    """Where the rows of these inputs lie once they are prepared: named by all that they depend on."""
+    """Return the folder of these inputs' prepared rows, named by everything that they depend on."""
     facts = {
         "version": FORMAT_VERSION,
         "files": [(f.format, f.delimiter, f.size_bytes, f.digest) for f in files],

@@ -28,7 +28,7 @@ class RawItem:
 
 @dataclass
 class Notes:
-    """What a user should know of files that can be read: kind of warning → how often, and an example."""
+    """Warnings about files that can be read: kind of warning → count and an example."""
 
     found: dict[str, tuple[int, str]] = field(default_factory=dict)
 

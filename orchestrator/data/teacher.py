@@ -1,4 +1,4 @@
-"""What a teacher says of prepared rows: worked out once, kept as shards beside theirs.
+"""A teacher's outputs for prepared rows: computed once, stored as shards beside the rows.
 
 Columns, each a list per row: `teacher_logits` (targets × classes); for language models `teacher_tokens`
 and `teacher_log_p` (targets × top_k), softened log probabilities; `teacher_hidden_N` (tokens × width) of the
@@ -50,7 +50,7 @@ PREFIX = "teacher_"
 
 
 def teacher_folder(spec: JobSpec, prepared: Manifest) -> Path:
-    """Where the teacher's outputs of prepared rows lie: named by all that they depend on."""
+    """Return the folder of a teacher's outputs, named by everything that they depend on."""
     settings = asked(spec)
     facts: dict[str, Any] = {
         "rows": prepared.fingerprint,

@@ -1,4 +1,4 @@
-"""Whose run folder is it: start, continue or refuse, and never two drivers at once."""
+"""Run lock: start, resume or refuse a run folder, never with two drivers at once."""
 
 from __future__ import annotations
 

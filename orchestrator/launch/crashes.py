@@ -44,7 +44,7 @@ def note_crash(error: Exception, folder: RunFolder) -> None:
 
 
 def came_again(folder: RunFolder) -> str | None:
-    """What two worker groups of this launch died of in the same place; None where nothing is known to come again."""
+    """Return the failure that two worker groups of this launch had at the same place, None if there is none."""
     crashes = [e for e in _of_this_launch(folder) if e["kind"] == "crash"]
     for crash in crashes:
         groups = {e["group"] for e in crashes if e["place"] == crash["place"]}

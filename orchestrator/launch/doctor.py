@@ -1,4 +1,4 @@
-"""What this machine or cluster can do, and how to mend what it cannot."""
+"""Checks of this machine or cluster; each shortcoming comes with its fix."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class FollowCluster(ControllerCallback):  # type: ignore[misc]  # Ray's internal
             self.folder.handover_request.unlink(missing_ok=True)
 
     def _is_open(self) -> bool:
-        """Whether the workers still have to commit: they take the request away, or end the run."""
+        """Tell whether the workers still have to commit: they take the request away, or end the run."""
         return self.folder.handover_request.exists() and not self.folder.outcome.exists()
 
 

@@ -40,7 +40,7 @@ COMMIT_S = 30.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind. `status` is `finished` or `stopped`."""
+    """Result of a run. `status` is `finished` or `stopped`."""
 
     folder: RunFolder
     plan: Plan
@@ -93,7 +93,7 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
 
 
 def _is_over(outcome: dict[str, Any] | None, spec: JobSpec) -> bool:
-    """Whether a run has nothing left to do; one that ended for want of time goes on where it gets more."""
+    """Tell whether a run has nothing left to do; one that ended for want of time goes on where it gets more."""
     if outcome is None or outcome["status"] != "finished":
         return False
     if not outcome["facts"].get("out_of_time"):
@@ -178,7 +178,7 @@ def _forget_results(folder: RunFolder) -> None:
 
 
 def _outcome(plan: Plan, folder: RunFolder, error: BaseException | None) -> dict[str, Any]:
-    """How the workers ended; where that is no success, the report is written before the error is raised."""
+    """Return the run's outcome; the report is written before an error is raised."""
     outcome = read_outcome(folder)
     if outcome is None:
         steps = read_steps(folder.steps)
@@ -315,7 +315,7 @@ def _safe_to_repeat(folder: RunFolder, outcome: dict[str, Any]) -> Iterator[None
 
 
 def _compare(plan: Plan, folder: RunFolder, exported: Path, console: Console) -> None:
-    """What the report says of teacher and student, measured once."""
+    """Return the comparison of teacher and student for the report, measured once."""
     asked = plan.spec.distillation is not None and plan.spec.distillation.compare_rows
     if not asked or plan.eval_data is None or folder.teacher.exists():
         return

@@ -158,7 +158,7 @@ def _importing(modules: tuple[str, ...]) -> Iterator[None]:
 
 
 def for_workers() -> dict[str, str]:
-    """What workers on a cluster are told through their environment; nothing in it depends on this machine."""
+    """Return the environment variables of workers on a cluster; none depends on this machine."""
     wanted = {**MEMORY_SETTINGS, **{name: os.environ[name] for name in TRAIN_SETTINGS}}
     return {name: value for name, value in wanted.items() if name not in _job_variables()}
 

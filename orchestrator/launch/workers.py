@@ -117,7 +117,7 @@ def must_see(file: Path) -> None:
 
 
 def node_taken_away_at_s() -> float | None:
-    """When a node of this worker group will be drained, in Unix seconds; now where Ray knows no deadline.
+    """Return when a node of this worker group will be drained, in Unix seconds; now where Ray knows no deadline.
 
     Collective: Ray Train makes all ranks agree.
     """

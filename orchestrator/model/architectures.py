@@ -1,4 +1,4 @@
-"""Which models have the head that a task needs."""
+"""Architectures that have the head of a task."""
 
 from __future__ import annotations
 

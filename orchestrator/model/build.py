@@ -98,7 +98,7 @@ def _new_parameters(model: Any, fit: CheckpointFit, new_head: bool) -> set[int]:
 
 
 def unfit(spec: JobSpec, labels: tuple[str, ...]) -> tuple[CheckpointFit, str]:
-    """How the job's checkpoint fits its model, and the name of the model's body."""
+    """Return how the job's checkpoint fits its model, and the name of the model's body."""
     import torch
 
     config = load_config(spec, labels)

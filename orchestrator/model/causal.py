@@ -55,7 +55,7 @@ def check_causal(spec: JobSpec) -> None:
 
 
 def probed(spec: JobSpec) -> Probe:
-    """What a small copy of the job's model shows.
+    """Return the probe of a small copy of the job's model.
 
     Raises OrchestratorError where it sees later tokens: it would learn to copy them.
     """

@@ -31,7 +31,7 @@ def set_aside(model: Any, spec: JobSpec) -> None:
 
 
 def keeps(spec: JobSpec) -> bool:
-    """Whether the checkpoint's settings stay as they are."""
+    """Tell whether the checkpoint's settings stay as they are."""
     return bool(getattr(spec.task, "keep_generation_settings", True))
 
 

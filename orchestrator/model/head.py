@@ -16,7 +16,7 @@ UNNAMED = re.compile(r"LABEL_\d+$")
 
 
 def fate_of_head(spec: JobSpec, labels: tuple[str, ...]) -> Literal["kept", "new"]:
-    """Whether the pretrained head's outputs mean what the job's labels mean.
+    """Return whether the pretrained head's outputs mean what the job's labels mean.
 
     A head of another kind, as one for texts is for words, never does, though its weights may have the
     same name and shape. Labels without names are taken for the job's. Raises OrchestratorError where

@@ -1,4 +1,4 @@
-"""Which weights a job begins with: their content, whatever path or name leads to it."""
+"""Identity of the weights that a job begins with: their content, whatever path or name leads to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
 class ModelIdentity(Frozen):
-    """What identifies pretrained weights. Empty for a model that begins with random ones."""
+    """Identity of pretrained weights. Empty for a model that begins with random ones."""
 
     commit: str | None = None
     """The hub's commit that the name and revision stood for."""

@@ -1,4 +1,4 @@
-"""What autograd keeps of one row of fixed size, counted on the meta device."""
+"""Size of what autograd keeps for one row of fixed size, counted on the meta device."""
 
 from __future__ import annotations
 

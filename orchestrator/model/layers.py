@@ -81,7 +81,7 @@ def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 class LayerOutputs:
-    """What chosen layers (numbered from 1) gave in the last forward pass: `states`, (rows, tokens, width) each.
+    """Outputs of chosen layers (numbered from 1) in the last forward pass: `states`, (rows, tokens, width) each.
 
     Raises OrchestratorError where the model has no such layers.
     """

@@ -1,4 +1,4 @@
-"""Whether a speech model computes a recording alike alone and padded beside a longer one."""
+"""Probe of a speech model: does it compute a recording alike alone and padded beside a longer one?"""
 
 from __future__ import annotations
 

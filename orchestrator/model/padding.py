@@ -88,7 +88,7 @@ def set_tokens(model: Any, pad_token_id: int, target_start: Mapping[str, int]) -
 
 
 def _places_by_padding(model: Any) -> bool:
-    """Whether positions are counted from the padding token's row of the position table."""
+    """Tell whether positions are counted from the padding token's row of the position table."""
     return any(
         "position" in name and getattr(module, "padding_idx", None) is not None
         for name, module in model.named_modules()
@@ -170,7 +170,7 @@ def _shrink(config: Any) -> None:
 
 
 def _padding_matters(model: Any, side: Side) -> bool:
-    """Whether a row's outputs change with padding on that side."""
+    """Tell whether a row's outputs change with padding on that side."""
     import torch
 
     end = model.config.eos_token_id

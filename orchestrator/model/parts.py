@@ -39,7 +39,7 @@ class Group:
 
 
 def no_decay(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is left out of weight decay: norms, biases, and IA³'s factors, which begin at 1."""
+    """Tell whether a parameter is left out of weight decay: norms, biases, and IA³'s factors, which begin at 1."""
     named = name.endswith(".bias") or "norm" in name.lower() or ".ia3_l." in name
     return named or len(shape) <= 1
 

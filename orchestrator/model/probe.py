@@ -1,4 +1,4 @@
-"""What a language model's code does with its inputs, measured on a small copy of the model on CPU.
+"""Probe of a language model: its treatment of inputs, measured on a small copy on CPU.
 
 See docs/decisions/0096-packing-is-probed.md.
 """
@@ -30,7 +30,7 @@ SPREAD = 0.3
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found about a causal language model."""
+    """Findings about a causal language model."""
 
     packing: Packing
     """How documents in one row can be kept apart; False where they cannot be."""
@@ -143,7 +143,7 @@ def _causal_as_decoder(config: Any, auto: Any) -> bool:
 
 
 def _leak(model: Any, way: Packing) -> float | None:
-    """How much a document's logits depend on the one before it; None where the model does not take the inputs.
+    """Return how much a document's logits depend on the one before it; None where the model does not take the inputs.
 
     Rows: two with unlike neighbours, and one with the document alone, which is padded.
     """

@@ -13,7 +13,7 @@ from orchestrator.spec.tuning import LoraTuning, quantized
 
 
 def quantized_load(spec: JobSpec, skeleton: Callable[[], Any]) -> dict[str, Any]:
-    """What `from_pretrained` takes to load the job's model in 4 bits; nothing where it is not to.
+    """Return the arguments with which `from_pretrained` loads the job's model in 4 bits; empty without quantization.
 
     `skeleton` gives the model without weights. Raises OrchestratorError without a GPU and without bitsandbytes.
     """

@@ -75,7 +75,7 @@ def _is_below(name: str, other: str) -> bool:
 
 
 def _chooses_expert(parent: Any, module: Any) -> bool:
-    """Whether a linear layer gives one number per expert, or one for all, beside the experts themselves."""
+    """Tell whether a linear layer gives one number per expert, or one for all, beside the experts themselves."""
     experts = [m for n, m in parent.named_children() if "expert" in n and m is not module]
     outputs = getattr(module, "out_features", None)
     if outputs is None or not experts:
@@ -86,7 +86,7 @@ def _chooses_expert(parent: Any, module: Any) -> bool:
 
 
 def _in_stack(model: Any, name: str) -> bool:
-    """Whether a module lies in a list of layers."""
+    """Tell whether a module lies in a list of layers."""
     from torch import nn
 
     parts = name.split(".")
@@ -184,6 +184,6 @@ def whole_modules(model: torch.nn.Module, names: Collection[str]) -> tuple[list[
 
 
 def _only(prefix: str, module: Any, names: Collection[str]) -> bool:
-    """Whether all parameters of a module are among `names`, and it has some."""
+    """Tell whether all parameters of a module are among `names`, and it has some."""
     held = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
     return bool(held) and all(name in names for name in held)

@@ -185,7 +185,7 @@ def _tokenizer_files(folder: Path, gguf_file: str | None) -> list[Path]:
 
 
 def _tokenizer_class(folder: Path) -> str:
-    """What of a model's config chooses the tokenizer."""
+    """Return the part of a model's config that chooses the tokenizer."""
     path = folder / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return json.dumps([fields.get("tokenizer_class"), fields.get("model_type")])

@@ -95,7 +95,7 @@ def _below(names: list[str], tuning: FullTuning) -> set[str]:
 
 @dataclass(frozen=True)
 class _Whole:
-    """What is trained whole beside an adapter."""
+    """Parameters trained in full beside an adapter."""
 
     task_type: str
     """peft's kind of task; empty where it has none, or one that does not do."""

@@ -22,7 +22,7 @@ an index of the same name and the suffix `.index.json`."""
 
 @dataclass(frozen=True)
 class CheckpointFit:
-    """How a checkpoint fits a model."""
+    """Match of a checkpoint's weights with a model's."""
 
     new: frozenset[str] = frozenset()
     """Parameters of the model that the checkpoint lacks, or holds in another shape: drawn at random."""

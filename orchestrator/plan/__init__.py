@@ -1,4 +1,4 @@
-"""What would run, as one frozen value: every derived number with its reason."""
+"""The plan: one frozen value that holds every derived number with its reason."""
 
 from orchestrator.plan.cluster import Cluster, describe_cluster, this_machine
 from orchestrator.plan.plan import Plan, make_plan

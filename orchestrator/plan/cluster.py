@@ -1,4 +1,4 @@
-"""What there is to run on: this machine, a live Ray cluster, or one described in words."""
+"""The hardware to run on: this machine, a live Ray cluster, or one described in words."""
 
 from __future__ import annotations
 

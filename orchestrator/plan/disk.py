@@ -1,4 +1,4 @@
-"""Whether a run's checkpoints fit where they will be kept."""
+"""Check of the disk space for a run's checkpoints."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Load:
-    """What a worker has to hold, and how much there is to hold it in."""
+    """What a worker must hold, and the memory it has."""
 
     spec: JobSpec
     model: ModelFacts
@@ -43,7 +43,7 @@ class Load:
         return int(self.limit_bytes * MEMORY_SHARE)
 
     def setup(self, stage: Stage) -> MemorySetup:
-        """How the model is held at a ZeRO stage."""
+        """Return how the model is held at a ZeRO stage."""
         spec = self.spec
         return MemorySetup(
             world_size=self.workers.count,
@@ -61,7 +61,7 @@ class Load:
         )
 
     def fits(self, stage: Stage, rows: int) -> bool:
-        """Whether micro-batches of `rows` rows do at a ZeRO stage."""
+        """Tell whether micro-batches of `rows` rows do at a ZeRO stage."""
         return sum(self.need(self.model, self.setup(stage), rows).values()) <= self.room_bytes
 
     def need(self, model: ModelFacts, setup: MemorySetup, rows: int) -> dict[str, int]:
@@ -154,7 +154,7 @@ class _Change:
 
 
 def _changes(spec: JobSpec, setup: MemorySetup, rows: int) -> list[_Change]:
-    """What the job can still save, the least intrusive first."""
+    """Yield changes that save memory, the least intrusive first."""
     highest = 3 if setup.world_size > 1 else max(1, setup.stage)
     if quantized(spec.tuning):
         highest = 2

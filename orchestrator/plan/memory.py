@@ -24,7 +24,7 @@ those (Dettmers et al., arXiv 2305.14314, section 3)."""
 
 
 class ModelFacts(Frozen):
-    """What memory arithmetic needs to know of a model. Counts are elements, not bytes."""
+    """Sizes of a model for memory arithmetic. Counts are elements, not bytes."""
 
     model_type: str
     parameters: int
@@ -62,12 +62,12 @@ class ModelFacts(Frozen):
 
     @property
     def moving(self) -> int:
-        """What the optimizer steps."""
+        """Return the elements that the optimizer steps."""
         return self.trainable + self.projection
 
 
 class MemorySetup(Frozen):
-    """How the model is held."""
+    """Precision and sharding with which the model is held."""
 
     world_size: int
     stage: Stage

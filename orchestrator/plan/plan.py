@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -146,13 +146,31 @@ class Plan(Frozen):
 
     @property
     def workers(self) -> Workers:
-        """How many workers there are, and what each one gets."""
+        """Return how many workers there are, and what each one gets."""
         return Workers(self.num_workers, self.gpus_per_worker, self.cpus_per_worker)
 
     @property
     def worker_range(self) -> tuple[int, int]:
         """(fewest, most) workers that may train this job; both `num_workers` where that is fixed."""
         return worker_limits(self.spec, self.num_workers)
+
+
+def _job_warnings(
+    asked: JobSpec, spec: JobSpec, prepared: dict[Split, Prepared], reasons: dict[str, str]
+) -> Iterator[str]:
+    """Yield warnings on the job's data, model and rows.
+
+    Args:
+        asked: the job as the user wrote it.
+        spec: the job with its open fields settled.
+        prepared: the job's rows.
+        reasons: the plan's reasons so far.
+    """
+    yield from data_warnings(spec, prepared)
+    yield from config_warnings(spec)
+    yield from weight_warnings(spec, prepared["train"].manifest.labels)
+    yield from generation_warnings(spec)
+    yield from packing_warnings(asked, spec, reasons)
 
 
 def make_plan(
@@ -232,11 +250,7 @@ def make_plan(
         memory_limit_bytes=limit,
         reasons=reasons,
         warnings=(
-            *data_warnings(spec, prepared),
-            *config_warnings(spec),
-            *weight_warnings(spec, labels),
-            *generation_warnings(spec),
-            *packing_warnings(asked, spec, reasons),
+            *_job_warnings(asked, spec, prepared, reasons),
             *([padding_warning] if padding_warning else ()),
             *averaging_warnings(spec, total, steps_per_epoch),
             *start_warnings(cluster, model, shares),

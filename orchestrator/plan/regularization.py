@@ -1,4 +1,4 @@
-"""What regularization needs to know of data, tokenizer and model before anything runs."""
+"""Facts of data, tokenizer and model that regularization needs before anything runs."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def special_tokens(spec: JobSpec, tokenizer: Any) -> tuple[int, ...]:
 
 
 def averages(spec: JobSpec) -> bool:
-    """Whether an average of the weights is kept beside them."""
+    """Tell whether an average of the weights is kept beside them."""
     return not isinstance(spec.regularization.averaging, NoAveraging)
 
 
@@ -112,7 +112,7 @@ def swa_steps(swa: SWA, total_steps: int, steps_per_epoch: int) -> tuple[int, in
 
 
 def averaging_warnings(spec: JobSpec, total_steps: int, steps_per_epoch: int) -> Iterator[str]:
-    """Where an average would be none."""
+    """Yield warnings on averages that would average nothing."""
     swa = spec.regularization.averaging
     if not isinstance(swa, SWA):
         return
@@ -126,5 +126,5 @@ def averaging_warnings(spec: JobSpec, total_steps: int, steps_per_epoch: int) ->
 
 
 def passes_per_row(spec: JobSpec) -> int:
-    """How often a row stands in its micro-batch."""
+    """Return how often a row stands in its micro-batch."""
     return 1 if spec.regularization.r_drop_alpha is None else 2

@@ -1,4 +1,4 @@
-"""What of the cluster a job gets: workers and their shares, precision, optimizer kernel, memory."""
+"""Resources of a job: workers and their shares, precision, optimizer kernel, memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DATA_CPUS = 2 * READ_CPUS
 
 @dataclass(frozen=True)
 class Workers:
-    """How many there are, and what each one gets."""
+    """Number of workers, and the resources of each."""
 
     count: int
     gpus: float
@@ -68,7 +68,7 @@ def _gpu_places(node: Node, gpus: float) -> float:
 
 
 def _room(spec: JobSpec, cluster: Cluster, gpus: float) -> int:
-    """How many workers fit the cluster: with the CPUs they ask for, unless only those can give way."""
+    """Return how many workers fit the cluster: with the CPUs they ask for, unless only those can give way."""
     cpus = spec.resources.cpus_per_worker
     if cpus == "auto" or isinstance(spec.resources.num_workers, int):
         cpus = 1
@@ -151,7 +151,7 @@ def check_cpus(workers: Workers, cluster: Cluster) -> None:
 
 
 def uses_bf16(spec: JobSpec, cluster: Cluster, workers: Workers, reasons: dict[str, str]) -> bool:
-    """Whether the model computes in bf16; fp32 otherwise."""
+    """Tell whether the model computes in bf16; fp32 otherwise."""
     if spec.precision != "auto":
         return spec.precision == "bf16"
     names = {n.gpu_name or "" for n in cluster.nodes if n.gpus}

@@ -110,7 +110,7 @@ def _wsd(schedule: WSDSchedule, step: int, warm: int, total_steps: int) -> float
 def plateau_factor(
     schedule: ScheduleSpec, values: Sequence[float], higher_is_better: bool
 ) -> float:
-    """What `plateau` multiplies the rate by after evaluations that gave `values`; 1 for all others.
+    """Return the factor on the learning rate after evaluations with `values`; 1 for all schedules but `plateau`.
 
     A value that is not finite counts as no better.
     """

@@ -28,7 +28,7 @@ class Knob(Frozen):
 
 
 def settings(spec: JobSpec) -> tuple[Knob, ...]:
-    """What the job sets, in the order of the job file, each with the first sentence of its meaning."""
+    """Return the fields that the job sets, in the order of the job file, each with its meaning."""
     return tuple(_set_fields(spec, "", SECTIONS))
 
 

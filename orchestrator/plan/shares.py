@@ -1,4 +1,4 @@
-"""What of a plan follows from the number of workers."""
+"""The part of a plan that follows from the number of workers."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def _memory(plan: Plan) -> Iterator[Row]:
 
 
 def _more_checkpoints(plan: Plan) -> str:
-    """What evaluations add: one with a better value saves too, also where no checkpoint is due."""
+    """Describe the checkpoints that evaluations add: a better value is saved even if no checkpoint is due."""
     if not plan.eval_every_steps:
         return ""
     before_last = plan.total_steps - 1

@@ -1,4 +1,4 @@
-"""How a plan's training goes, on the screen: rates, schedule, what follows from regularization, settings, defaults."""
+"""Training in a plan, as shown on the screen: learning rates, schedule, regularization, settings, defaults."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _distillation(plan: Plan) -> Iterator[Row]:
 
 
 def setting_rows(plan: Plan) -> Iterator[Row]:
-    """What the job sets."""
+    """Return the rows for the fields that the job sets."""
     for one in plan.settings:
         yield one.field, one.value, one.why
 

@@ -1,4 +1,4 @@
-"""How many trials of a sweep run at once, and what of the cluster each one gets."""
+"""Number of trials that a sweep runs at once, and the resources of each."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _reason(sweep: SweepSpec, need: _Need, cluster: Cluster, few: bool) -> str:
 
 @dataclass(frozen=True)
 class _Need:
-    """What one slot needs at least."""
+    """Least resources of one slot."""
 
     workers: int
     gpus: float
@@ -118,7 +118,7 @@ class _Need:
 
 
 def _room(need: _Need, cluster: Cluster) -> int:
-    """How many slots fit: within nodes where one holds a slot, else over whole nodes."""
+    """Return how many slots fit: within nodes where one holds a slot, else over whole nodes."""
     room = sum(need.places(n) // need.workers for n in cluster.nodes)
     if room == 0:
         nodes = _useful(need, cluster)
@@ -163,7 +163,7 @@ def _share(need: _Need, cluster: Cluster, slots: int) -> Cluster:
 
 
 def _part(need: _Need, nodes: list[Node], slots: int) -> Node:
-    """What every slot gets at least of a node, where each new one goes to the node that has most room for it."""
+    """Return the least that a slot gets of a node, each new slot going to the node with most room for it."""
     held = [0] * len(nodes)
     room = [need.places(n) // need.workers for n in nodes]
     for _ in range(slots):

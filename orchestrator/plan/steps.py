@@ -68,7 +68,7 @@ def checkpoint_every_steps(spec: JobSpec, total: int, reasons: dict[str, str]) -
 
 
 def group_by_length(spec: JobSpec, reasons: dict[str, str]) -> bool:
-    """Whether rows of like lengths share a micro-batch."""
+    """Tell whether rows of like lengths share a micro-batch."""
     wanted = spec.data.order.group_by_length
     if wanted != "auto":
         return wanted

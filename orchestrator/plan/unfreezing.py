@@ -1,4 +1,4 @@
-"""Which layers move at which step: a pure function, so that a resume needs nothing saved."""
+"""Layers that are trained at each step: a pure function, so a resume needs nothing saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user should know before a job starts, though nothing keeps it from starting."""
+"""Warnings about a job that do not keep it from starting."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def data_warnings(spec: JobSpec, prepared: dict[Split, Prepared]) -> list[str]:
 
 
 def config_warnings(spec: JobSpec) -> Iterator[str]:
-    """What of the model's config is not taken over."""
+    """Yield warnings on parts of the model's config that are not taken over."""
     for name, value in layer_drops(own_config(spec)).items():
         yield (
             f"{name} = {value:g} of the model's config is taken as 0: each worker would leave out other layers"
@@ -90,7 +90,7 @@ def weight_warnings(spec: JobSpec, labels: tuple[str, ...]) -> Iterator[str]:
 
 
 def _of_a_head(name: str, body: str) -> bool:
-    """Whether an unused weight belongs to a part that lies beside or on top of the layers."""
+    """Tell whether an unused weight belongs to a part that lies beside or on top of the layers."""
     inside = name.removeprefix(f"{body}.") if body else name
     layered = LAYER.search(inside)
     return layered is None and "embed" not in inside

@@ -25,7 +25,7 @@ def bucket_elements(spec: JobSpec, trainable: int) -> int:
 def deepspeed_config(
     spec: JobSpec, setup: MemorySetup, micro_batch_size: int, accumulation: int
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets; the optimizer is passed as an object beside it."""
+    """Return the config of `deepspeed.initialize`; the optimizer is passed as an object beside it."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,

@@ -154,7 +154,7 @@ def rate_chart(
 def _rate_words(
     x: Sequence[float], y: Sequence[float | None], planned: Sequence[Sequence[float]]
 ) -> str:
-    """How far the applied rates are from the planned ones, at steps that have both."""
+    """Return how far the applied rates are from the planned ones, at steps that have both."""
     applied = dict(zip(x, y, strict=True))
     pairs = [(p[1], applied[p[0]]) for p in planned if applied.get(p[0]) is not None]
     off = sum(abs(rate - (got or 0.0)) > 1e-6 * rate for rate, got in pairs)

@@ -77,7 +77,7 @@ class SweepGauges:
         }
 
     def told(self, log: SweepLog) -> None:
-        """What the log says now."""
+        """Return the current state from the log."""
         statuses = [trial.status for trial in list(log.trials.values())]
         figures = {
             "ended": sum(status is not None for status in statuses),

@@ -212,7 +212,7 @@ def _marks(run: Run) -> Marks:
 
 
 def comparisons(run: Run) -> list[Comparison]:
-    """What the plan predicted beside what was measured; a dash where either is unknown."""
+    """Return predicted beside measured values; a dash for an unknown one."""
     peak = finite((run.outcome.get("facts") or {}).get("peak_memory_bytes"))
     size = finite(run.plan.get("checkpoint_bytes"))
     on_disk = float(run.checkpoint[1]) if run.checkpoint else None
@@ -226,7 +226,7 @@ def comparisons(run: Run) -> list[Comparison]:
 
 
 def teacher_and_student(run: Run) -> list[Comparison]:
-    """What the teacher is beside its student: size, speed, and the metrics of both."""
+    """Compare the teacher with its student: size, speed, and the metrics of both."""
     teacher, student = run.teacher.get("teacher") or {}, run.teacher.get("student") or {}
     if not teacher or not student:
         return []

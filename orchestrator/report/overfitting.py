@@ -13,7 +13,7 @@ LEVEL = 0.01
 
 
 def evals_overfitting(history: Sequence[Mapping[str, Any]]) -> int:
-    """How many evaluations in a row, up to the last, had a higher `loss` and a lower `train_loss` than
+    """Return how many evaluations in a row, up to the last, had a higher `loss` and a lower `train_loss` than
     the one before; 0 where the last had not.
 
     `train_loss` is the mean over the steps since the evaluation before.
@@ -32,7 +32,7 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> f
 
 
 def overfitting_words(history: Sequence[Mapping[str, Any]]) -> str:
-    """What the evaluations say about over-fitting, in a sentence; empty where they are fewer than two."""
+    """Describe over-fitting in a sentence, from the evaluations; empty for fewer than two of them."""
     known = [r for r in history if None not in (finite(r.get("loss")), finite(r.get("train_loss")))]
     if len(known) < 2:
         return ""

@@ -1,4 +1,4 @@
-"""What every report has: a status, cards, charts, predicted against measured, a timeline. One HTML file."""
+"""Parts of every report: status, cards, charts, predicted against measured, timeline. One HTML file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Page:
-    """What both reports show in the same way. `callouts`: (text, tone), to be read first."""
+    """The part common to both reports. `callouts`: (text, tone), to be read first."""
 
     name: str
     status: str

@@ -1,4 +1,4 @@
-"""What the terminal shows while a run is under way: one live line, and lines that stay."""
+"""Progress of a run in the terminal: one live line, and lines that stay."""
 
 from __future__ import annotations
 

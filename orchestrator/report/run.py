@@ -1,4 +1,4 @@
-"""What a run left in its folder, read once: the facts that the report is made from."""
+"""The files of a run folder, read once for the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind. Missing files are empty values; `notes` names unreadable ones."""
+    """Content of a run folder. Missing files are empty values; `notes` names unreadable ones."""
 
     name: str
     plan: Facts

@@ -1,4 +1,4 @@
-"""What the slots of a sweep did with their time, from the records that they left."""
+"""Use of time by the slots of a sweep, from their records."""
 
 from __future__ import annotations
 

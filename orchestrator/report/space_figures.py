@@ -76,7 +76,7 @@ def _field_chart(sweep: Sweep, path: str, dimension: Facts) -> Chart | None:
 
 
 def _along(trial: TrialRun, path: str, choices: Sequence[str]) -> float | None:
-    """Where a trial stands along a field's axis. Choices are drawn a little apart."""
+    """Return a trial's position along a field's axis. Choices are drawn a little apart."""
     value = trial.state.values.get(path)
     if not choices:
         return finite(value)
@@ -222,7 +222,7 @@ def importance_chart(importance: Mapping[str, float], note: str) -> Chart | None
 
 
 def trial_words(sweep: Sweep, trial: TrialRun) -> str:
-    """What a pointer shows of a trial."""
+    """Return the hover text of a trial."""
     best = "" if trial.state.best is None else f"{sweep.log.metric} {metric_text(trial.state.best)}"
     lines = [f"{trial.id}, {look(sweep, trial)} at step {trial.last_step}", best]
     lines += [f"{path} {shown(value)}" for path, value in trial.state.values.items()]

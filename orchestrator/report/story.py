@@ -1,4 +1,4 @@
-"""What happened to a run, and what its time went to."""
+"""Timeline of a run, and the parts of its time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where rows come from, and in which order they are seen."""
+"""Sources of rows, and their order."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def _hint(detail: ErrorDetails) -> str:
 
 
 def _elsewhere(word: str, data: dict[str, Any]) -> str:
-    """Where a field of this name stands, or of what other tools mean by it; empty where nowhere."""
+    """Return the section of a field of this name, or of what other tools mean by it; empty if there is none."""
     sections = {
         f"{section}.{name}": name
         for section in JobSpec.model_fields

@@ -39,7 +39,7 @@ class Expression:
             raise ExpressionError("compares nothing")
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it is true of these values.
+        """Tell whether the comparison is true of these values.
 
         True where a field is not among them, false where it has no value: a division by zero, a word
         where a number is needed.

@@ -30,7 +30,7 @@ EVERYTHING = Affects(
 
 
 class StopSpec(Frozen):
-    """When training ends: whichever comes first."""
+    """End of training: whichever limit comes first."""
 
     max_epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training rows; fractions allowed. Default 1 where neither limit is given."""
@@ -79,7 +79,7 @@ NumWorkers = Annotated[
 
 
 class ResourcesSpec(Frozen):
-    """What the job asks of the cluster."""
+    """Resources of the job on the cluster."""
 
     num_workers: Annotated[NumWorkers, Affects(Effect.ROUNDING)] = "auto"
     """Ray Train workers: a number, `{min: 1, max: 4}` to follow the cluster, or `auto`: one per GPU, or
@@ -96,7 +96,7 @@ class ResourcesSpec(Frozen):
 
 
 class EvaluationSpec(Frozen):
-    """When the model is measured on held-out rows, and by what."""
+    """Evaluation on held-out rows: interval and metric."""
 
     every_steps: Annotated[int, Field(ge=1)] | Literal["epoch", "end"] = "epoch"
     """Steps between evaluations, at every `epoch`'s end, or only at the `end`. The end always counts."""
@@ -108,7 +108,7 @@ class EvaluationSpec(Frozen):
 
 
 class CheckpointSpec(Frozen):
-    """When state is saved, and how much of it is kept."""
+    """Checkpoints: interval, and the number that is kept."""
 
     every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Steps between checkpoints. `auto`: ten over the run, at least 20 steps apart."""
@@ -119,7 +119,7 @@ class CheckpointSpec(Frozen):
 
 
 class FaultToleranceSpec(Frozen):
-    """What the run does when the cluster fails it."""
+    """Limits on restarts and skipped steps."""
 
     max_failures: Annotated[int, Field(ge=0)] = 8
     """Restarts of the worker group before the run gives up."""
@@ -130,7 +130,7 @@ class FaultToleranceSpec(Frozen):
 
 
 class TrackingSpec(Frozen):
-    """Where figures go besides the run folder and its TensorBoard files."""
+    """Trackers of figures besides the run folder and its TensorBoard files."""
 
     mlflow: str | None = None
     """MLflow tracking URI (`sqlite:///mlflow.db`, `http://…`). Needs the `mlflow` extra."""

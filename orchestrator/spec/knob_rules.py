@@ -84,7 +84,7 @@ def _stop(spec: JobSpec) -> Iterator[Problem]:
 
 
 def _needs_evaluations(spec: JobSpec, field: str, value: object) -> Iterator[Problem]:
-    """What looks at evaluations during training needs some."""
+    """Yield problems of fields that use evaluations in a job without any."""
     if not (spec.data.eval or spec.data.eval_fraction):
         yield Problem(field, NO_EVAL_ROWS, GIVE_EVAL_ROWS, value)
     elif spec.evaluation.every_steps == "end":

@@ -1,4 +1,4 @@
-"""Where and how the job runs on Kubernetes, through KubeRay. Nothing here changes what is trained."""
+"""Settings of a job on Kubernetes, through KubeRay. Nothing here changes what is trained."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ REDIS = re.compile(r"rediss?://[A-Za-z0-9._-]+:\d+(,rediss?://[A-Za-z0-9._-]+:\d
 
 
 def kubernetes_rules(spec: JobSpec) -> Iterator[Problem]:
-    """What cannot be meant, found before anything is rendered."""
+    """Yield contradictions in the Kubernetes section, found before anything is rendered."""
     k = spec.kubernetes
     for name in sorted(set(spec.runtime.env_vars) & set(k.secret_env)):
         yield Problem(

@@ -1,4 +1,4 @@
-"""Which model is tuned."""
+"""The model that is tuned."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from orchestrator.values import Frozen
 
 
 class BatchSpec(Frozen):
-    """How many rows make one optimizer step. The split over workers never changes the mathematics."""
+    """Rows of one optimizer step. The split over workers never changes the mathematics."""
 
     global_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows per optimizer step over all workers. `auto`: 32 (16 sequences for causal LM), capped by the data."""

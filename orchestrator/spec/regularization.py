@@ -1,4 +1,4 @@
-"""What keeps a model from learning its training rows by heart."""
+"""Regularization: penalties, noise, and averages of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a submitted job brings to a cluster besides its files."""
+"""Environment of a submitted job, besides its files."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ from orchestrator.spec.job import JobSpec
 
 
 def in_job_package() -> bool:
-    """Whether this process stands in a folder that Ray unpacked for a job, and deletes after it."""
+    """Tell whether this process runs in a folder that Ray unpacked for a job and will delete after it."""
     return "working_dir_files" in Path.cwd().parts
 
 
 def runtime_rules(spec: JobSpec) -> Iterator[Problem]:
-    """What `runtime` must not hold."""
+    """Yield the problems of the `runtime` section."""
     runtime = spec.runtime
     for name in runtime.env_vars:
         if SECRET_NAME.search(name):

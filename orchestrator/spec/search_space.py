@@ -1,4 +1,4 @@
-"""What a sweep's space holds: grids, draws, conditions and constraints."""
+"""Points of a sweep's space: grids, draws, conditions and constraints."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def walk(dimensions: Mapping[str, DimensionSpec], draw: Draw) -> Values:
 
 
 def keeps(sweep: SweepSpec, values: Values) -> bool:
-    """Whether the values keep every constraint."""
+    """Tell whether the values keep every constraint."""
     return all(Expression(text).holds(values) for text in sweep.constraints)
 
 

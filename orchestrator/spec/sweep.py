@@ -95,7 +95,7 @@ SearcherSpec = Annotated[
 
 
 class Rungs(Frozen):
-    """When trials are compared, on a step key that survives a resume."""
+    """Steps at which trials are compared, counted in a unit that survives a resume."""
 
     unit: Literal["steps", "rows", "tokens"] = "steps"
     """What `grace_period` counts: optimizer steps, training rows or training tokens."""
@@ -150,7 +150,7 @@ SchedulerSpec = Annotated[
 
 
 class BudgetSpec(Frozen):
-    """When the sweep ends before all trials have run. The best so far is exported all the same."""
+    """Limits that end a sweep before all trials have run. The best so far is exported all the same."""
 
     max_time_s: Annotated[float, Field(gt=0)] | None = None
     """Seconds of all launches of the sweep together, the time between them not counted. Running trials commit

@@ -100,7 +100,7 @@ def _dimension(
 
 
 def _asks_teacher_again(spec: JobSpec, path: str) -> bool:
-    """Whether another value of the field changes what a teacher is asked, or what is kept of its answer."""
+    """Tell whether another value of the field changes what a teacher is asked, or what is kept of its answer."""
     free = {"distillation.alpha", "distillation.hidden.weight"}
     if spec.task.soft_targets != "tokens":
         free.add("distillation.temperature")
@@ -169,7 +169,7 @@ def _constraint(number: int, text: str, dimensions: dict[str, Any]) -> Iterator[
 
 
 def _points(spec: JobSpec, sweep: SweepSpec) -> Iterator[Problem]:
-    """Whether any trial can run: some point must keep the constraints, and be a job.
+    """Yield a problem if no trial can run: some point must keep the constraints and be a valid job.
 
     Silent where a field or a constraint is wrong by itself: that has been said.
     """

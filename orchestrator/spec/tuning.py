@@ -1,4 +1,4 @@
-"""Which weights move: all of them, some, or new ones beside the model's own."""
+"""Kinds of tuning: all weights, some, or new ones beside the model's own."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ TuningSpec = Annotated[
 
 
 def quantized(tuning: TuningSpec) -> bool:
-    """Whether the frozen base is held in 4 bits."""
+    """Tell whether the frozen base is held in 4 bits."""
     return isinstance(tuning, LoraTuning) and tuning.quantization is not None
 
 

@@ -1,4 +1,4 @@
-"""What a task is: one variant of a tagged union, which knows its rows, loss, metrics and predictions.
+"""Tasks: variants of a tagged union that know their rows, loss, metrics and predictions.
 
 A new task is one frozen class with the members of `Task`, one more arm in `TaskSpec`, one test.
 """

@@ -38,7 +38,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says and what it should have said, target by target.
+    """Predictions and targets of a model, target by target.
 
     `logits` (targets, classes) in fp32, `labels` (targets,) with -100 where nothing is learnt,
     `weights` (targets,) 0 where nothing counts. Targets follow the order of the batch's rows.
@@ -121,7 +121,7 @@ class Task(Frozen):
         return iter(())
 
     def higher_is_better(self, metric: str) -> bool:
-        """Whether `metric` is to be maximised."""
+        """Tell whether `metric` is to be maximised."""
         return metric not in LOWER_IS_BETTER
 
     @property
@@ -228,7 +228,7 @@ class Task(Frozen):
     def measure(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
     ) -> dict[str, np.ndarray]:
-        """What evaluation keeps of a batch: named arrays, one row (of any length) per row of the batch."""
+        """Return the arrays that evaluation keeps of a batch: named, one row (of any length) per row of the batch."""
 
     def decode(self, gathered: dict[str, np.ndarray], tokenizer: Any) -> dict[str, np.ndarray]:
         """Where `needs_tokenizer`: token ids that `measure` kept → what `metrics` compares."""
@@ -288,7 +288,7 @@ class Task(Frozen):
         return {}
 
     def row_of(self, given: str | RawRow) -> RawRow:
-        """What a prediction is asked for, as a row.
+        """Return the row of an input to predict for.
 
         A text is the one column that the task predicts from, or a JSON object where it takes several.
         Raises DataError where a column is missing.
@@ -356,7 +356,7 @@ def tokens_and_mask(arrays: Sequence[np.ndarray], pad_id: int) -> dict[str, torc
 
 
 def label_problems(labels: tuple[str, ...] | None) -> Iterator[Problem]:
-    """What is wrong with a label set that the job gives."""
+    """Yield the problems of a label set that the job gives."""
     if labels is None:
         return
     if len(set(labels)) != len(labels):

@@ -125,7 +125,7 @@ class ImageClassification(SingleLabel):
 
     @property
     def scaling(self) -> Scaling:
-        """What becomes of an image. Open fields that no model has filled are ViT's, as in plans of old."""
+        """Return the scaling of images. Open fields that no model has filled are ViT's, as in plans of old."""
         task: Any = self.filled(None, None, {}) if self.open_fields else self
         resize = task.resize_pixels
         geometry = Geometry(_pair(task.size_pixels), resize, task.resampling)

@@ -26,7 +26,7 @@ FIELDS = "task.size_pixels, resize_pixels, resampling, mean, std and channel_ord
 
 @dataclass(frozen=True)
 class Scaling:
-    """What becomes of an image: its geometry, then (value / 255 − mean) / std per channel."""
+    """Preprocessing of an image: its geometry, then (value / 255 − mean) / std per channel."""
 
     geometry: Geometry
     mean: tuple[float, ...]
@@ -88,7 +88,7 @@ def _unusable(name: str, why: str) -> OrchestratorError:
 
 
 def _probed(processor: Any) -> Scaling:
-    """What the processor does, from images of one colour and of noise."""
+    """Return the processor's settings, measured with images of one color and of noise."""
     import numpy as np
     from PIL import Image
 

@@ -28,7 +28,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image gets its size: scaled, then its middle cut out.
+    """Resizing of an image: scaled, then center-cropped.
 
     `resize`: a side that the shorter one is scaled to, (height, width) that the image is scaled to
     whatever its shape, or None for `size` itself.

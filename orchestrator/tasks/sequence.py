@@ -1,4 +1,4 @@
-"""What tasks share that read one text and predict through a sequence-classification head."""
+"""Base of tasks that read one text and predict through a sequence-classification head."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SequenceTask(Task):
 
     @abstractmethod
     def target_tensor(self, targets: Sequence[Any]) -> torch.Tensor:
-        """What `losses` compares with, one row per row."""
+        """Return the targets for `losses`, one row per row."""
 
     @abstractmethod
     def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ class SequenceTask(Task):
 
     @abstractmethod
     def outcome(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
-        """What metrics need of each row."""
+        """Return the arrays that metrics need of each row."""
 
     @abstractmethod
     def prediction(self, outputs: torch.Tensor, names: Mapping[int, str]) -> dict[str, Any]:

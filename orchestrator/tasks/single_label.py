@@ -1,4 +1,4 @@
-"""What tasks share that give each row one label of a set."""
+"""Base of tasks that give each row one label of a set."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ MARKER = r"<\|[^|<>\s]{1,40}\|>|</?[^<>\s]{1,40}>|\[/?[A-Z_]{1,30}\]"
 
 @dataclass(frozen=True)
 class Turn:
-    """Where one assistant turn stands in the rendered text."""
+    """Position of one assistant turn in the rendered text."""
 
     start: int
     stop: int
@@ -194,7 +194,7 @@ class Locator:
         return [{"type": "text", "text": text}] if isinstance(like.get("content"), list) else text
 
     def _followed(self, before: Sequence[Message], turn: Message) -> str | None:
-        """What follows the sentinel where the user speaks once more."""
+        """Return the text after the sentinel if the user speaks once more."""
         try:
             user = {**USER, "content": self._content(str(USER["content"]), turn)}
             parts = self.render([*before, turn, user]).split(self.sentinel)
@@ -314,7 +314,7 @@ def _renamed(call: dict[str, Any], name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Habits:
-    """What a template writes around every turn, found out once."""
+    """Text that a template writes around every turn, determined once."""
 
     prompt: str
     """The generation prompt, empty where the template writes none."""
