@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +71,13 @@ def moving(model: Any) -> set[str]:
 
 
 # --- adapters
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
+def test_an_adapter_is_put_on_without_warnings_of_libraries(spec: JobSpec, kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        build_model(changed(spec, *ADAPTERS[kind]), LABELS)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def _named(value: Any, names: Sequence[str]) -> Any:
 
 
 def line_number_at(file: SourceFile, offset: int) -> int:
-    """How many lines begin before byte `offset` > 0, so that the next one is number 1 of a piece that
+    """Return how many lines begin before byte `offset` > 0, so that the next one is number 1 of a piece that
     starts there; only error messages need it."""
     filesystem, path = open_filesystem(file.url)
     with filesystem.open(path, "rb") as handle:

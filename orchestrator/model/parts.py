@@ -97,7 +97,7 @@ def _lr_scales(model: Any, optimizer: OptimizerSpec, lr: float) -> dict[str, flo
 
 
 def distances(names: Sequence[str], asked_by: str) -> dict[str, int]:
-    """How many layers lie above each parameter, itself included: 0 for what follows the layers (the head),
+    """Return how many layers lie above each parameter, itself included: 0 for what follows the layers (the head),
     1 for the last layer, …; what comes before the first layer lies below all of them.
 
     An encoder's and a decoder's layers count each for themselves. `names` in the order of the model.

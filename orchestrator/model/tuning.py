@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,9 @@ def _adapted(model: Any, spec: JobSpec, config: Any, whole: _Whole) -> torch.nn.
         model.enable_input_require_grads()
     parameters = dict(model.named_parameters())
     try:
-        tuned: Any = get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft 0.21 reads a property that transformers 5 deprecates
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            tuned: Any = get_peft_model(model, config)
     except (ValueError, TypeError, OSError) as error:  # the last for a tokenizer that is not there
         if virtual_tokens(spec.tuning):
             raise OrchestratorError(f"tuning: {error}") from error

@@ -155,8 +155,21 @@ class Plan(Frozen):
         return worker_limits(self.spec, self.num_workers)
 
 
+def _check(
+    spec: JobSpec, cluster: Cluster, labels: tuple[str, ...], workers: Workers, total_steps: int
+) -> None:
+    """Raise PlanError for settings that the model, the steps or the cluster cannot have."""
+    check_dropout(spec, labels)
+    check_schedule(spec.schedule, total_steps)
+    check_cpus(workers, cluster)
+
+
 def _job_warnings(
-    asked: JobSpec, spec: JobSpec, prepared: dict[Split, Prepared], reasons: dict[str, str]
+    asked: JobSpec,
+    spec: JobSpec,
+    prepared: dict[Split, Prepared],
+    reasons: dict[str, str],
+    padding: str | None,
 ) -> Iterator[str]:
     """Yield warnings on the job's data, model and rows.
 
@@ -165,12 +178,15 @@ def _job_warnings(
         spec: the job with its open fields settled.
         prepared: the job's rows.
         reasons: the plan's reasons so far.
+        padding: the warning on padding, if any.
     """
     yield from data_warnings(spec, prepared)
     yield from config_warnings(spec)
     yield from weight_warnings(spec, prepared["train"].manifest.labels)
     yield from generation_warnings(spec)
     yield from packing_warnings(asked, spec, reasons)
+    if padding:
+        yield padding
 
 
 def make_plan(
@@ -198,16 +214,13 @@ def make_plan(
     setup, shares = shares_of(load, reasons, stage_of_fewest(load, global_batch_size, reasons))
     steps_per_epoch = -(-train.manifest.rows // global_batch_size)
     total = total_steps(spec, steps_per_epoch, reasons)
-    eval_every = eval_every_steps(spec, prepared, steps_per_epoch, total, reasons)
     metric = spec.evaluation.metric or spec.task.default_metric
     work_dir = work_dir or Path.cwd()
-    lr, lr_source = learning_rate(spec, model)
-    check_dropout(spec, labels)
-    check_schedule(spec.schedule, total)
     run_dir = str(work_dir / spec.storage_path / spec.name)
     size = checkpoint_bytes(model, setup)
+    lr, lr_source = learning_rate(spec, model)
+    _check(spec, cluster, labels, workers, total)
     check_disk(spec, cluster, run_dir, size)
-    check_cpus(workers, cluster)
     return Plan(
         spec=spec,
         cluster=cluster,
@@ -234,7 +247,7 @@ def make_plan(
         total_steps=total,
         warmup_steps=warmup_steps(spec.schedule, total),
         planned_rates=planned_rates(spec.schedule, lr, total),
-        eval_every_steps=eval_every,
+        eval_every_steps=eval_every_steps(spec, prepared, steps_per_epoch, total, reasons),
         metric=metric,
         higher_is_better=spec.task.higher_is_better(metric),
         checkpoint_every_steps=checkpoint_every_steps(spec, total, reasons),
@@ -250,8 +263,7 @@ def make_plan(
         memory_limit_bytes=limit,
         reasons=reasons,
         warnings=(
-            *_job_warnings(asked, spec, prepared, reasons),
-            *([padding_warning] if padding_warning else ()),
+            *_job_warnings(asked, spec, prepared, reasons, padding_warning),
             *averaging_warnings(spec, total, steps_per_epoch),
             *start_warnings(cluster, model, shares),
         ),

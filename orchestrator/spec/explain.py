@@ -83,7 +83,7 @@ def _problem(field: str, details: list[ErrorDetails], data: dict[str, Any]) -> P
         case "union_tag_invalid":
             names = [n.strip("' ") for n in detail["ctx"]["expected_tags"].split(",")]
             tag = detail["ctx"]["tag"]
-            return Problem(f"{field}.type", "is not one of the kinds", _nearest(tag, names), tag)
+            return Problem(f"{field}.type", "is an unknown type", _nearest(tag, names), tag)
         case "union_tag_not_found":
             return Problem(field, "needs a `type`", _purpose(field, data))
         case _:

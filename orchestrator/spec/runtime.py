@@ -12,7 +12,7 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class RuntimeSpec(Frozen):
-    """What `orchestrator submit` asks of the cluster for the job's processes, and `render` writes into manifests,
+    """Environment of the job's processes on a cluster. `submit` requests it, and `render` writes it into manifests,
     where the driver has its own pod or the head's and reserves nothing. `train` on this machine does not read it."""
 
     pip: tuple[str, ...] = ()

@@ -215,12 +215,12 @@ class Task(Frozen):
     def reference(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
     ) -> dict[str, np.ndarray]:
-        """Where `has_reference`: what the untouched model says of a batch, named numbers (rows,). Rows
+        """Return (only if `has_reference`) what the untouched model says of a batch, named numbers (rows,). Rows
         that are collated later have them under these names."""
         raise NotImplementedError(f"{self.type} has no reference")
 
     def scores(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Scores:
-        """Where `soft_targets`: the predictions that `loss_sum` is made of, its cross entropy
+        """Return (only if `soft_targets`) the predictions that `loss_sum` is made of, its cross entropy
         where `has_scores`."""
         raise NotImplementedError(f"{self.type} has no scores")
 
@@ -231,7 +231,7 @@ class Task(Frozen):
         """Return the arrays that evaluation keeps of a batch: named, one row (of any length) per row of the batch."""
 
     def decode(self, gathered: dict[str, np.ndarray], tokenizer: Any) -> dict[str, np.ndarray]:
-        """Where `needs_tokenizer`: token ids that `measure` kept → what `metrics` compares."""
+        """Turn (only if `needs_tokenizer`) token ids that `measure` kept → what `metrics` compares."""
         return gathered
 
     @abstractmethod

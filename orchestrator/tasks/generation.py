@@ -11,7 +11,7 @@ COMPLETION_TOKENS = 64
 
 
 def in_step_with_others() -> bool:
-    """Whether other ranks write texts at the same time: all then make equally many forward passes,
+    """Tell whether other ranks write texts at the same time: all then make equally many forward passes,
     which ZeRO-3 needs to gather weights."""
     import torch.distributed as dist
 
