@@ -17,6 +17,8 @@ from orchestrator.model.build import build_model
 from orchestrator.model.parts import groups
 from orchestrator.plan import describe_cluster, make_plan
 from orchestrator.plan.defaults import SOURCES, learning_rate
+from orchestrator.plan.facts import facts_of
+from orchestrator.plan.fit import optimizer_states
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.optimizers import OptimizerSpec
 from orchestrator.tasks import TaskSpec
@@ -68,7 +70,7 @@ def test_the_plan_counts_the_state_that_each_optimizer_keeps(spec: JobSpec, kind
         if torch.is_tensor(value) and value.numel() > 1
     )
     elements = sum(p.numel() for p in model.parameters())
-    assert kept / elements == pytest.approx(job.optimizer.states_per_element, abs=0.25)
+    assert kept / elements == pytest.approx(optimizer_states(job, facts_of(model)), abs=0.25)
 
 
 @pytest.mark.parametrize("kind", KINDS)

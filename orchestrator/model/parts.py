@@ -36,6 +36,8 @@ class Group:
     distance: int
     """Layers from the top, where they begin to move one by one; 0 where all do from the start."""
     names: tuple[str, ...]
+    settings: tuple[tuple[str, Any], ...] = ()
+    """(name, value) of what the optimizer sets beside rate and decay."""
 
 
 def no_decay(name: str, shape: tuple[int, ...]) -> bool:
@@ -52,12 +54,40 @@ def groups(model: Any, spec: JobSpec, lr: float) -> list[Group]:
     """
     scales = _lr_scales(model, spec.optimizer, lr)
     starts = starting_distances(model, spec.tuning)
-    found: dict[tuple[float, bool, int], list[str]] = {}
+    hidden = hidden_matrices(model) if _tells_apart(spec.optimizer) else frozenset()
+    found: dict[tuple[Any, ...], list[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spared = no_decay(name, tuple(parameter.shape))
-            found.setdefault((scales[name], spared, starts.get(name, 0)), []).append(name)
-    return [Group(*key, tuple(names)) for key, names in found.items()]
+            settings = tuple(spec.optimizer.group_settings(name in hidden).items())
+            key = (scales[name], spared, starts.get(name, 0), settings)
+            found.setdefault(key, []).append(name)
+    return [
+        Group(scale, spared, distance, tuple(names), settings)
+        for (scale, spared, distance, settings), names in found.items()
+    ]
+
+
+def _tells_apart(optimizer: OptimizerSpec) -> bool:
+    return optimizer.group_settings(True) != optimizer.group_settings(False)
+
+
+def hidden_matrices(model: Any) -> frozenset[str]:
+    """Return the names of the trainable matrices inside the body: no embeddings, no head, two dimensions."""
+    from torch import nn
+
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    embedded = {id(p) for m in modules for p in m.parameters(recurse=False)}
+    head = set(_outside_body(model))
+    return frozenset(
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad
+        and p.ndim == 2
+        and id(p) not in embedded
+        and name not in head
+        and not name.startswith(PROJECTION)
+    )
 
 
 def starting_distances(model: Any, tuning: TuningSpec) -> dict[str, int]:
@@ -78,6 +108,7 @@ def parameter_groups(model: torch.nn.Module, spec: JobSpec, lr: float) -> list[d
             "spared": group.spared,
             "distance": group.distance,
             "weight_decay": 0.0 if group.spared else spec.optimizer.weight_decay,
+            **dict(group.settings),
         }
         for group in groups(model, spec, lr)
     ]
@@ -137,15 +168,22 @@ def head_names(model: Any) -> list[str]:
     Raises OrchestratorError where there are none, as in a language model whose output weights are
     its embeddings.
     """
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper
-    body = getattr(whole, getattr(whole, "base_model_prefix", ""), None)
-    inside = {id(p) for p in body.parameters()} if body is not None else set()
-    outside = {id(p) for p in whole.parameters()} - inside  # virtual tokens are in neither
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    found = [n for n, p in named if id(p) in outside and not n.startswith(PROJECTION)]
-    if body is None or not found:
+    found = _outside_body(model)
+    if not found:
         raise OrchestratorError(
             "optimizer.head_lr: the model has no trainable weights outside its body "
             "(tied output weights belong to the embeddings). Drop it, or use optimizer.layer_decay."
         )
     return found
+
+
+def _outside_body(model: Any) -> list[str]:
+    """Return the names of the trainable parameters outside the body; none where the model has no body."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper
+    body = getattr(whole, getattr(whole, "base_model_prefix", ""), None)
+    if body is None:
+        return []
+    inside = {id(p) for p in body.parameters()}
+    outside = {id(p) for p in whole.parameters()} - inside  # virtual tokens are in neither
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [n for n, p in named if id(p) in outside and not n.startswith(PROJECTION)]

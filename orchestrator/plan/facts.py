@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.model.build import build_model
 from orchestrator.model.kept_values import kept_values
-from orchestrator.model.parts import groups
+from orchestrator.model.parts import groups, hidden_matrices
 from orchestrator.model.quantization import quantized_elements
 from orchestrator.model.teacher import paired_layers, teacher_hidden_size
 from orchestrator.plan.memory import ModelFacts
@@ -48,11 +48,13 @@ def facts_of(model: Any) -> ModelFacts:
     config = _main_config(model)
     stages = _stages(config)
     hidden = stages[0] if stages else _number(config, HIDDEN_SIZES)
+    matrices = hidden_matrices(model)
     two_sided = bool(getattr(config, "is_encoder_decoder", False))
     return ModelFacts(
         model_type=str(config.model_type),
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        hidden_matrices=sum(p.numel() for n, p in model.named_parameters() if n in matrices),
         hidden_size=hidden,
         layers=sum(config.depths) if stages else _number(config, LAYERS) or _longest_stack(model),
         heads=_number(config, HEADS) or 1,

@@ -49,7 +49,7 @@ class Load:
             world_size=self.workers.count,
             stage=stage,
             bf16=self.bf16,
-            optimizer_states=spec.optimizer.states_per_element + averages(spec),
+            optimizer_states=optimizer_states(spec, self.model) + averages(spec),
             averages=averages(spec),
             offload_optimizer=spec.zero.offload_optimizer == "cpu",
             offload_param=spec.zero.offload_param == "cpu",
@@ -116,6 +116,13 @@ def _lowest_stage(spec: JobSpec) -> Stage:
     if spec.zero.offload_param == "cpu":
         return 3
     return 1 if spec.zero.offload_optimizer == "cpu" else 0
+
+
+def optimizer_states(spec: JobSpec, model: ModelFacts) -> float:
+    """Return the fp32 values the optimizer keeps per trained element, a mean over all of them."""
+    share = model.hidden_matrices / max(model.moving, 1)
+    inside, others = (spec.optimizer.states_per_element(hidden) for hidden in (True, False))
+    return others + share * (inside - others)
 
 
 def _too_big(load: Load, stage: Stage, rows: int) -> str:

@@ -29,6 +29,8 @@ class ModelFacts(Frozen):
     model_type: str
     parameters: int
     trainable: int
+    hidden_matrices: int = 0
+    """Of `trainable`, those in matrices inside the body: no embeddings, no head, no vectors."""
     hidden_size: int
     layers: int
     heads: int
@@ -72,9 +74,9 @@ class MemorySetup(Frozen):
     world_size: int
     stage: Stage
     bf16: bool
-    optimizer_states: int
-    """fp32 values the optimizer keeps per trainable element: 2 for Adam, 1 for momentum, 1 more for an
-    average of the weights."""
+    optimizer_states: float
+    """fp32 values the optimizer keeps per trained element, a mean over all: 2 for Adam, 1 for momentum, 1 more
+    for an average of the weights."""
     averages: bool = False
     """Checkpoints hold the averaged weights in one piece too."""
     offload_optimizer: bool
@@ -114,8 +116,7 @@ def memory_bytes(
         if shards_optimizer or setup.bf16
         else 0,
         "optimizer": 4
-        * setup.optimizer_states
-        * model.moving
+        * round(setup.optimizer_states * model.moving)
         // (share if shards_optimizer else 1),
     }
     if setup.on_gpu and setup.offload_optimizer:
@@ -188,4 +189,5 @@ def checkpoint_bytes(model: ModelFacts, setup: MemorySetup) -> int:
     master = 4 if setup.stage >= 1 or setup.bf16 else 0
     whole = word if setup.averages else 0
     scales = int((NF4_BYTES - 0.5) * model.quantized)  # DeepSpeed does not know them for frozen
-    return model.moving * (word + master + whole + 4 * setup.optimizer_states) + scales
+    states = round(setup.optimizer_states * model.moving)
+    return model.moving * (word + master + whole) + 4 * states + scales

@@ -41,8 +41,7 @@ class Adafactor(Optimizer):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay; norms and biases are left out of it."""
 
-    @property
-    def states_per_element(self) -> int:
+    def states_per_element(self, hidden_matrix: bool) -> int:
         """Return 0: a row and a column per matrix are nothing beside the weights."""
         return 0
 

@@ -20,8 +20,7 @@ class _AdamFamily(Optimizer):
     decoupled: ClassVar[bool]
     """Weight decay is apart from the gradient."""
 
-    @property
-    def states_per_element(self) -> int:
+    def states_per_element(self, hidden_matrix: bool) -> int:
         """Return 2: the first and the second moment."""
         return 2
 

@@ -62,10 +62,19 @@ class Optimizer(Frozen, ABC):
     ] = None
     """Peak learning rate of the task's head. Default: `lr`."""
 
-    @property
     @abstractmethod
-    def states_per_element(self) -> int:
-        """Return the fp32 values that are kept for each trained element of the weights."""
+    def states_per_element(self, hidden_matrix: bool) -> int:
+        """Return the fp32 values that are kept for each element of a trained parameter.
+
+        Args:
+            hidden_matrix: whether it is a matrix inside the body of the model; embeddings, heads, vectors and
+                convolutions are not.
+        """
+
+    def group_settings(self, hidden_matrix: bool) -> dict[str, Any]:
+        """Return what a parameter group holds beside rate and decay; parameters that differ in it get groups
+        of their own. Values must be hashable."""
+        return {}
 
     @abstractmethod
     def implementation_on(self, on_gpu: bool, offloaded: bool) -> Implementation:

@@ -33,8 +33,7 @@ class Lion(Optimizer):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Decoupled decay, 3 to 10 times more than for AdamW; norms and biases are left out of it."""
 
-    @property
-    def states_per_element(self) -> int:
+    def states_per_element(self, hidden_matrix: bool) -> int:
         """Return 1: the momentum."""
         return 1
 

@@ -38,8 +38,7 @@ class RMSProp(Optimizer):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """L2 penalty added to the gradient; norms and biases are left out of it."""
 
-    @property
-    def states_per_element(self) -> int:
+    def states_per_element(self, hidden_matrix: bool) -> int:
         """Return 1 for the mean square, and 1 each for momentum and the mean of the gradient."""
         return 1 + int(self.momentum > 0) + int(self.centered)
 

@@ -33,8 +33,7 @@ class SGD(Optimizer):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """L2 penalty added to the gradient; norms and biases are left out of it."""
 
-    @property
-    def states_per_element(self) -> int:
+    def states_per_element(self, hidden_matrix: bool) -> int:
         """Return 1 with momentum, 0 without."""
         return int(self.momentum > 0)
 
