@@ -45,6 +45,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "rmsprop-zero1": {"optimizer": {"type": "rmsprop", "lr": 1e-3}, "zero": {"stage": 1}},
     "lion-zero2": {"optimizer": {"type": "lion", "lr": 1e-3}, "zero": {"stage": 2}},
     "adafactor-zero0": {"optimizer": {"type": "adafactor", "lr": 1e-2}},
+    "muon-zero0": {"optimizer": {"type": "muon", "lr": 1e-2}},
 }
 
 

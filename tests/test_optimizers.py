@@ -14,7 +14,7 @@ from test_plan import LABELS, LAPTOP, changed, prepared
 
 from orchestrator.errors import OrchestratorError, SpecError
 from orchestrator.model.build import build_model
-from orchestrator.model.parts import groups
+from orchestrator.model.parts import groups, hidden_matrices
 from orchestrator.plan import describe_cluster, make_plan
 from orchestrator.plan.defaults import SOURCES, learning_rate
 from orchestrator.plan.facts import facts_of
@@ -38,6 +38,7 @@ KINDS: dict[str, list[str]] = {
     ],
     "lion": ["optimizer.type=lion"],
     "adafactor": ["optimizer.type=adafactor"],
+    "muon": ["optimizer.type=muon"],
 }  # fmt: skip
 
 
@@ -80,7 +81,11 @@ def test_every_optimizer_moves_every_weight_against_its_gradient(spec: JobSpec, 
     model, _ = stepped(job)
     for old, parameter in zip(before, model.parameters(), strict=True):
         assert parameter.grad is not None
-        assert ((old - parameter.detach()) * parameter.grad >= 0).all()
+        against = (old - parameter.detach()) * parameter.grad
+        if kind == "muon" and parameter.ndim == 2:
+            assert against.sum() > 0, "a matrix moves as a whole"
+        else:
+            assert (against >= 0).all()
         assert (old != parameter.detach()).float().mean() > 0.9
 
 
@@ -98,6 +103,51 @@ def test_lion_steps_as_its_paper_says() -> None:
             expected[i] -= 0.1 * (sign + 0.5 * expected[i])
             momentum[i] = 0.99 * momentum[i] + 0.01 * g
     assert weight.tolist() == pytest.approx(expected)
+
+
+def test_muon_moves_the_matrices_inside_and_adamw_all_else(spec: JobSpec) -> None:
+    """Against torch's two optimizers, each over its own parameters, for three steps."""
+    job = changed(spec, "optimizer.type=muon", "optimizer.lr=0.01", "optimizer.weight_decay=0.2")
+    model, other = build_model(job, LABELS), build_model(job, LABELS)
+    optimizer = make_optimizer(make_plan(job, LAPTOP, prepared()), model)
+    named = dict(other.named_parameters())
+    outside = [
+        n
+        for n, p in named.items()
+        if p.ndim != 2 or "embeddings" in n or n.startswith("classifier")
+    ]
+    inside = [p for n, p in named.items() if n not in outside]
+    decayed = [named[n] for n in outside if named[n].ndim == 2]
+    spared = [named[n] for n in outside if named[n].ndim != 2]
+    assert inside, "the test has something to compare"
+    plain = [
+        torch.optim.Muon(inside, lr=0.01, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.2}, {"params": spared, "weight_decay": 0.0}],
+            lr=0.01, fused=True,
+        ),
+    ]  # fmt: skip
+    for step in range(3):
+        for one in (model, other):
+            torch.manual_seed(step)
+            for parameter in one.parameters():
+                parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        for part in plain:
+            part.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, named[name]), name
+
+
+@pytest.mark.parametrize("tuning", [[], ["tuning.type=lora"]])
+def test_hidden_matrices_are_no_embeddings_no_head_and_no_vectors(
+    spec: JobSpec, tuning: list[str]
+) -> None:
+    model: Any = build_model(changed(spec, *tuning), LABELS)
+    found = hidden_matrices(model)
+    assert found
+    assert not [n for n in found if "embeddings" in n or "classifier" in n or "bias" in n]
+    assert all(dict(model.named_parameters())[n].ndim == 2 for n in found)
 
 
 def test_weight_decay_is_decoupled_in_adamw_and_coupled_in_adam(spec: JobSpec) -> None:
@@ -147,17 +197,22 @@ def test_rates_by_part_without_such_a_part_are_refused(
         make_plan(tied, LAPTOP, prepared())
 
 
+@pytest.mark.parametrize("kind", ["adafactor", "muon"])
 @pytest.mark.parametrize(
     "override", ["zero.stage=1", "zero.stage=2", "zero.stage=3", "zero.offload_optimizer=cpu"]
 )
-def test_adafactor_on_flat_pieces_of_the_weights_is_refused(spec: JobSpec, override: str) -> None:
-    with pytest.raises(SpecError, match="whole matrices"):
-        changed(spec, "optimizer.type=adafactor", override)
+def test_flat_pieces_of_the_weights_are_refused_where_whole_matrices_are_needed(
+    spec: JobSpec, override: str, kind: str
+) -> None:
+    with pytest.raises(SpecError) as refused:
+        changed(spec, f"optimizer.type={kind}", override)
+    assert [p.field for p in refused.value.problems] == [override.partition("=")[0]]
 
 
-def test_adafactor_stays_at_stage_0_however_little_fits(spec: JobSpec) -> None:
+@pytest.mark.parametrize("kind", ["adafactor", "muon"])
+def test_whole_matrices_keep_a_job_at_stage_0_however_little_fits(spec: JobSpec, kind: str) -> None:
     plan = make_plan(
-        changed(spec, "optimizer.type=adafactor"), describe_cluster("8xH100x1"), prepared()
+        changed(spec, f"optimizer.type={kind}"), describe_cluster("8xH100x1"), prepared()
     )
     assert plan.stage == 0
     assert "whole matrices" in plan.reasons["stage"]
@@ -172,6 +227,8 @@ def test_adafactor_stays_at_stage_0_however_little_fits(spec: JobSpec) -> None:
         (["optimizer.type=lion", "tuning.type=lora"], 4e-5, "2106.09685"),
         (["optimizer.type=adafactor"], 1e-3, "1910.10683"),
         (["optimizer.type=sgd"], 1e-2, "search optimizer.lr"),
+        (["optimizer.type=muon"], 5e-5, "2502.16982"),
+        (["optimizer.type=muon", "tuning.type=lora"], 2e-4, "2106.09685"),
     ],
 )
 def test_a_rate_that_is_left_open_follows_the_kind_of_tuning_and_names_its_source(
@@ -286,6 +343,8 @@ def test_rows_per_step_that_are_left_open_name_a_source_of_the_task(spec: JobSpe
         ("rmsprop", {"alpha": 0.5, "eps": 1e-6, "momentum": 0.4, "centered": True}),
         ("lion", {"betas": [0.8, 0.95], "weight_decay": 0.3}),
         ("adafactor", {"decay_rate": -0.7, "clip_threshold": 2.0, "scale_parameter": True}),
+        ("muon", {"momentum": 0.8, "nesterov": False, "ns_steps": 3, "weight_decay": 0.3}),
+        ("muon", {"betas": [0.8, 0.9], "eps": 1e-6}),
     ],
 )
 def test_every_setting_reaches_the_optimizer(
@@ -294,7 +353,7 @@ def test_every_setting_reaches_the_optimizer(
     set_to = [f"optimizer.{name}={json.dumps(value)}" for name, value in settings.items()]
     job = changed(spec, f"optimizer.type={kind}", "optimizer.lr=0.5", *set_to)
     optimizer = make_optimizer(make_plan(job, LAPTOP, prepared()), build_model(job, LABELS))
-    group = optimizer.param_groups[0]
+    group = next(g for g in optimizer.param_groups if settings.keys() <= g.keys())
     assert group["lr"] == 0.5
     for name, value in settings.items():
         assert group[name] == (tuple(value) if isinstance(value, list) else value)

@@ -44,6 +44,12 @@ KNOBS: dict[str, dict[str, Any]] = {
         "zero": {"stage": 2},
     },
     "adafactor": {"optimizer": {"type": "adafactor"}},
+    "muon-ema": {
+        "optimizer": {"type": "muon", "lr": 1e-3, "layer_decay": 0.5},
+        "regularization": {"averaging": {"type": "ema", "decay": 0.7}},
+        "model": {"dropout": 0.1},
+    },
+    "muon-bf16": {"optimizer": {"type": "muon", "lr": 1e-3}, "precision": "bf16"},
     **{
         f"ema-zero{stage}": {
             "regularization": {"averaging": {"type": "ema", "decay": 0.7}},
