@@ -21,7 +21,6 @@ from orchestrator.errors import TrainingError
 from orchestrator.launch.run import _outcome
 from orchestrator.model.build import build_model
 from orchestrator.plan import Plan
-from orchestrator.plan.schedule import lr_factor
 from orchestrator.report.records import read_records
 from orchestrator.run_folder import RunFolder, write_json
 from orchestrator.spec import JobSpec
@@ -106,7 +105,7 @@ def plain_loop(plan: Plan, before: Callable[[Any, int], None] | None = None) -> 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec.gradient_clipping or 1e9)
         for group in optimizer.param_groups:
-            factor = lr_factor(spec.schedule, step, plan.total_steps)
+            factor = spec.schedule.lr_factor(step, plan.total_steps)
             group["lr"] = plan.learning_rate * group["lr_scale"] * factor
         optimizer.step()
         optimizer.zero_grad()

@@ -21,6 +21,7 @@ from orchestrator.plan.facts import facts_of
 from orchestrator.plan.fit import optimizer_states
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.optimizers import OptimizerSpec
+from orchestrator.spec.schedule import ScheduleSpec
 from orchestrator.tasks import TaskSpec
 from orchestrator.train.lion import Lion
 from orchestrator.train.optimizer import make_optimizer
@@ -275,10 +276,13 @@ def test_every_source_belongs_to_a_field() -> None:
     of_tasks = {f"task.{kind_of(t)}/{name}": why
                 for t in model_members(TaskSpec) for name, why in t.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
     assert of_tasks.keys() >= {"task.preference/beta", "task.question_answering/stride_tokens"}
+    of_schedules = {f"schedule.{kind_of(s)}/{name}": why
+                    for s in model_members(ScheduleSpec) for name, why in s.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
+    assert of_schedules.keys() >= {"schedule.linear/type", "schedule.wsd/warmup_ratio"}
     of_optimizers = {f"optimizer.{kind_of(o)}/{name}": why
                      for o in model_members(OptimizerSpec) for name, why in o.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
     assert of_optimizers.keys() >= {"optimizer.adamw/type", "optimizer.lion/betas"}
-    for field, why in (SOURCES | of_tasks | of_optimizers).items():
+    for field, why in (SOURCES | of_tasks | of_optimizers | of_schedules).items():
         section, _, name = field.rpartition(".")
         kind, _, name = name.rpartition("/")
         models: list[Any] = [JobSpec]

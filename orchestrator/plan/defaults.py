@@ -57,14 +57,15 @@ def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Knob, ...]:
 
 
 def _listed(spec: JobSpec) -> Iterator[Knob]:
-    of_optimizer, of_task = (
+    of_optimizer, of_schedule, of_task = (
         {f"{section}.{kind.type}/{name}": why for name, why in sources.items()}
         for section, kind, sources in (
             ("optimizer", spec.optimizer, spec.optimizer.sources),
+            ("schedule", spec.schedule, spec.schedule.sources),
             ("task", spec.task, spec.task.default_sources),
         )
     )
-    for field, why in (of_optimizer | SOURCES | of_task).items():
+    for field, why in (of_optimizer | of_schedule | SOURCES | of_task).items():
         section, _, name = field.rpartition(".")
         owner: Any = spec
         for part in filter(None, section.split(".")):
@@ -83,18 +84,8 @@ def _listed(spec: JobSpec) -> Iterator[Knob]:
 INSTEAD = {"warmup_ratio": "warmup_steps"}
 """Field → another one that says the same in other words."""
 SOURCES: dict[str, str] = {
-    "schedule.type": "down to 0 in a straight line: Devlin et al., arXiv 1810.04805, A.2",
-    "schedule.warmup_ratio": "none; Devlin et al., arXiv 1810.04805, A.2, warm up: schedule.warmup_ratio=0.1 does",
-    "schedule.cosine/min_lr_ratio": "down to 0: Loshchilov & Hutter, arXiv 1608.03983",
-    "schedule.polynomial/power": "a start and no more: no source settles it",
-    "schedule.exponential/min_lr_ratio": "a start and no more: no source settles it",
-    "schedule.plateau/factor": "a start and no more: torch's default is 0.1 after 10, for longer runs",
-    "schedule.plateau/patience": "a start and no more: torch's default is 0.1 after 10, for longer runs",
     "regularization.averaging.ema/decay": "TensorFlow's advice for its ExponentialMovingAverage: 0.999, 0.9999",
     "regularization.averaging.swa/start_ratio": "Izmailov et al., arXiv 1803.05407, 4, at 75 % of the budget",
-    "schedule.wsd/decay_ratio": "Hu et al., arXiv 2404.06395, found 10 % to be enough",
-    "schedule.step/milestones": "half and three quarters: He et al., arXiv 1512.03385, 4.2, on CIFAR-10",
-    "schedule.step/gamma": "He et al., arXiv 1512.03385",
     "distillation.temperature": "as in the code of DistilBERT (Sanh et al., arXiv 1910.01108)",
     "distillation.alpha": "even shares and no more: no source settles it; search it",
     "distillation.top_k": "a start and no more: no source settles it",

@@ -38,7 +38,7 @@ from orchestrator.plan.resources import (
     uses_bf16,
     worker_limits,
 )
-from orchestrator.plan.schedule import check_schedule, planned_rates, warmup_steps
+from orchestrator.plan.schedule import planned_rates
 from orchestrator.plan.settings import Knob, settings
 from orchestrator.plan.shares import shares_of, stage_of_fewest
 from orchestrator.plan.steps import (
@@ -160,7 +160,7 @@ def _check(
 ) -> None:
     """Raise PlanError for settings that the model, the steps or the cluster cannot have."""
     check_dropout(spec, labels)
-    check_schedule(spec.schedule, total_steps)
+    spec.schedule.check(total_steps)
     check_cpus(workers, cluster)
 
 
@@ -245,7 +245,7 @@ def make_plan(
         group_by_length=group_by_length(spec, reasons),
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
-        warmup_steps=warmup_steps(spec.schedule, total),
+        warmup_steps=spec.schedule.total_warmup_steps(total),
         planned_rates=planned_rates(spec.schedule, lr, total),
         eval_every_steps=eval_every_steps(spec, prepared, steps_per_epoch, total, reasons),
         metric=metric,

@@ -9,10 +9,8 @@ from rich.text import Text
 from orchestrator.plan.chart import text_chart
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.regularization import averages, swa_steps
-from orchestrator.plan.schedule import lr_factor
 from orchestrator.plan.unfreezing import all_move_at_step, interval_steps, moving_layers
 from orchestrator.spec.regularization import EMA, SWA, NoAveraging
-from orchestrator.spec.schedule import PlateauSchedule
 
 Row = tuple[str, str, str]
 
@@ -45,8 +43,8 @@ def _rates(plan: Plan) -> Iterator[Row]:
         f"{spec.schedule.type}, {plan.warmup_steps} warm-up steps",
         f"lr {max(rates):.2g} → {rates[-1]:.2g} at the last step",
     )
-    if isinstance(spec.schedule, PlateauSchedule):
-        yield "", "", _plateau_words(spec.schedule, plan)
+    if note := spec.schedule.describe(plan.metric):
+        yield "", "", note
 
 
 def _unfreezing(plan: Plan) -> Iterator[Row]:
@@ -62,19 +60,11 @@ def _unfreezing(plan: Plan) -> Iterator[Row]:
     yield "unfreezing", f"{begin}, one layer more every {every:,} steps", why
 
 
-def _plateau_words(schedule: PlateauSchedule, plan: Plan) -> str:
-    metric = schedule.metric or plan.metric
-    when = [f"{metric} reaches {t:g}" for t in schedule.thresholds]
-    if schedule.patience is not None:
-        when.append(f"{metric} got no better in {schedule.patience} evaluations")
-    return f"at most: times {schedule.factor:g} whenever {', or '.join(when)}"
-
-
 def schedule_chart(plan: Plan) -> Text:
     """The learning rate over the run."""
     schedule, total = plan.spec.schedule, plan.total_steps
     peak = f"{plan.learning_rate:.2g}"
-    lines = text_chart(lambda step: lr_factor(schedule, step, total), total, peak)
+    lines = text_chart(lambda step: schedule.lr_factor(step, total), total, peak)
     return Text("\n".join(["learning rate by step", *lines]), style="dim", no_wrap=True)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.schedule import PlateauSchedule, StepSchedule, WSDSchedule
 from orchestrator.tasks.single_label import SingleLabel
 
 NO_EVAL_ROWS = "has no rows to be measured on"
@@ -46,32 +45,9 @@ def _schedule(spec: JobSpec) -> Iterator[Problem]:
             f"at most {max_steps - 1}",
             schedule.warmup_steps,
         )
-    match schedule:
-        case StepSchedule(every_steps=every) if every and "milestones" in schedule.model_fields_set:
-            yield Problem("schedule.milestones", "excludes schedule.every_steps", "keep one")
-        case WSDSchedule(decay_ratio=decay, warmup_ratio=warm) if decay + (warm or 0.0) > 1:
-            yield Problem(
-                "schedule.decay_ratio",
-                f"leaves no room for schedule.warmup_ratio = {warm}",
-                f"at most {1 - (warm or 0.0):g}",
-                decay,
-            )
-        case PlateauSchedule():
-            yield from _plateau(spec, schedule)
-
-
-def _plateau(spec: JobSpec, schedule: PlateauSchedule) -> Iterator[Problem]:
-    if schedule.patience is None and not schedule.thresholds:
-        yield Problem("schedule.patience", "null needs schedule.thresholds", "patience: 2")
-    if schedule.metric is not None and schedule.metric not in spec.task.metric_names:
-        names = ", ".join(spec.task.metric_names)
-        yield Problem(
-            "schedule.metric",
-            f"{spec.task.type} does not report it",
-            f"choose from: {names}",
-            schedule.metric,
-        )
-    yield from _needs_evaluations(spec, "schedule.type", "plateau")
+    yield from schedule.broken_rules(spec.task.type, spec.task.metric_names)
+    if schedule.decided_by_evaluations:
+        yield from _needs_evaluations(spec, "schedule.type", schedule.type)
 
 
 def _stop(spec: JobSpec) -> Iterator[Problem]:

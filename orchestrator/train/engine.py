@@ -18,7 +18,6 @@ from torch._utils import _unflatten_dense_tensors as unflattened
 
 from orchestrator.data.stream import StepRows, micro_batches
 from orchestrator.plan.plan import Plan
-from orchestrator.plan.schedule import lr_factor
 from orchestrator.spec.regularization import NoAveraging
 from orchestrator.train.averaging import AVERAGED_FILE, Averager, add_l1
 from orchestrator.train.objective import Objective
@@ -82,7 +81,7 @@ def set_learning_rate(engine: Any, plan: Plan, step: int, factor: float = 1.0) -
     Layers that wait for their time get none. `factor`: what evaluations so far have left of the rate, under
     a plateau schedule.
     """
-    lr = plan.learning_rate * lr_factor(plan.spec.schedule, step, plan.total_steps) * factor
+    lr = plan.learning_rate * plan.spec.schedule.lr_factor(step, plan.total_steps) * factor
     unfreezing: Unfreezing | None = engine.unfreezing
     if unfreezing:
         unfreezing.at_step(step)

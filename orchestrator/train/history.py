@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.plan.plan import Plan
-from orchestrator.plan.schedule import plateau_factor
 from orchestrator.train.state import Progress
 from orchestrator.train.stopping import reason_to_stop
 
@@ -29,9 +28,9 @@ def remember(plan: Plan, progress: Progress, record: dict[str, Any]) -> None:
 def rate_factor(plan: Plan, progress: Progress) -> float:
     """What the evaluations so far have left of the planned rate."""
     schedule = plan.spec.schedule
-    name = getattr(schedule, "metric", None) or plan.metric
+    name = schedule.watched_metric(plan.metric)
     values = [record[name] for record in progress.history if name in record]
-    return plateau_factor(schedule, values, plan.spec.task.higher_is_better(name))
+    return schedule.evaluation_factor(values, plan.spec.task.higher_is_better(name))
 
 
 def out_of_time(plan: Plan, progress: Progress) -> bool:
