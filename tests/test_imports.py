@@ -143,6 +143,41 @@ def test_nobody_outside_the_tasks_asks_for_a_task_by_its_name() -> None:
     assert asked == []
 
 
+def type_comparisons(text: str) -> list[str]:
+    """Comparisons of an optimizer's or a schedule's type with a name."""
+    return re.findall(r"(?:optimizer|schedule)\.type (?:[!=]=|in) .*", text)
+
+
+def test_nobody_outside_their_files_asks_for_an_optimizer_or_a_schedule_by_its_kind() -> None:
+    assert type_comparisons('if spec.optimizer.type == "sgd":')
+    kinds = {
+        node.name
+        for path in (*(PACKAGE / "spec/optimizers").glob("*.py"), PACKAGE / "spec/schedule.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert kinds >= {"AdamW", "Muon", "PlateauSchedule"}
+    asked = []
+    for path in PACKAGE.rglob("*.py"):
+        file, text = path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")
+        if file.startswith("spec/optimizers/") or file == "spec/schedule.py":
+            continue
+        asked += [f"{file}: {found}" for found in type_comparisons(text)]
+        asked += [f"{file}: {name}" for name in _tested_classes(ast.parse(text)) & kinds]
+    assert asked == []
+
+
+def _tested_classes(tree: ast.AST) -> set[str]:
+    """Names of the classes in `isinstance` and `match`."""
+    asks = [
+        node.args[1]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+    ]
+    asks += [node.cls for node in ast.walk(tree) if isinstance(node, ast.MatchClass)]
+    return {n.id for ask in asks for n in ast.walk(ask) if isinstance(n, ast.Name)}
+
+
 def test_the_scan_sees_late_and_type_only_imports() -> None:
     found = {(one.module, one.at_import_time) for one in imports_of(PACKAGE / "tasks" / "base.py")}
     assert ("torch", False) in found, "imports inside functions and under TYPE_CHECKING"
