@@ -1,1 +1,1 @@
-"""Kubernetes: manifests from a job, and the checks a cluster would make on them."""
+"""Kubernetes: render a job as manifests for KubeRay, and drain the pods they start."""

@@ -1,4 +1,4 @@
-"""The RayClusters in `cluster/overlays`, rendered like any job's: `python -m orchestrator.kube.overlays FOLDER`."""
+"""Render the RayClusters in `cluster/overlays`: `python -m orchestrator.kube.overlays FOLDER`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.spec import parse_spec
 from orchestrator.spec.load import STAND_INS
 
 IMAGE = f"orchestrator:{VERSION}"
-"""Replaced by the `images` of a kustomization."""
+"""The image that the `images` field of a kustomization replaces."""
 GPU = {"cluster": "8xH100x2"}
 OVERLAYS: dict[str, dict[str, Any]] = {
     "cpu-small": {
@@ -36,14 +36,14 @@ OVERLAYS: dict[str, dict[str, Any]] = {
     "s3": {"kubernetes": {**GPU, "s3": {"secret": "s3-keys", "endpoint_url": "https://minio.storage:9000"}}},
     "pvc": {"kubernetes": {**GPU, "storage": {"claim": "orchestrator", "mount_path": "/mnt/orchestrator"}}},
 }  # fmt: skip
-"""Each shows one setting; a job of your own has them all in its `kubernetes` section."""
+"""Settings by overlay. Each overlay shows one setting of the `kubernetes` section."""
 
 
 def overlay(name: str) -> str:
-    """YAML of one overlay's RayCluster."""
-    wanted = OVERLAYS[name]
-    kubernetes = {"image": IMAGE, "service_account": "orchestrator", **wanted["kubernetes"]}
-    job = {**STAND_INS, **wanted, "name": "orchestrator", "kubernetes": kubernetes}
+    """Return the YAML of one overlay's RayCluster."""
+    fields = OVERLAYS[name]
+    kubernetes = {"image": IMAGE, "service_account": "orchestrator", **fields["kubernetes"]}
+    job = {**STAND_INS, **fields, "name": "orchestrator", "kubernetes": kubernetes}
     cluster = render(parse_spec(job, files="there"), cluster_only=True)
     return (
         f"# Written by `make docs` from orchestrator/kube/overlays.py.\n{dump_documents(cluster)}"
@@ -51,7 +51,7 @@ def overlay(name: str) -> str:
 
 
 def main() -> None:
-    """Write all of them."""
+    """Write the RayCluster of every overlay."""
     for name in OVERLAYS:
         file = Path(sys.argv[1]) / name / "raycluster.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)

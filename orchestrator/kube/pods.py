@@ -1,4 +1,4 @@
-"""The head's and the workers' pods."""
+"""Build the pods of the head, the workers, the driver and the submitter."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from orchestrator.spec import JobSpec
 from orchestrator.spec.kubernetes import HeadPod, Toleration, WorkerPod
 
 JOB_FOLDER = "/etc/orchestrator"
-"""Where the head finds job.yaml."""
+"""The folder of job.yaml in the pod with the driver."""
 RAY_IMAGE_GROUP = 100
-"""Group of `ray` in Ray's images; files of the shared folder belong to it."""
-LAST_WORDS_S = 5
-"""Seconds a pod gets beyond `drain_s` to end."""
+"""The group of the user `ray` in Ray's images. It owns the files of the shared folder."""
+GRACE_MARGIN_S = 5
+"""Seconds beyond `drain_s` that a pod gets to end."""
 S3_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 SPOT_LABELS = {
     "cloud.google.com/gke-spot": "true",
@@ -51,19 +51,19 @@ SPOT_LABELS = {
     "karpenter.sh/capacity-type": "spot",
     "kubernetes.azure.com/scalesetpriority": "spot",
 }
-"""How clouds mark machines they may take away. Some taint them with the same key and value."""
+"""Node labels of spot machines, by cloud. Some clouds taint the machines with the same key and value."""
 
 
 def head_template(spec: JobSpec, size: PodSize, with_job: str | None, elastic: bool) -> PodTemplate:
-    """The head. `with_job` names the ConfigMap with the job, where its driver runs here."""
+    """Return the head's template. `with_job` is the job's ConfigMap, if the driver runs on the head."""
     pod = _pod_with_job(spec, "ray-head", size, with_job, "--head")
-    if elastic:  # the autoscaler beside it talks to Kubernetes; nothing else does
+    if elastic:  # only the autoscaler's container calls the Kubernetes API
         pod = pod.model_copy(update={"automount_service_account_token": None})
     return _template(spec, pod)
 
 
 def driver_template(spec: JobSpec, size: PodSize, with_job: str | None) -> PodTemplate:
-    """A Ray node for the driver alone, where the head may be lost. To KubeRay it is a worker."""
+    """Return the template of a Ray node for the driver alone. KubeRay treats it as a worker."""
     return _template(spec, _pod_with_job(spec, "ray-worker", size, with_job, "--driver"))
 
 
@@ -73,39 +73,41 @@ def _pod_with_job(spec: JobSpec, name: str, size: PodSize, with_job: str | None,
     volumes = _volumes(spec, size)
     if with_job:
         volumes.append(Volume(name="job", config_map=ConfigMapVolume(name=with_job)))
-    pod = _pod(spec, k.head, container.model_copy(update=_last_act(spec, role)), volumes)
-    more = {
+    pod = _pod(spec, k.head, container.model_copy(update=_drain_hook(spec, role)), volumes)
+    fields = {
         "automount_service_account_token": False,
-        "termination_grace_period_seconds": k.drain_s + LAST_WORDS_S,
+        "termination_grace_period_seconds": k.drain_s + GRACE_MARGIN_S,
     }
-    return pod.model_copy(update=more)
+    return pod.model_copy(update=fields)
 
 
-def _last_act(spec: JobSpec, *role: str) -> dict[str, Lifecycle]:
-    """The container's preStop hook."""
+def _drain_hook(spec: JobSpec, *role: str) -> dict[str, Lifecycle]:
+    """Return the field of a container with its preStop hook."""
     seconds = str(spec.kubernetes.drain_s)
-    words = ["python", "-m", "orchestrator.kube.drain", "--deadline-s", seconds, *role]
-    return {"lifecycle": Lifecycle(pre_stop=Handler(exec=Exec(command=words)))}
+    command = ["python", "-m", "orchestrator.kube.drain", "--deadline-s", seconds, *role]
+    return {"lifecycle": Lifecycle(pre_stop=Handler(exec=Exec(command=command)))}
 
 
 def worker_template(spec: JobSpec, size: Size) -> PodTemplate:
-    """A worker pod, which drains its Ray node before it goes."""
+    """Return the template of a worker pod, which drains its Ray node before it ends."""
     k = spec.kubernetes
     container = _container(spec, "ray-worker", size.pod, False)
-    container = container.model_copy(update=_last_act(spec))
-    tolerations = [*_tolerations(k.worker), *_usual_tolerations(k.worker, size.pod)]
-    more = {
+    container = container.model_copy(update=_drain_hook(spec))
+    tolerations = [*_tolerations(k.worker), *_default_tolerations(k.worker, size.pod)]
+    fields = {
         "automount_service_account_token": False,
-        "termination_grace_period_seconds": k.drain_s + LAST_WORDS_S,
+        "termination_grace_period_seconds": k.drain_s + GRACE_MARGIN_S,
         "tolerations": tolerations or None,
         "affinity": _on_spot() if k.worker.spot else None,
     }
     pod = _pod(spec, k.worker, container, _volumes(spec, size.pod))
-    return _template(spec, pod.model_copy(update={n: v for n, v in more.items() if v is not None}))
+    return _template(
+        spec, pod.model_copy(update={n: v for n, v in fields.items() if v is not None})
+    )
 
 
 def submitter_template(spec: JobSpec) -> PodTemplate:
-    """The pod that hands the job to Ray: small, and under the same restrictions."""
+    """Return the template of the pod that submits the job: small, with the same restrictions."""
     container = Container(
         name="ray-job-submitter",
         image=spec.kubernetes.image or "",
@@ -114,28 +116,28 @@ def submitter_template(spec: JobSpec) -> PodTemplate:
         security_context=container_security(),
     )
     pod = _pod(spec, HeadPod(), container, [])
-    more = {"restart_policy": "Never", "automount_service_account_token": False}
-    return _template(spec, pod.model_copy(update=more))
+    fields = {"restart_policy": "Never", "automount_service_account_token": False}
+    return _template(spec, pod.model_copy(update=fields))
 
 
 def head_size(spec: JobSpec) -> PodSize:
-    """The head as the job asks for it."""
+    """Return the size of the head that the job requests."""
     head = spec.kubernetes.head
     return PodSize(head.cpus, int(head.memory_gib * GIB) // MIB * MIB)
 
 
 def literal(value: str) -> str:
-    """A variable's value that arrives as it is: Kubernetes reads `$(NAME)` and `$$` as its own."""
+    """Return a variable's value with `$` escaped, because Kubernetes expands `$(NAME)` and `$$`."""
     return value.replace("$", "$$")
 
 
 def quantity(size_bytes: int) -> str:
-    """Bytes as Kubernetes writes them, rounded up to a mebibyte."""
+    """Return bytes as a Kubernetes quantity, rounded up to a mebibyte."""
     return f"{math.ceil(size_bytes / MIB)}Mi"
 
 
 def labels(spec: JobSpec) -> dict[str, str]:
-    """On everything that belongs to this run."""
+    """Return the labels of everything that belongs to this run."""
     ours = {"app.kubernetes.io/managed-by": "orchestrator", "orchestrator/run": spec.name}
     return {**ours, **spec.kubernetes.labels}
 
@@ -156,7 +158,7 @@ def _container(spec: JobSpec, name: str, size: PodSize, with_job: bool) -> Conta
         name=name,
         image=k.image or "",
         image_pull_policy=k.image_pull_policy,
-        # Read tasks start where their raylet does, and the job's relative paths are theirs too.
+        # Ray's read tasks start in the raylet's folder, and resolve the job's relative paths there.
         working_dir=k.storage.mount_path,
         env=_env(spec),
         resources=_resources(size, k.worker),
@@ -166,7 +168,7 @@ def _container(spec: JobSpec, name: str, size: PodSize, with_job: bool) -> Conta
 
 
 def _env(spec: JobSpec) -> list[EnvVar]:
-    """Values as written, secrets as references; the model cache is shared by all pods."""
+    """Return the environment: values, and references to secrets. All pods share the model cache."""
     k = spec.kubernetes
     values = {"HF_HOME": f"{k.storage.mount_path}/huggingface", "PYTHONUNBUFFERED": "1"}
     secrets = {name: (ref.secret, ref.key) for name, ref in k.secret_env.items()}
@@ -202,7 +204,7 @@ def _volumes(spec: JobSpec, size: PodSize) -> list[Volume]:
 
 
 def _pod(
-    spec: JobSpec, wishes: HeadPod | WorkerPod, container: Container, volumes: list[Volume]
+    spec: JobSpec, settings: HeadPod | WorkerPod, container: Container, volumes: list[Volume]
 ) -> Pod:
     k = spec.kubernetes
     optional = {
@@ -210,8 +212,8 @@ def _pod(
         "image_pull_secrets": [SecretName(name=name) for name in k.image_pull_secrets],
         "service_account_name": k.service_account,
         "priority_class_name": k.priority_class,
-        "node_selector": wishes.node_selector,
-        "tolerations": _tolerations(wishes),
+        "node_selector": settings.node_selector,
+        "tolerations": _tolerations(settings),
     }
     security = PodSecurity(
         run_as_non_root=True,
@@ -225,22 +227,22 @@ def _pod(
 
 
 def container_security() -> ContainerSecurity:
-    """No way to more rights than the container starts with."""
+    """Return settings that keep a container from gaining privileges."""
     return ContainerSecurity(
         allow_privilege_escalation=False, capabilities=Capabilities(drop=["ALL"])
     )
 
 
-def _tolerations(wishes: HeadPod | WorkerPod) -> list[PodToleration]:
-    return [_toleration(one) for one in wishes.tolerations]
+def _tolerations(settings: HeadPod | WorkerPod) -> list[PodToleration]:
+    return [_toleration(one) for one in settings.tolerations]
 
 
 def _toleration(one: Toleration) -> PodToleration:
     return PodToleration(**one.model_dump(exclude_none=True))
 
 
-def _usual_tolerations(worker: WorkerPod, size: PodSize) -> list[PodToleration]:
-    """Of the taints that GPU and spot machines usually carry."""
+def _default_tolerations(worker: WorkerPod, size: PodSize) -> list[PodToleration]:
+    """Return tolerations of the taints that GPU and spot machines usually carry."""
     out = []
     if size.gpus:
         out.append(PodToleration(key=worker.gpu_resource, operator="Exists", effect="NoSchedule"))
@@ -250,7 +252,7 @@ def _usual_tolerations(worker: WorkerPod, size: PodSize) -> list[PodToleration]:
 
 
 def _on_spot() -> Affinity:
-    """A machine with any cloud's spot label: terms are alternatives."""
+    """Require a machine with the spot label of any cloud. The terms are alternatives."""
     terms = [
         NodeTerm(match_expressions=[Match(key=key, operator="In", values=[value])])
         for key, value in SPOT_LABELS.items()

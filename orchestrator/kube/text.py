@@ -1,4 +1,4 @@
-"""Names that Kubernetes accepts, and YAML that every reader reads alike."""
+"""Make names that Kubernetes accepts, and YAML that every parser reads alike."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 
 import yaml
 
-MAX_RAYJOB_NAME = 47
-"""The operator's limit: it appends to the name, and labels end at 63 characters."""
-MAX_RAYCLUSTER_NAME = 53
+MAX_RAYJOB_NAME, MAX_RAYCLUSTER_NAME = 47, 53
+"""The operator's limits: it appends to names, and labels have at most 63 characters."""
 PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9 ._/:@=-]*")
-ODD = re.compile(r"[^\n\x20-\x7e\xa1-\u1fff\u2030-\ud7ff\U00010000-\U0010ffff]")
-WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
+SPECIAL = re.compile(r"[^\n\x20-\x7e\xa1-\u1fff\u2030-\ud7ff\U00010000-\U0010ffff]")
+RESERVED = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
 
 
 def object_name(run: str, limit: int) -> str:
-    """A DNS-1035 label for a run's name: itself where it is one, else its letters and a hash of it.
+    """Return a DNS-1035 label for a run's name: the name itself if it is one, else its letters and a hash.
 
-    The hash keeps `a.b` and `a_b` apart.
+    The hash distinguishes `a.b` from `a_b`.
     """
     if len(run) <= limit and re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", run):
         return run
@@ -30,9 +29,9 @@ def object_name(run: str, limit: int) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that some YAML reader takes for a number, a truth value or nothing.
+    """A dumper that quotes every text that some YAML parser takes for a number, a boolean or null.
 
-    PyYAML knows YAML 1.1 as it reads it; Go's readers also take `1e3`, `0o7` or `y` for something else.
+    PyYAML quotes for its own YAML 1.1. Go's parsers also take `1e3`, `0o7` or `y` for something else.
     """
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -44,12 +43,12 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 
 
 def _style(value: str) -> str | None:
-    """Plain where nobody can misread it; escaped where readers differ on what ends a line."""
-    if ODD.search(value):
+    """Return the style: plain if unambiguous, escaped if parsers disagree on line ends, else quoted."""
+    if SPECIAL.search(value):
         return '"'
     if "\n" in value:
         return "|"
-    plain = PLAIN.fullmatch(value) and value.lower() not in WORDS and ": " not in value
+    plain = PLAIN.fullmatch(value) and value.lower() not in RESERVED and ": " not in value
     return None if plain and not value.endswith((":", " ")) else "'"
 
 
@@ -57,7 +56,7 @@ _Dumper.add_representer(str, _text)
 
 
 def dump_documents(documents: Iterable[dict[str, Any]]) -> str:
-    """YAML documents, one after the other, keys in the order given."""
+    """Return YAML documents with their keys in the order given."""
     return yaml.dump_all(
         list(documents), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16
     )
