@@ -21,6 +21,7 @@ from common import MINILM, REVIEWS, Options, report, require_data, workspace
 
 from orchestrator.data.prepare import prepare
 from orchestrator.launch.session import ray_session, send_chatter_to
+from orchestrator.metric import Metric
 from orchestrator.plan import this_machine
 from orchestrator.report.trial_log import SweepLog
 from orchestrator.run_folder import SweepFolder
@@ -92,7 +93,7 @@ def simulate(folder: Path, trials: int, slots: int) -> dict[str, Any]:
     spec = parse_spec(job(folder, trials, slots))
     plan = plan_sweep(spec, this_machine(), prepare(spec))
     sweep = SweepFolder(Path(plan.run_dir))
-    log = SweepLog(sweep.log, "accuracy", maximize=True)
+    log = SweepLog(sweep.log, Metric("accuracy", maximize=True))
     name = f"simulated-{trials}"
     actor: Any = ray.remote(SimulatedSlots)
     broker = actor.options(name=name, num_cpus=0, max_concurrency=10_000).remote(0)

@@ -6,9 +6,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "wer", "cer"})
-"""Metrics to be made small; all others are to be made large."""
-
 
 class Frozen(BaseModel):
     """A value: never changes after it was read, refuses keys it does not know."""

@@ -19,6 +19,7 @@ from test_render import containers
 
 from orchestrator.kube.overlays import OVERLAYS, overlay
 from orchestrator.launch.session import DATA_LOGGING, TRAIN_SETTINGS, for_workers
+from orchestrator.metric import Metric
 from orchestrator.report import gauges
 from orchestrator.report.sweep_view import SweepView
 from orchestrator.report.trial_log import SweepLog, Verdict
@@ -150,7 +151,7 @@ def test_a_cluster_is_told_how_a_sweep_stands(
     monkeypatch.setattr("ray.util.metrics.Gauge", FakeGauge)
     folder = SweepFolder(tmp_path / "search")
     folder.root.mkdir()
-    log = SweepLog(folder.log, "accuracy", maximize=True)
+    log = SweepLog(folder.log, Metric("accuracy", maximize=True))
     with SweepView(folder, 3, 2, log, Console(quiet=True), on_cluster=True) as view:
         for index in range(3):
             log.trial(f"t{index}", index, {"optimizer.lr": 1.0}, None)

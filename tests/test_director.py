@@ -23,6 +23,7 @@ from orchestrator.cli import app
 from orchestrator.cli.sweeps import best_job, job_of_sweep
 from orchestrator.errors import CheckpointError, RunExistsError, TrainingError
 from orchestrator.launch.claim import claimed_folder
+from orchestrator.metric import Metric
 from orchestrator.plan.resources import Workers
 from orchestrator.report.records import append_event
 from orchestrator.report.runs import runs_table
@@ -67,7 +68,7 @@ def directed(job: Any, tmp_path: Path) -> Iterator[Any]:
 
     def make(spent_s: float = 0.0, **sweep: Any) -> Director:
         plan = planned(job(**sweep))
-        log = SweepLog(tmp_path / "log.jsonl", "accuracy", maximize=True)
+        log = SweepLog(tmp_path / "log.jsonl", Metric("accuracy", maximize=True))
         folder = SweepFolder(tmp_path / "sweep")
         made.append(Director(plan, log, Asked(), folder, lambda *_: plan.base, spent_s))
         return made[-1]
@@ -192,7 +193,7 @@ def test_checkpoints_of_the_best_trials_are_kept_and_no_others(directed: Any) ->
 def test_of_equal_values_the_first_is_exported_which_is_the_one_that_was_saved(
     tmp_path: Path,
 ) -> None:
-    log = SweepLog(tmp_path / "log", "accuracy", maximize=True)
+    log = SweepLog(tmp_path / "log", Metric("accuracy", maximize=True))
     log.trial("t", 0, {}, None)
     for step, value in ((6, 0.84), (12, 0.7), (18, 0.84)):
         saved = log.is_among_best(value, log.trials["t"], 1)
@@ -352,7 +353,7 @@ def test_trials_without_an_end_run_wait_or_are_left(tmp_path: Path) -> None:
         {"time": sweeps.START, "kind": "trial", "trial": "t9", "index": 9, "values": {}, "parent": None}
     )  # fmt: skip
     folder = made.write(status=None, milestones=[5, 15])
-    log = SweepLog(folder.log, "accuracy", maximize=True)
+    log = SweepLog(folder.log, Metric("accuracy", maximize=True))
     left = Standing(folder)
     assert [left.of(log.trials[t]) for t in ("t00003", "t9")] == ["unfinished", "unfinished"]
     assert "unfinished" in seen_by(results_table(log, folder))

@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 FLOORS = {
     "redaction": -1,
-    "errors": 0, "values": 0, "product": 0, "renames": 0,
+    "errors": 0, "values": 0, "product": 0, "renames": 0, "metric": 0,
     "run_folder": 1, "effects": 1,
     "tasks": 2, "report": 2,
     "spec": 3,
@@ -31,6 +31,7 @@ LIGHT_ROOMS = {
     "values",
     "product",
     "renames",
+    "metric",
     "effects",
     "run_folder",
     "tasks",

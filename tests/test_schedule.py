@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import PlanError
+from orchestrator.metric import Metric
 from orchestrator.plan.chart import text_chart
 from orchestrator.plan.schedule import planned_rates
 from orchestrator.spec.schedule import (
@@ -36,6 +37,9 @@ ALL = [
     WSDSchedule(type="wsd", warmup_steps=4, min_lr_ratio=0.1),
     PlateauSchedule(type="plateau", warmup_steps=4),
 ]
+
+
+LOSS = Metric.named("loss")
 
 
 def with_warmup(kind: ScheduleSpec, steps: int | None, ratio: float | None) -> ScheduleSpec:
@@ -171,20 +175,20 @@ def test_the_rate_drops_on_a_plateau_as_torchs_does(
     for value in values:
         theirs.step(value)
     ours = plateau(patience=patience, cooldown=cooldown, min_delta=min_delta)
-    assert ours.evaluation_factor(values, higher) == optimizer.param_groups[0]["lr"]
+    assert ours.evaluation_factor(values, Metric("m", higher)) == optimizer.param_groups[0]["lr"]
 
 
 def test_the_rate_drops_once_at_each_threshold_of_the_loss() -> None:
     schedule = plateau(patience=None, thresholds=(0.5, 0.2), factor=0.1)
     losses = [0.9, 0.6, 0.5, 0.7, 0.4, 0.1, 0.3]
-    got = [schedule.evaluation_factor(losses[:n], False) for n in range(len(losses) + 1)]
+    got = [schedule.evaluation_factor(losses[:n], LOSS) for n in range(len(losses) + 1)]
     assert got == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_a_value_that_is_not_finite_is_no_better_and_the_floor_holds() -> None:
     schedule = plateau(patience=1, factor=0.1, min_lr_ratio=0.05)
-    assert schedule.evaluation_factor([0.5, math.nan], False) == 0.1
-    assert schedule.evaluation_factor([math.inf, 0.5, math.nan, 0.6], False) == 0.05
+    assert schedule.evaluation_factor([0.5, math.nan], LOSS) == 0.1
+    assert schedule.evaluation_factor([math.inf, 0.5, math.nan, 0.6], LOSS) == 0.05
 
 
 def test_planned_rates_hold_the_first_and_the_last_step() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from test_spec import refused
 
+from orchestrator.metric import Metric
 from orchestrator.report.figures import gap_chart, rate_chart
 from orchestrator.report.overfitting import evals_overfitting, overfitting_words
 from orchestrator.spec.job import StopSpec
@@ -32,7 +33,7 @@ def evals(*losses: tuple[float, float]) -> list[dict[str, Any]]:
 def stopped_after(stop: StopSpec, history: list[dict[str, Any]], higher: bool = False) -> int:
     """How many evaluations were made before the run ended; all of them where it did not."""
     for n in range(len(history) + 1):
-        if reason_to_stop(stop, history[:n], "loss", higher):
+        if reason_to_stop(stop, history[:n], Metric("loss", higher)):
             return n
     return len(history)
 
@@ -41,7 +42,9 @@ def test_a_target_ends_the_run_when_it_is_reached_from_either_side() -> None:
     falling = evals((0.9, 1), (0.5, 1), (0.4, 1))
     assert stopped_after(StopSpec(target=0.5), falling) == 2
     assert stopped_after(StopSpec(target=0.5), falling, higher=True) == 1
-    assert "stop.target = 0.5" in reason_to_stop(StopSpec(target=0.5), falling[:2], "loss", False)
+    assert "stop.target = 0.5" in reason_to_stop(
+        StopSpec(target=0.5), falling[:2], Metric("loss", False)
+    )
 
 
 def test_patience_counts_evaluations_without_a_better_value() -> None:
@@ -53,7 +56,7 @@ def test_patience_counts_evaluations_without_a_better_value() -> None:
     assert stopped_after(StopSpec(patience=2), endless, higher=True) == 3, (
         "infinity is no best value"
     )
-    assert not reason_to_stop(StopSpec(patience=2), endless, "loss", True)
+    assert not reason_to_stop(StopSpec(patience=2), endless, Metric("loss", True))
 
 
 def test_over_fitting_is_a_rising_evaluation_loss_while_the_training_loss_falls() -> None:
@@ -67,12 +70,16 @@ def test_over_fitting_is_a_rising_evaluation_loss_while_the_training_loss_falls(
 def test_a_loss_that_blows_up_but_stays_finite_ends_a_run_that_asks_for_it() -> None:
     blown = evals((0.9, 1.0), (0.6, 0.5), (0.8, 0.9), (9.0, 8.0))
     assert stopped_after(StopSpec(max_loss_ratio=3.0), blown) == 4
-    assert "from 0.5 to 8" in reason_to_stop(StopSpec(max_loss_ratio=3.0), blown, "loss", False)
+    assert "from 0.5 to 8" in reason_to_stop(
+        StopSpec(max_loss_ratio=3.0), blown, Metric("loss", False)
+    )
     assert stopped_after(StopSpec(max_loss_ratio=1.5), blown) == 3
     at_once = evals((9.0, 400.0), (8.0, 300.0))
-    said = reason_to_stop(StopSpec(max_loss_ratio=3.0), at_once[:1], "loss", False, first_loss=0.7)
+    said = reason_to_stop(
+        StopSpec(max_loss_ratio=3.0), at_once[:1], Metric("loss", False), first_loss=0.7
+    )
     assert "from 0.7 to 400" in said, "before there was anything to compare with but the first step"
-    assert not reason_to_stop(StopSpec(), blown, "loss", False)
+    assert not reason_to_stop(StopSpec(), blown, Metric("loss", False))
 
 
 def test_a_training_loss_of_zero_counts_and_a_rise_within_a_hundredth_does_not() -> None:

@@ -13,6 +13,7 @@ import tiny
 from test_plan import prepared
 
 from orchestrator.errors import PlanError, RunExistsError, SpecError
+from orchestrator.metric import Metric
 from orchestrator.plan import Cluster
 from orchestrator.plan.cluster import GIB, Node
 from orchestrator.report.trial_log import SweepLog, Verdict
@@ -176,11 +177,11 @@ def told(
     plan: SweepPlan, path: Path, curves: list[list[float]], resume_after: int | None = None
 ) -> list[tuple[str, int, Verdict]]:
     """Every verdict where trials take turns at their rungs; a new referee takes over after some of them."""
-    log, out = SweepLog(path, "accuracy", maximize=True), []
+    log, out = SweepLog(path, Metric("accuracy", maximize=True)), []
     referee = Referee(plan, log)
     for index, (trial, step, value) in enumerate(_turns(plan, curves)):
         if index == resume_after:
-            log = SweepLog(path, "accuracy", maximize=True)
+            log = SweepLog(path, Metric("accuracy", maximize=True))
             referee = Referee(plan, log)
         if trial not in log.trials:
             log.trial(trial, int(trial[1:]), {"optimizer.lr": 1e-4}, None)
@@ -241,7 +242,7 @@ def test_a_value_that_is_not_a_number_is_stopped_by_asha(job: Any, tmp_path: Pat
 def test_the_last_step_is_never_a_stop(job: Any, tmp_path: Path) -> None:
     for name in ("asha", "median", "pbt", "none"):
         plan = planned(job(num_trials=8, scheduler={"type": name}))
-        log = SweepLog(tmp_path / name, "accuracy", maximize=True)
+        log = SweepLog(tmp_path / name, Metric("accuracy", maximize=True))
         referee = Referee(plan, log)
         log.trial("a", 0, {}, None)
         referee.proposed(log.trials["a"])
@@ -250,7 +251,7 @@ def test_the_last_step_is_never_a_stop(job: Any, tmp_path: Path) -> None:
 
 def test_median_stopping_compares_with_running_means(job: Any, tmp_path: Path) -> None:
     plan = planned(job(num_trials=9, scheduler={"type": "median", "min_trials": 2}))
-    log = SweepLog(tmp_path / "log", "accuracy", maximize=True)
+    log = SweepLog(tmp_path / "log", Metric("accuracy", maximize=True))
     referee = Referee(plan, log)
     for index, values in enumerate([(0.4, 0.6), (0.6, 0.8)]):  # running means 0.5 and 0.7
         log.trial(f"t{index}", index, {}, None)
@@ -272,7 +273,7 @@ def test_a_new_best_is_worth_a_checkpoint(job: Any, tmp_path: Path) -> None:
 
 def test_a_generation_ends_with_a_checkpoint_of_every_member(job: Any, tmp_path: Path) -> None:
     plan = planned(job(num_trials=8, scheduler={"type": "pbt", "generations": 3}))
-    log = SweepLog(tmp_path / "log", "accuracy", maximize=True)
+    log = SweepLog(tmp_path / "log", Metric("accuracy", maximize=True))
     referee = Referee(plan, log)
     log.trial("m", 0, {}, None)
     member = log.trials["m"]
@@ -286,7 +287,7 @@ def test_members_that_a_rule_of_the_job_ended_leave_the_population(
     ended: tuple[int, ...], job: Any, tmp_path: Path
 ) -> None:
     plan = planned(job(num_trials=4, scheduler={"type": "pbt", "generations": 3}))
-    log = SweepLog(tmp_path / "log", "accuracy", maximize=True)
+    log = SweepLog(tmp_path / "log", Metric("accuracy", maximize=True))
     for m in range(4):
         log.trial(f"m{m:03d}g00", m, {"optimizer.lr": 1e-4}, None)
         step = 7 if m in ended else 30
@@ -324,7 +325,7 @@ class Asked:
 def directed(job: Any, tmp_path: Path) -> Iterator[tuple[Director, Asked]]:
     """A director of one trial, and the broker that it speaks to."""
     plan, broker = planned(job(num_trials=1)), Asked()
-    log = SweepLog(tmp_path / "log.jsonl", "accuracy", maximize=True)
+    log = SweepLog(tmp_path / "log.jsonl", Metric("accuracy", maximize=True))
     log.trial("t00000", 0, {"optimizer.lr": 1e-4}, None)
     director = Director(plan, log, broker, SweepFolder(tmp_path / "sweep"), lambda *_: plan.base)
     yield director, broker

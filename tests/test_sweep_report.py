@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.errors import OrchestratorError
+from orchestrator.metric import Metric
 from orchestrator.report import importance as importance_module
 from orchestrator.report.importance import FEWEST_TRIALS, importance
 from orchestrator.report.lineage import lineage_chart
@@ -313,14 +314,14 @@ def test_what_users_wrote_is_escaped(tmp_path: Path) -> None:
 
 
 def test_a_log_read_back_says_what_was_written(tmp_path: Path) -> None:
-    log = SweepLog(tmp_path / "trials.jsonl", "loss", maximize=False)
+    log = SweepLog(tmp_path / "trials.jsonl", Metric("loss", maximize=False))
     log.trial("a", 0, {"x": 1}, None)
     log.report("a", 5, 160.0, {"loss": 0.7}, Verdict(True, True))
     log.report("a", 15, 480.0, {"loss": 0.9}, Verdict(False, False))
     log.end("a", "pruned", 15)
     log.trial("b", 1, {"x": 2}, ("a", 5))
     log.report("b", 9, 288.0, {"loss": 0.6}, Verdict(True, True))
-    again = SweepLog(log.path, "loss", maximize=False)
+    again = SweepLog(log.path, Metric("loss", maximize=False))
     assert again.trials == log.trials
     assert again.order == log.order
     assert again.trials["b"].parent == ("a", 5)
@@ -331,15 +332,17 @@ def test_a_log_read_back_says_what_was_written(tmp_path: Path) -> None:
 
 
 def test_a_torn_last_line_is_passed_over_and_harms_no_later_one(tmp_path: Path) -> None:
-    log = SweepLog(tmp_path / "trials.jsonl", "loss", maximize=False)
+    log = SweepLog(tmp_path / "trials.jsonl", Metric("loss", maximize=False))
     log.trial("a", 0, {}, None)
     with open(log.path, "a", encoding="utf-8") as handle:
         handle.write('{"time": 1.0, "kind": "report", "trial": "a", "st')
     before = log.path.read_bytes()
-    again = SweepLog(log.path, "loss", maximize=False)
+    again = SweepLog(log.path, Metric("loss", maximize=False))
     assert log.path.read_bytes() == before, "reading changes nothing"
     again.report("a", 5, 5.0, {"loss": 0.5}, Verdict(True, False))
-    assert SweepLog(log.path, "loss", maximize=False).trials["a"].reports == {5: {"loss": 0.5}}
+    assert SweepLog(log.path, Metric("loss", maximize=False)).trials["a"].reports == {
+        5: {"loss": 0.5}
+    }
 
 
 def test_records_that_make_no_sense_are_counted_and_leave_no_trace(tmp_path: Path) -> None:
@@ -356,14 +359,14 @@ def test_records_that_make_no_sense_are_counted_and_leave_no_trace(tmp_path: Pat
     }
     unknown = report | {"trial": "b", "metrics": {}}
     sweeps.write_lines(path, [good, report, unknown, {"kind": "end"}])
-    log = SweepLog(path, "loss", maximize=False)
+    log = SweepLog(path, Metric("loss", maximize=False))
     assert log.unreadable == 3
     assert log.order == [("trial", "a", 0)]
     assert log.trials["a"].reports == {}
 
 
 def test_what_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
-    log = SweepLog(tmp_path / "trials.jsonl", "loss", maximize=False)
+    log = SweepLog(tmp_path / "trials.jsonl", Metric("loss", maximize=False))
     log.trial("a", 0, {}, None)
     log.report("a", 1, 1.0, {"loss": math.nan}, Verdict(True, False))
     log.report("a", 2, 2.0, {}, Verdict(True, False))

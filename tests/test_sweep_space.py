@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_spec import refused
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.metric import Metric
 from orchestrator.report.trial_log import SweepLog, Verdict
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.expression import Expression, ExpressionError
@@ -41,7 +42,7 @@ Row = tuple[dict[str, Any], float]
 
 
 def past(asked: SweepSpec, rows: Sequence[Row] = (), maximize: bool = True) -> Past:
-    found = Past(asked, maximize)
+    found = Past(asked, Metric("accuracy", maximize))
     for values, value in rows:
         found.add(values, [(5, value / 2), (15, value)])
     return found
@@ -121,9 +122,9 @@ def test_the_estimator_learns_which_choices_were_good() -> None:
 
 
 def test_a_searcher_learns_from_what_ended_well_as_it_ends_and_never_twice(tmp_path: Path) -> None:
-    log = SweepLog(tmp_path / "trials.jsonl", "loss", maximize=False)
+    log = SweepLog(tmp_path / "trials.jsonl", Metric("loss", maximize=False))
     asked = sweep({LR: SPACE[LR]}, searcher={"type": "tpe"})
-    found = Past(asked, maximize=False)
+    found = Past(asked, Metric("loss", maximize=False))
 
     def learnt() -> list[float]:
         found.follow(log)

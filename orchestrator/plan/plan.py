@@ -11,6 +11,7 @@ from pydantic import Field
 
 from orchestrator.data.order import rows_per_rank
 from orchestrator.data.prepare import Prepared, Split
+from orchestrator.metric import Metric
 from orchestrator.model.causal import check_causal, how_packed, settled
 from orchestrator.model.identity import ModelIdentity, identity_of
 from orchestrator.model.padding import Side, padded_on, padding_id, padding_side
@@ -136,6 +137,11 @@ class Plan(Frozen):
     warnings: tuple[str, ...] = ()
 
     @property
+    def selection_metric(self) -> Metric:
+        """Return the metric that names the best model, with its direction."""
+        return Metric(self.metric, self.higher_is_better)
+
+    @property
     def on_gpu(self) -> bool:
         return self.gpus_per_worker > 0
 
@@ -249,7 +255,7 @@ def make_plan(
         planned_rates=planned_rates(spec.schedule, lr, total),
         eval_every_steps=eval_every_steps(spec, prepared, steps_per_epoch, total, reasons),
         metric=metric,
-        higher_is_better=spec.task.higher_is_better(metric),
+        higher_is_better=spec.task.metric(metric).maximize,
         checkpoint_every_steps=checkpoint_every_steps(spec, total, reasons),
         checkpoint_bytes=size,
         optimizer_class=optimizer_class(spec, workers.on_gpu, reasons),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from orchestrator.metric import Metric
 from orchestrator.report import figures
 from orchestrator.report.drawing import Chart, Marks
 from orchestrator.report.page import (
@@ -30,7 +31,6 @@ from orchestrator.report.run import (
 from orchestrator.report.story import starts, time_spent, timeline
 from orchestrator.report.words import bytes_text, duration, metric_text, number
 from orchestrator.run_folder import RunFolder, write_atomically
-from orchestrator.values import LOWER_IS_BETTER
 
 STATUS_WORDS = {
     "finished": ("Finished", "good"),
@@ -164,7 +164,8 @@ def _baseline_figures(run: Run, name: str, value: float, reference: float) -> It
     what += f", {number(rows)} rows" if rows is not None else ""
     what += f", {duration(seconds)}" if seconds is not None else ""
     yield Figure(f"baseline {name}", metric_text(reference), what)
-    gain = reference - value if name in LOWER_IS_BETTER else value - reference
+    score = Metric.named(name).score
+    gain = score(value) - score(reference)
     words, tone = ("better", "good") if gain > 0 else ("worse", "bad")
     if gain == 0:
         words, tone = "no difference", "fair"

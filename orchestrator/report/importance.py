@@ -111,7 +111,7 @@ def _fanova(sweep: Sweep, trials: Sequence[tuple[TrialRun, float]]) -> dict[str,
     dimensions = sweep.dimensions()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        study = optuna.create_study(direction="maximize" if sweep.log.maximize else "minimize")
+        study = optuna.create_study(direction=sweep.log.metric.direction)
         for trial, value in trials[:: -(-len(trials) // MOST_TRIALS)]:
             study.add_trial(optuna_trial(dimensions, trial.state.values, [(0, value)]))
         found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))

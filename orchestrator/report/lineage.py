@@ -46,7 +46,7 @@ def lineage_chart(sweep: Sweep) -> Chart | None:
             x=[float(t.last_step) for t in ends], y=[rows[t.id] for t in ends], mode="markers",
             marker={
                 "size": 9, "color": [finite(v) for v in values], "colorscale": "Viridis",
-                "reversescale": not sweep.log.maximize, "showscale": True, "colorbar": {"thickness": 10},
+                "reversescale": not sweep.log.metric.maximize, "showscale": True, "colorbar": {"thickness": 10},
             },
             text=[trial_words(sweep, t) for t in ends], hovertemplate="%{text}<extra></extra>", showlegend=False,
         )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.metric import Metric
 from orchestrator.report.records import finite, read_records, read_steps
 from orchestrator.run_folder import RunFolder, read_json
-from orchestrator.values import LOWER_IS_BETTER
 
 Facts = dict[str, Any]
 
@@ -82,9 +82,9 @@ def best_eval(run: Run) -> tuple[str, Facts | None]:
     name = run.plan.get("metric") or asked or ("accuracy" if "accuracy" in known else "loss")
     if run.outcome.get("best"):
         return name, run.outcome["best"]
-    sign = -1 if name in LOWER_IS_BETTER else 1
+    score = Metric.named(name).score
     usable = [r for r in run.evals if finite(r.get(name)) is not None]
-    return name, max(usable, key=lambda r: sign * r[name], default=None)
+    return name, max(usable, key=lambda r: score(r[name]), default=None)
 
 
 def steps_done(run: Run) -> int:

@@ -60,7 +60,7 @@ def _sweep_row(folder: SweepFolder) -> tuple[str, ...]:
     outcome: dict[str, Any] = read_json(folder.outcome) or {}
     log = open_log(folder)
     best = log.best()
-    shown = "" if best is None else f"{log.metric} {best.best:.4f}  ({best.id})"
+    shown = "" if best is None else f"{log.metric.name} {best.best:.4f}  ({best.id})"
     status = str(outcome.get("status") or _without_end(folder, bool(log.trials)))
     task = f"{plan['spec']['task']['type']}, sweep"
     return folder.name, task, status, f"{len(log.trials)} trials", shown, _began(folder.spec)

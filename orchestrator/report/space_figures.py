@@ -62,7 +62,7 @@ def _field_chart(sweep: Sweep, path: str, dimension: Facts) -> Chart | None:
     note = "The best value of each trial."
     if any(t.state.status == "pruned" for t in known):
         note += " Those that were stopped early had fewer steps for it."
-    name = sweep.log.metric
+    name = sweep.log.metric.name
     chart = built(f"field-{path}", path, note, traces, name, log=log_y)
     layout = chart.figure["layout"]
     layout["xaxis"]["title"]["text"] = html.escape(path)
@@ -119,7 +119,7 @@ def parallel_chart(sweep: Sweep) -> Chart | None:
     if len(ranked) < sum(t.state.best is not None for t in sweep.trials):
         note += f" The best {MOST_LINES} trials."
     chart = built("parallel", "Parallel coordinates", note, traces, "", wide=True, height_px=420)
-    _dress(chart.figure["layout"], [*dimensions, sweep.log.metric], [t for _, t in axes])
+    _dress(chart.figure["layout"], [*dimensions, sweep.log.metric.name], [t for _, t in axes])
     return chart
 
 
@@ -223,7 +223,11 @@ def importance_chart(importance: Mapping[str, float], note: str) -> Chart | None
 
 def trial_words(sweep: Sweep, trial: TrialRun) -> str:
     """Return the hover text of a trial."""
-    best = "" if trial.state.best is None else f"{sweep.log.metric} {metric_text(trial.state.best)}"
+    best = (
+        ""
+        if trial.state.best is None
+        else f"{sweep.log.metric.name} {metric_text(trial.state.best)}"
+    )
     lines = [f"{trial.id}, {look(sweep, trial)} at step {trial.last_step}", best]
     lines += [f"{path} {shown(value)}" for path, value in trial.state.values.items()]
     return "<br>".join(html.escape(line) for line in lines if line)

@@ -166,7 +166,7 @@ def _trial(
     events = _timed(read_records(folder.events))
     waited = _total(steps, "wait_s")
     once = {r["step"]: r for r in steps}
-    figures = {r["step"]: finite(r.get(log.metric)) for r in evals}
+    figures = {r["step"]: finite(r.get(log.metric.name)) for r in evals}
     figures |= {step: finite(log.value(state, step)) for step in state.reports}
     times = [t for r in (*steps, *evals, *events) if (t := finite(r.get("time"))) is not None]
     return TrialRun(

@@ -53,7 +53,7 @@ def curves_chart(sweep: Sweep) -> Chart | None:
     note = "Every line is a trial; a line that ends early was stopped there."
     note += " Upright lines are rungs, where trials are compared." if sweep.rungs else ""
     log = spread(v for points in lines.values() for _, v in points)
-    name = sweep.log.metric
+    name = sweep.log.metric.name
     title = f"Learning curves: {name}"
     chart = chart_of("curves", title, note, traces, name, log=log, wide=True, height_px=400)
     if chart:
@@ -89,7 +89,7 @@ def best_chart(sweep: Sweep) -> Chart | None:
             total += max(step - reached[trial], 0)
             reached[trial] = max(reached[trial], step)
             value = sweep.log.value(sweep.log.trials[trial], step)
-            if sweep.log.is_better(value, best):
+            if sweep.log.metric.is_better(value, best):
                 best = value
                 x.append(float(total))
                 y.append(value)
@@ -99,7 +99,7 @@ def best_chart(sweep: Sweep) -> Chart | None:
     x, y, text = [*x, float(total)], [*y, y[-1]], [*text, text[-1]]
     trace = _lines("best so far", x, y, text, BEST, 2, 6)
     trace.line.shape = "hv"
-    name = sweep.log.metric
+    name = sweep.log.metric.name
     note = "Against the steps that all trials together had taken when it was reported."
     chart = built("best", f"Best {name} so far", note, [trace], name, log=spread(y))
     chart.figure["layout"]["xaxis"]["title"]["text"] = "steps of all trials"

@@ -130,7 +130,7 @@ def headline(seen: Seen) -> Iterator[Figure]:
     if best is not None and best.state.best is not None:
         at = next((s for s, v in best.evals if v == best.state.best), best.state.step)
         words = f"trial {best.id}, step {number(at)}"
-        yield Figure(f"best {sweep.log.metric}", metric_text(best.state.best), words, "best")
+        yield Figure(f"best {sweep.log.metric.name}", metric_text(best.state.best), words, "best")
     kinds = Counter(look(sweep, t) for t in sweep.trials)
     listed = " · ".join(f"{n} {kind}" for kind, n in kinds.most_common())
     yield Figure("trials", number(len(sweep.trials)), listed)
@@ -227,9 +227,11 @@ def _log_rows(sweep: Sweep) -> Iterator[Row]:
             continue
         if record["kind"] == "report" and record.get("step") in trial.reports:
             value = sweep.log.value(trial, record["step"])
-            if sweep.log.is_better(value, best):
+            if sweep.log.metric.is_better(value, best):
                 best = value
-                words = f"{sweep.log.metric} {metric_text(value)} at step {number(record['step'])}"
+                words = (
+                    f"{sweep.log.metric.name} {metric_text(value)} at step {number(record['step'])}"
+                )
                 yield Row(record["time"], f"New best: {trial.id}", words)
         elif record["kind"] == "end" and record.get("status") not in ("finished", "pruned"):
             words = str(record.get("message") or "").strip().split("\n")[-1]

@@ -97,7 +97,7 @@ class SweepView:
         parts = [f"{self._ended()} of {self.num_trials} trials ended"]
         parts.append(f"{min(running, self.slots)} of {self.slots} slots busy")
         if best is not None:
-            parts.append(f"best {self.log.metric} {best.best:.4f} ({best.id})")
+            parts.append(f"best {self.log.metric.name} {best.best:.4f} ({best.id})")
         if (left := self._left_s()) is not None:
             parts.append(f"about {left:.0f} s left")
         return "  ·  ".join(parts)
@@ -118,7 +118,7 @@ def _line(log: SweepLog, trial: TrialState, kind: str, step: int) -> str:
         why = f": {trial.message.splitlines()[0]}" if trial.message else ""
         return f"{trial.id} {trial.status} at step {max(trial.step, step)}{why}"
     going = "" if trial.verdicts[step].go_on else ", stopped here"
-    return f"{trial.id} step {step}  {log.metric} {log.value(trial, step):.4f}{going}"
+    return f"{trial.id} step {step}  {log.metric.name} {log.value(trial, step):.4f}{going}"
 
 
 class Standing:
@@ -158,7 +158,7 @@ def trials_table(log: SweepLog, trials: list[TrialState], standing: Standing) ->
     """One line per trial: values, how far it got, its last and best figure."""
     paths = list(dict.fromkeys(path for t in list(log.trials.values()) for path in t.values))
     table = Table(box=None, pad_edge=False)
-    for name in ("trial", "status", "step", "rung", log.metric, "best"):
+    for name in ("trial", "status", "step", "rung", log.metric.name, "best"):
         table.add_column(
             styled(name), justify="right" if name not in ("trial", "status") else "left"
         )

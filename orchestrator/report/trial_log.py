@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.metric import Metric
 from orchestrator.renames import with_new_fields
 from orchestrator.report.records import read_records
 from orchestrator.run_folder import SweepFolder, read_json
@@ -53,8 +54,8 @@ class SweepLog:
     A record that makes no sense (a damaged disk, an edited file) is passed over and counted.
     """
 
-    def __init__(self, path: Path, metric: str, maximize: bool) -> None:
-        self.path, self.metric, self.maximize = path, metric, maximize
+    def __init__(self, path: Path, metric: Metric) -> None:
+        self.path, self.metric = path, metric
         self.trials: dict[str, TrialState] = {}
         self.order: list[tuple[str, str, int]] = []
         """(kind, trial, step) of every record, in the order of events."""
@@ -92,14 +93,8 @@ class SweepLog:
 
     def value(self, trial: TrialState, step: int) -> float:
         """The sweep's metric in a report; NaN where it says none."""
-        value = trial.reports[step].get(self.metric)
+        value = trial.reports[step].get(self.metric.name)
         return float(value) if isinstance(value, int | float) else math.nan
-
-    def is_better(self, value: float, than: float | None) -> bool:
-        """Whether a value of the metric beats another one; what is not finite never does."""
-        if not math.isfinite(value):
-            return False
-        return than is None or (value > than if self.maximize else value < than)
 
     def best(self) -> TrialState | None:
         """The trial with the best report so far."""
@@ -109,15 +104,15 @@ class SweepLog:
         """Trials that reported anything, of all or of some, best first."""
         some = list(self.trials.values()) if among is None else among
         known = [t for t in some if t.best is not None]
-        sign = -1 if self.maximize else 1
-        return sorted(known, key=lambda t: (sign * (t.best or 0.0), t is not self._best, t.index))
+        score = self.metric.score
+        return sorted(known, key=lambda t: (-score(t.best or 0.0), t is not self._best, t.index))
 
     def is_among_best(self, value: float, trial: TrialState, count: int) -> bool:
         """Whether `value` would put the trial among the `count` best so far."""
         if count == 1 or not math.isfinite(value):
-            return self.is_better(value, self._best.best if self._best else None)
+            return self.metric.is_better(value, self._best.best if self._best else None)
         others = (t.best for t in self.trials.values() if t.id != trial.id and t.best is not None)
-        return sum(not self.is_better(value, other) for other in others) < count
+        return sum(not self.metric.is_better(value, other) for other in others) < count
 
     def _append(self, **record: Any) -> None:
         record = {"time": time.time(), **record}
@@ -157,9 +152,9 @@ class SweepLog:
         self.steps_total += max(step - before, 0)
         trial.reports[step], trial.keys[step], trial.verdicts[step] = metrics, key, verdict
         value, best = self.value(trial, step), self._best.best if self._best else None
-        if self.is_better(value, trial.best):
+        if self.metric.is_better(value, trial.best):
             trial.best = value
-        if self.is_better(value, best):
+        if self.metric.is_better(value, best):
             self._best, self.ended_since_best = trial, 0
 
 
@@ -167,9 +162,9 @@ def open_log(folder: SweepFolder) -> SweepLog:
     """The log of a sweep, by the metric that its plan names; by the loss where the plan is torn."""
     try:
         base = read_json(folder.plan)["base"]
-        return SweepLog(folder.log, base["metric"], base["higher_is_better"])
+        return SweepLog(folder.log, Metric(base["metric"], base["higher_is_better"]))
     except (KeyError, TypeError, ValueError):
-        return SweepLog(folder.log, "loss", maximize=False)
+        return SweepLog(folder.log, Metric.named("loss"))
 
 
 def _ends_well(path: Path) -> bool:

@@ -15,6 +15,7 @@ from pydantic import Field, Tag
 
 from orchestrator.effects import DecidedBy
 from orchestrator.errors import PlanError, Problem
+from orchestrator.metric import Metric
 from orchestrator.values import Frozen, by_type
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -55,7 +56,7 @@ class Schedule(Frozen, ABC):
             total_steps: steps of the run.
         """
 
-    def evaluation_factor(self, values: Sequence[float], higher_is_better: bool) -> float:
+    def evaluation_factor(self, values: Sequence[float], metric: Metric) -> float:
         """Return what the rate is multiplied by after evaluations that gave `values`."""
         return 1.0
 
@@ -314,13 +315,12 @@ class PlateauSchedule(Schedule):
         """Return 1: evaluations decide the rest."""
         return 1.0
 
-    def evaluation_factor(self, values: Sequence[float], higher_is_better: bool) -> float:
+    def evaluation_factor(self, values: Sequence[float], metric: Metric) -> float:
         """Return the product of all drops. A value that is not finite counts as no better."""
-        sign = 1.0 if higher_is_better else -1.0
         left = list(self.thresholds)
         best, waited, cooling, drops = -math.inf, 0, 0, 0
-        for value in (sign * v if math.isfinite(v) else -math.inf for v in values):
-            reached = [t for t in left if value >= sign * t]
+        for value in map(metric.score, values):
+            reached = [t for t in left if value >= metric.score(t)]
             drops += len(reached)
             left = [t for t in left if t not in reached]
             better = value > best + self.min_delta

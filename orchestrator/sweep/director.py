@@ -54,7 +54,7 @@ class Director:
         self.plan, self.log, self.broker, self.folder = plan, log, broker, folder
         self.make_plan = make_plan
         self.referee = Referee(plan, log)
-        self.past = Past(plan.sweep, log.maximize)
+        self.past = Past(plan.sweep, log.metric)
         self.per_step: dict[str, float] = {}
         """What one step is in the scheduler's unit, by trial, until the trial ends."""
         self.stopping: str | None = None
@@ -96,7 +96,7 @@ class Director:
         trial, step = self.log.trials[said["trial"]], said["step"]
         verdict = trial.verdicts.get(step)
         if verdict is None:
-            value = said["metrics"].get(self.log.metric, math.nan)
+            value = said["metrics"].get(self.log.metric.name, math.nan)
             # Rounded: a rung is a whole number, and step × rows may fall short of it by a float's last bit.
             key = float(round(step * self.per_step[trial.id]))
             verdict = self.referee.judge(trial, step, key, value, said["last"])
@@ -174,7 +174,7 @@ class Director:
             return NO_MORE
         going = sorted(
             (t for t in alive if t.status != "finished"),  # those ended early, by a rule of the job
-            key=lambda t: _rank(self.log.value(t, t.step), self.log.maximize),
+            key=lambda t: -self.log.metric.score(self.log.value(t, t.step)),
         )
         if not going:
             return NO_MORE
@@ -274,11 +274,6 @@ class Director:
                 retain(folder, 0, None)
                 shutil.rmtree(folder, ignore_errors=True)
                 self._with_checkpoints.discard(trial)
-
-
-def _rank(value: float, maximize: bool) -> float:
-    """Sorts the best first, and what is not a number last."""
-    return math.inf if math.isnan(value) else -value if maximize else value
 
 
 def _link(source: str, target: str) -> None:

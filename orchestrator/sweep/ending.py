@@ -31,7 +31,7 @@ class SweepOutcome:
 
 def finish(plan: SweepPlan, folder: SweepFolder, status: str, message: str) -> SweepOutcome:
     """Best job, its exported model, report; also of a sweep that failed, before that is raised."""
-    log = SweepLog(folder.log, plan.base.metric, plan.base.higher_is_better)
+    log = SweepLog(folder.log, plan.base.selection_metric)
     best, exported = log.best(), None
     if best is None and status == "finished":
         why = next((t.message for t in log.trials.values() if t.message), "")

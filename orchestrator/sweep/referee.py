@@ -9,6 +9,7 @@ from statistics import fmean, median
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
+from orchestrator.metric import Metric
 from orchestrator.report.trial_log import SweepLog, TrialState, Verdict
 from orchestrator.spec.sweep import AshaScheduler, MedianScheduler, NoScheduler, PbtScheduler
 from orchestrator.sweep.plan import SweepPlan, first_rung
@@ -34,7 +35,7 @@ class Referee:
 
     def __init__(self, plan: SweepPlan, log: SweepLog) -> None:
         self.plan, self.log = plan, log
-        self.asha = _asha(plan, log.maximize)
+        self.asha = _asha(plan, log.metric)
         self._means_at: defaultdict[float, _Means] = defaultdict(_Means)
         for kind, trial, step in log.order:
             self._replay(kind, log.trials[trial], step)
@@ -90,8 +91,8 @@ class Referee:
         if len(means) < scheduler.min_trials:
             return True
         mine = [self.log.value(trial, s) for s in trial.reports] + [value]
-        best = max(mine) if self.log.maximize else min(mine)
-        return best >= median(means) if self.log.maximize else best <= median(means)
+        score = self.log.metric.score
+        return max(map(score, mine)) >= score(median(means))
 
     def _means(self, key: float, but: TrialState) -> list[float]:
         """Of each other trial that has got as far as `key`: the mean of what it had reported until there.
@@ -109,7 +110,7 @@ class Referee:
         return [m for name, m in means.by_trial.items() if name != but.id and math.isfinite(m)]
 
 
-def _asha(plan: SweepPlan, maximize: bool) -> AsyncHyperBandScheduler | None:
+def _asha(plan: SweepPlan, metric: Metric) -> AsyncHyperBandScheduler | None:
     scheduler = plan.sweep.scheduler
     if not isinstance(scheduler, AshaScheduler):
         return None
@@ -117,7 +118,7 @@ def _asha(plan: SweepPlan, maximize: bool) -> AsyncHyperBandScheduler | None:
     return AsyncHyperBandScheduler(
         time_attr="key",
         metric="value",
-        mode="max" if maximize else "min",
+        mode=metric.mode,
         max_t=10**18,  # a trial ends by its own plan
         grace_period=first,  # type: ignore[arg-type]
         reduction_factor=scheduler.reduction_factor,

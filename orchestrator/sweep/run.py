@@ -167,7 +167,7 @@ def _run(
     from orchestrator.sweep.director import Director  # imports Ray Tune, which ray_session prepares
     from orchestrator.sweep.tuning import make_tuner
 
-    log = SweepLog(folder.log, plan.base.metric, plan.base.higher_is_better)
+    log = SweepLog(folder.log, plan.base.selection_metric)
     broker = fleet.broker
     ray.get(broker.remember.remote(_spoken(log)))
     director = Director(plan, log, broker, folder, _planner(plan, prepared), _spent_s(folder))

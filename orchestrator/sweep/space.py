@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.metric import Metric
 from orchestrator.report.importance import optuna_trial
 from orchestrator.report.trial_log import SweepLog
 from orchestrator.spec.search_space import Values, drawn, grid, kept, random_values, walk
@@ -34,9 +35,9 @@ CHANGES = (0.8, 1.2)
 class Past:
     """Trials that a searcher learns from, in the order of their ends. It only ever grows, with its log."""
 
-    def __init__(self, sweep: SweepSpec, maximize: bool) -> None:
+    def __init__(self, sweep: SweepSpec, metric: Metric) -> None:
         self.sweep = sweep
-        self._direction: Any = "maximize" if maximize else "minimize"
+        self._direction = metric.direction
         self._read = 0
         self._study: Any = None
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from orchestrator.errors import DataError, Problem
+from orchestrator.metric import Metric
 from orchestrator.tasks.usual import BY_SIZE, TEXT_NEW, TEXT_TUNED, Rate
-from orchestrator.values import LOWER_IS_BETTER, Frozen
+from orchestrator.values import Frozen
 
 if TYPE_CHECKING:  # annotations only: no import at run time, so no cycle and nothing heavy
     from typing import Self
@@ -120,9 +121,9 @@ class Task(Frozen):
         """Problems across this task's own fields."""
         return iter(())
 
-    def higher_is_better(self, metric: str) -> bool:
-        """Tell whether `metric` is to be maximised."""
-        return metric not in LOWER_IS_BETTER
+    def metric(self, name: str) -> Metric:
+        """Return the metric of this name with its direction."""
+        return Metric.named(name)
 
     @property
     @abstractmethod

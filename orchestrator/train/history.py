@@ -30,7 +30,7 @@ def rate_factor(plan: Plan, progress: Progress) -> float:
     schedule = plan.spec.schedule
     name = schedule.watched_metric(plan.metric)
     values = [record[name] for record in progress.history if name in record]
-    return schedule.evaluation_factor(values, plan.spec.task.higher_is_better(name))
+    return schedule.evaluation_factor(values, plan.spec.task.metric(name))
 
 
 def out_of_time(plan: Plan, progress: Progress) -> bool:
@@ -41,7 +41,7 @@ def out_of_time(plan: Plan, progress: Progress) -> bool:
 
 def ended_early(plan: Plan, progress: Progress) -> str:
     """Why the evaluations so far, or the clock, end training before its last step; empty where they do not."""
-    judged = (plan.spec.stop, progress.history, plan.metric, plan.higher_is_better)
+    judged = (plan.spec.stop, progress.history, plan.selection_metric)
     why = reason_to_stop(*judged, progress.first_loss)
     measured = plan.eval_data is None or (progress.last_eval or {}).get("step") == progress.step
     if not why and measured and out_of_time(plan, progress):

@@ -53,11 +53,7 @@ class Result:
 
 def is_better(value: float, best: dict[str, Any] | None, plan: Plan) -> bool:
     """Whether `value` of the plan's metric beats the best so far; what is not finite never does."""
-    if not math.isfinite(value):
-        return False
-    if best is None:
-        return True
-    return value > best[plan.metric] if plan.higher_is_better else value < best[plan.metric]
+    return plan.selection_metric.is_better(value, best[plan.metric] if best else None)
 
 
 @dataclass(frozen=True)

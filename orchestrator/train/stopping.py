@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchestrator.metric import Metric
 from orchestrator.report.overfitting import evals_overfitting
 from orchestrator.spec.job import StopSpec
 
@@ -13,8 +14,7 @@ from orchestrator.spec.job import StopSpec
 def reason_to_stop(
     stop: StopSpec,
     history: Sequence[Mapping[str, Any]],
-    metric: str,
-    higher_is_better: bool,
+    metric: Metric,
     first_loss: float = math.inf,
 ) -> str:
     """Why training ends after the evaluations in `history`, in words; empty where it goes on.
@@ -23,12 +23,14 @@ def reason_to_stop(
     """
     if not history:
         return ""
-    values = [float(record[metric]) for record in history]
-    if stop.target is not None and _reached(values[-1], stop.target, higher_is_better):
-        return f"{metric} {values[-1]:.4f} reached stop.target = {stop.target:g}"
-    waited = _without_gain(values, stop.min_delta, higher_is_better)
+    values = [float(record[metric.name]) for record in history]
+    if stop.target is not None and metric.score(values[-1]) >= metric.score(stop.target):
+        return f"{metric.name} {values[-1]:.4f} reached stop.target = {stop.target:g}"
+    waited = _without_gain(values, stop.min_delta, metric)
     if stop.patience is not None and waited >= stop.patience:
-        return f"{metric} got no better in {waited} evaluations, stop.patience = {stop.patience}"
+        return (
+            f"{metric.name} got no better in {waited} evaluations, stop.patience = {stop.patience}"
+        )
     bad = evals_overfitting(history)
     if stop.overfitting_evals is not None and bad >= stop.overfitting_evals:
         return (
@@ -49,16 +51,11 @@ def _blown_up(losses: Sequence[float], ratio: float | None) -> str:
     )
 
 
-def _reached(value: float, target: float, higher_is_better: bool) -> bool:
-    return value >= target if higher_is_better else value <= target
-
-
-def _without_gain(values: Sequence[float], min_delta: float, higher_is_better: bool) -> int:
+def _without_gain(values: Sequence[float], min_delta: float, metric: Metric) -> int:
     """Evaluations since the last that beat the best before it by more than `min_delta`."""
     best, waited = -math.inf, 0
-    for value in values:
-        signed = value if higher_is_better else -value
+    for score in map(metric.score, values):
         waited += 1
-        if math.isfinite(value) and signed > best + min_delta:
-            best, waited = signed, 0
+        if score > best + min_delta:
+            best, waited = score, 0
     return waited
