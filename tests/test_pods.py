@@ -187,7 +187,10 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_no_step_is_lost(
     resumed_s = time.monotonic() - drained
     assert pod.number not in cluster.where("RayTrainWorker"), "nobody works on the drained node"
     assert ending.wait(60) == 0
-    assert re.search(rf"drain: gone after|drain: still busy after {DRAIN_S} s", said.read_text())
+    assert re.search(
+        rf"drain: the node was removed after|drain: the node is still busy after {DRAIN_S} s",
+        said.read_text(),
+    )
     run.folder.stop_request.touch()
     assert run.finish(FINISH_S) == 130, run.output()
     notice, (_, resumed) = run.events("notice")[0], run.events("stream")
