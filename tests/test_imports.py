@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.spec.averaging import Averaging
+from orchestrator.spec.optimizers.base import Optimizer
+from orchestrator.spec.schedule import Schedule
+from orchestrator.tasks.base import Task
+
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 FLOORS = {
     "redaction": -1,
@@ -146,26 +151,25 @@ def test_nobody_outside_the_tasks_asks_for_a_task_by_its_name() -> None:
 
 def type_comparisons(text: str) -> list[str]:
     """Comparisons of an optimizer's or a schedule's type with a name."""
-    return re.findall(r"(?:optimizer|schedule)\.type (?:[!=]=|in) .*", text)
+    return re.findall(r"(?:optimizer|schedule|averaging)\.type (?:[!=]=|in) .*", text)
 
 
-def test_nobody_outside_their_files_asks_for_an_optimizer_or_a_schedule_by_its_kind() -> None:
+def test_nobody_outside_their_files_asks_which_kind_a_kind_is() -> None:
     assert type_comparisons('if spec.optimizer.type == "sgd":')
-    kinds = {
-        node.name
-        for path in (*(PACKAGE / "spec/optimizers").glob("*.py"), PACKAGE / "spec/schedule.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef)
-    }
-    assert kinds >= {"AdamW", "Muon", "PlateauSchedule"}
+    kinds = {name for base in (Optimizer, Schedule, Averaging, Task) for name in _names(base)}
+    assert kinds >= {"AdamW", "Muon", "PlateauSchedule", "SWA", "SequenceTask"}
     asked = []
     for path in PACKAGE.rglob("*.py"):
         file, text = path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")
-        if file.startswith("spec/optimizers/") or file == "spec/schedule.py":
+        if file.startswith(("spec/optimizers/", "tasks/", "spec/schedule.py", "spec/averaging.py")):
             continue
         asked += [f"{file}: {found}" for found in type_comparisons(text)]
         asked += [f"{file}: {name}" for name in _tested_classes(ast.parse(text)) & kinds]
     assert asked == []
+
+
+def _names(base: type) -> set[str]:
+    return {base.__name__}.union(*(_names(inner) for inner in base.__subclasses__()))
 
 
 def _tested_classes(tree: ast.AST) -> set[str]:

@@ -20,6 +20,7 @@ from orchestrator.plan.defaults import SOURCES, learning_rate
 from orchestrator.plan.facts import facts_of
 from orchestrator.plan.fit import optimizer_states
 from orchestrator.spec import JobSpec, parse_spec
+from orchestrator.spec.averaging import AveragingSpec
 from orchestrator.spec.optimizers import OptimizerSpec
 from orchestrator.spec.schedule import ScheduleSpec
 from orchestrator.tasks import TaskSpec
@@ -278,11 +279,14 @@ def test_every_source_belongs_to_a_field() -> None:
     assert of_tasks.keys() >= {"task.preference/beta", "task.question_answering/stride_tokens"}
     of_schedules = {f"schedule.{kind_of(s)}/{name}": why
                     for s in model_members(ScheduleSpec) for name, why in s.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
+    of_averages = {f"regularization.averaging.{kind_of(a)}/{name}": why
+                   for a in model_members(AveragingSpec) for name, why in a.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
+    assert len(of_averages) == 2
     assert of_schedules.keys() >= {"schedule.linear/type", "schedule.wsd/warmup_ratio"}
     of_optimizers = {f"optimizer.{kind_of(o)}/{name}": why
                      for o in model_members(OptimizerSpec) for name, why in o.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
     assert of_optimizers.keys() >= {"optimizer.adamw/type", "optimizer.lion/betas"}
-    for field, why in (SOURCES | of_tasks | of_optimizers | of_schedules).items():
+    for field, why in (SOURCES | of_tasks | of_optimizers | of_schedules | of_averages).items():
         section, _, name = field.rpartition(".")
         kind, _, name = name.rpartition("/")
         models: list[Any] = [JobSpec]

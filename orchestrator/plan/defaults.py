@@ -57,15 +57,17 @@ def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Knob, ...]:
 
 
 def _listed(spec: JobSpec) -> Iterator[Knob]:
-    of_optimizer, of_schedule, of_task = (
+    averaging = spec.regularization.averaging
+    of_optimizer, of_schedule, of_averaging, of_task = (
         {f"{section}.{kind.type}/{name}": why for name, why in sources.items()}
         for section, kind, sources in (
             ("optimizer", spec.optimizer, spec.optimizer.sources),
             ("schedule", spec.schedule, spec.schedule.sources),
+            ("regularization.averaging", averaging, averaging.sources),
             ("task", spec.task, spec.task.default_sources),
         )
     )
-    for field, why in (of_optimizer | of_schedule | SOURCES | of_task).items():
+    for field, why in (of_optimizer | of_schedule | of_averaging | SOURCES | of_task).items():
         section, _, name = field.rpartition(".")
         owner: Any = spec
         for part in filter(None, section.split(".")):
@@ -84,8 +86,6 @@ def _listed(spec: JobSpec) -> Iterator[Knob]:
 INSTEAD = {"warmup_ratio": "warmup_steps"}
 """Field → another one that says the same in other words."""
 SOURCES: dict[str, str] = {
-    "regularization.averaging.ema/decay": "TensorFlow's advice for its ExponentialMovingAverage: 0.999, 0.9999",
-    "regularization.averaging.swa/start_ratio": "Izmailov et al., arXiv 1803.05407, 4, at 75 % of the budget",
     "distillation.temperature": "as in the code of DistilBERT (Sanh et al., arXiv 1910.01108)",
     "distillation.alpha": "even shares and no more: no source settles it; search it",
     "distillation.top_k": "a start and no more: no source settles it",

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.errors import PlanError
 from orchestrator.plan.cluster import GIB
 from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, memory_bytes
-from orchestrator.plan.regularization import averages, passes_per_row
+from orchestrator.plan.regularization import passes_per_row
 from orchestrator.plan.resources import Workers
 from orchestrator.plan.zero import bucket_elements
 from orchestrator.spec import JobSpec
@@ -49,8 +49,9 @@ class Load:
             world_size=self.workers.count,
             stage=stage,
             bf16=self.bf16,
-            optimizer_states=optimizer_states(spec, self.model) + averages(spec),
-            averages=averages(spec),
+            optimizer_states=optimizer_states(spec, self.model)
+            + spec.regularization.averaging.keeps_average,
+            averages=spec.regularization.averaging.keeps_average,
             offload_optimizer=spec.zero.offload_optimizer == "cpu",
             offload_param=spec.zero.offload_param == "cpu",
             bucket_elements=bucket_elements(spec, self.model.moving),

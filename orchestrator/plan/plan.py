@@ -24,7 +24,6 @@ from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load
 from orchestrator.plan.memory import ModelFacts, Stage, checkpoint_bytes
 from orchestrator.plan.regularization import (
-    averaging_warnings,
     check_dropout,
     class_weights,
     mask_token,
@@ -270,7 +269,7 @@ def make_plan(
         reasons=reasons,
         warnings=(
             *_job_warnings(asked, spec, prepared, reasons, padding_warning),
-            *averaging_warnings(spec, total, steps_per_epoch),
+            *spec.regularization.averaging.warnings(total, steps_per_epoch),
             *start_warnings(cluster, model, shares),
         ),
         **shares,

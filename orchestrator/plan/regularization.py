@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from orchestrator.data.shards import open_shards
 from orchestrator.errors import PlanError
 from orchestrator.model.config import dropouts, load_config
 from orchestrator.spec import JobSpec
-from orchestrator.spec.regularization import SWA, NoAveraging
 
 
 def class_weights(
@@ -91,38 +89,6 @@ def special_tokens(spec: JobSpec, tokenizer: Any) -> tuple[int, ...]:
     if not spec.regularization.token_dropout:
         return ()
     return tuple(sorted(set(tokenizer.all_special_ids)))
-
-
-def averages(spec: JobSpec) -> bool:
-    """Tell whether an average of the weights is kept beside them."""
-    return not isinstance(spec.regularization.averaging, NoAveraging)
-
-
-def swa_steps(swa: SWA, total_steps: int, steps_per_epoch: int) -> tuple[int, int, int]:
-    """(steps before there is anything to average, steps between points, number of points)."""
-    start = math.floor(swa.start_ratio * total_steps)
-    match swa.every_steps:
-        case "auto":
-            every = min(steps_per_epoch, max(1, (total_steps - start) // 10))
-        case "epoch":
-            every = steps_per_epoch
-        case steps:
-            every = steps
-    return start, every, (total_steps - start) // every
-
-
-def averaging_warnings(spec: JobSpec, total_steps: int, steps_per_epoch: int) -> Iterator[str]:
-    """Yield warnings on averages that would average nothing."""
-    swa = spec.regularization.averaging
-    if not isinstance(swa, SWA):
-        return
-    start, every, points = swa_steps(swa, total_steps, steps_per_epoch)
-    if points < 2:
-        what = f"one point, step {start + every:,}" if points else "nothing"
-        yield (
-            f"regularization.averaging is the mean of {what}: {total_steps - start:,} steps are left after step "
-            f"{start:,}, a point every {every:,}. Set every_steps or start_ratio lower."
-        )
 
 
 def passes_per_row(spec: JobSpec) -> int:

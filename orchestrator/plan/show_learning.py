@@ -8,9 +8,7 @@ from rich.text import Text
 
 from orchestrator.plan.chart import text_chart
 from orchestrator.plan.plan import Plan
-from orchestrator.plan.regularization import averages, swa_steps
 from orchestrator.plan.unfreezing import all_move_at_step, interval_steps, moving_layers
-from orchestrator.spec.regularization import EMA, SWA, NoAveraging
 
 Row = tuple[str, str, str]
 
@@ -80,22 +78,13 @@ def _regularization(plan: Plan) -> Iterator[Row]:
         pairs = zip(plan.labels, plan.class_weights, strict=True)
         shown = ", ".join(f"{label} {weight:.3g}" for label, weight in pairs)
         yield "class weights", shown, reasons.get("class_weights", "regularization.class_weights")
-    if averages(plan.spec):
+    averaging = settings.averaging
+    if averaging.keeps_average:
         why = (
             "evaluated and exported in place of the weights; one more fp32 value per trained weight"
         )
-        yield "average of the weights", _average_words(plan), why
-
-
-def _average_words(plan: Plan) -> str:
-    match plan.spec.regularization.averaging:
-        case SWA() as swa:
-            start, every, points = swa_steps(swa, plan.total_steps, plan.steps_per_epoch)
-            return f"swa: {points} points after step {start:,}, every {every:,} steps"
-        case EMA(decay=decay):
-            return f"ema, decay {decay:g}"
-        case NoAveraging():
-            return "none"
+        what = averaging.describe(plan.total_steps, plan.steps_per_epoch)
+        yield "average of the weights", what, why
 
 
 def _distillation(plan: Plan) -> Iterator[Row]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from orchestrator.errors import Problem
 from orchestrator.spec.job import JobSpec
-from orchestrator.tasks.single_label import SingleLabel
 
 NO_EVAL_ROWS = "has no rows to be measured on"
 GIVE_EVAL_ROWS = "set data.eval, or data.eval_fraction=0.1, or drop it"
@@ -86,7 +85,7 @@ def _regularization(spec: JobSpec) -> Iterator[Problem]:
     if settings.class_weights is not None and not task.label_feature:
         why = f"needs labels, which {task.type} does not have"
         yield Problem("regularization.class_weights", why, "drop it", settings.class_weights)
-    if settings.mixup_alpha is not None and not isinstance(task, SingleLabel):
+    if settings.mixup_alpha is not None and not task.one_label:
         why = f"needs one label per row, which {task.type} does not have"
         yield Problem("regularization.mixup_alpha", why, "drop it", settings.mixup_alpha)
     if settings.mixup_alpha is not None and settings.r_drop_alpha is not None:

@@ -4,43 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
 from orchestrator.effects import Affects, Effect
-from orchestrator.values import Frozen, by_type
-
-
-class NoAveraging(Frozen):
-    """The weights as they are after the last step."""
-
-    type: Literal["none"] = "none"
-
-
-class EMA(Frozen):
-    """Exponential moving average of the weights after every step; at its start shorter, by
-    (1 + step) / (10 + step), so that the first weights fade (as in TensorFlow's)."""
-
-    type: Literal["ema"]
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    """Share of the average that stays at each step; about 1 / (1 − decay) steps count."""
-
-
-class SWA(Frozen):
-    """Stochastic weight averaging (Izmailov et al., arXiv 1803.05407): the plain mean of the weights at
-    regular steps near the end, best with a rate that stays high, as under `schedule.type: constant`."""
-
-    type: Literal["swa"]
-    start_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
-    """Share of all steps after which weights are averaged."""
-    every_steps: Annotated[int, Field(ge=1)] | Literal["epoch", "auto"] = "auto"
-    """Steps between the weights that are averaged. `auto`: an `epoch`, or a tenth of what is left after
-    `start_ratio` where that is less."""
-
-
-AveragingSpec = Annotated[
-    Annotated[NoAveraging, Tag("none")] | Annotated[EMA, Tag("ema")] | Annotated[SWA, Tag("swa")],
-    by_type("none"),
-]
+from orchestrator.spec.averaging import AveragingSpec, NoAveraging
+from orchestrator.values import Frozen
 
 
 class RegularizationSpec(Frozen):

@@ -107,6 +107,8 @@ class Task(Frozen):
     """Each token is predicted from those before it: a model that also looks ahead is refused."""
     has_scores: ClassVar[bool] = False
     """The loss is the cross entropy of `scores`, so that it can be smoothed, weighted and mixed."""
+    one_label: ClassVar[bool] = False
+    """A row has one label, so that two rows and their labels can be mixed."""
     label_feature: ClassVar[str] = ""
     """The feature that holds a row's labels as their numbers; empty where there are none to weight."""
     soft_targets: ClassVar[SoftTargets | None] = None
@@ -224,6 +226,31 @@ class Task(Frozen):
         """Return (only if `soft_targets`) the predictions that `loss_sum` is made of, its cross entropy
         where `has_scores`."""
         raise NotImplementedError(f"{self.type} has no scores")
+
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return (only if `soft_targets`) the loss of each target (targets,), of fp32 scores."""
+        import torch.nn.functional as functional
+
+        return functional.cross_entropy(logits, targets, reduction="none")
+
+    def regularized_losses(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        smoothing: float,
+        class_weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return `losses`, smoothed and weighted by class (`class_weights`: (classes,)) where there are classes."""
+        import torch.nn.functional as functional
+
+        if not self.has_scores:
+            return self.losses(logits, targets)
+        losses = functional.cross_entropy(
+            logits, targets, reduction="none", label_smoothing=smoothing
+        )
+        if class_weights is not None:
+            losses = losses * class_weights[targets.clamp(min=0)]  # those of IGNORED have no loss
+        return losses
 
     @abstractmethod
     def measure(
@@ -356,27 +383,6 @@ def tokens_and_mask(arrays: Sequence[np.ndarray], pad_id: int) -> dict[str, torc
     }
 
 
-def label_problems(labels: tuple[str, ...] | None) -> Iterator[Problem]:
-    """Yield the problems of a label set that the job gives."""
-    if labels is None:
-        return
-    if len(set(labels)) != len(labels):
-        yield Problem("task.labels", "holds a label twice", "list each once", labels)
-    if len(labels) < 2:
-        yield Problem("task.labels", "needs at least two labels", "", labels)
-
-
-def per_label(
-    labels: Sequence[str], precision: Iterable[Any], recall: Iterable[Any], f1: Iterable[Any]
-) -> dict[str, dict[str, float]]:
-    """Scores of each label as metrics of their own, in the names the report draws."""
-    scores = {"precision": precision, "recall": recall, "f1": f1}
-    return {
-        f"{name}_per_class": {k: float(v) for k, v in zip(labels, values, strict=True)}
-        for name, values in scores.items()
-    }
-
-
 def ragged(values: Sequence[Any]) -> np.ndarray:
     """An object array (rows,) of values of any kind and length."""
     import numpy as np
@@ -385,11 +391,6 @@ def ragged(values: Sequence[Any]) -> np.ndarray:
     for i, value in enumerate(values):
         out[i] = value
     return out
-
-
-def of_tokens(outputs: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Outputs (rows, tokens, …) at the batch's own tokens; learnt ones in front have outputs too."""
-    return outputs[:, -batch["input_ids"].shape[1] :]
 
 
 def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> Scores:

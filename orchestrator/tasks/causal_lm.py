@@ -16,7 +16,6 @@ from orchestrator.tasks.base import (
     Scores,
     SoftTargets,
     Task,
-    of_tokens,
     pad,
 )
 from orchestrator.tasks.conversation import Encoded
@@ -32,6 +31,7 @@ from orchestrator.tasks.packing import (
     row_inputs,
 )
 from orchestrator.tasks.templating import chat, instruction, plain
+from orchestrator.tasks.tokenizing import of_tokens
 from orchestrator.tasks.usual import BY_SIZE, LM_NEW, LM_TUNED, Rate
 from orchestrator.values import Frozen, by_type
 

@@ -11,10 +11,11 @@ import numbers
 import re
 import tokenize
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from orchestrator.errors import Problem
 from orchestrator.tasks.base import BadRow
 
 INTEGER = re.compile(r"[+-]?\d+")
@@ -208,3 +209,24 @@ def _difference(labels: Sequence[str]) -> str:
     if len({unicodedata.normalize("NFKC", label) for label in labels}) == 1:
         return "Unicode form"
     return "case" if len({label.casefold() for label in labels}) == 1 else "case, space or form"
+
+
+def label_problems(labels: tuple[str, ...] | None) -> Iterator[Problem]:
+    """Yield the problems of a label set that the job gives."""
+    if labels is None:
+        return
+    if len(set(labels)) != len(labels):
+        yield Problem("task.labels", "holds a label twice", "list each once", labels)
+    if len(labels) < 2:
+        yield Problem("task.labels", "needs at least two labels", "", labels)
+
+
+def per_label(
+    labels: Sequence[str], precision: Iterable[Any], recall: Iterable[Any], f1: Iterable[Any]
+) -> dict[str, dict[str, float]]:
+    """Scores of each label as metrics of their own, in the names the report draws."""
+    scores = {"precision": precision, "recall": recall, "f1": f1}
+    return {
+        f"{name}_per_class": {k: float(v) for k, v in zip(labels, values, strict=True)}
+        for name, values in scores.items()
+    }

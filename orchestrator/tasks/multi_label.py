@@ -9,14 +9,16 @@ from pydantic import Field
 
 from orchestrator.effects import Affects, Effect
 from orchestrator.errors import Problem
-from orchestrator.tasks.base import (
-    BadRow,
-    FeatureKind,
-    SoftTargets,
+from orchestrator.tasks.base import BadRow, FeatureKind, SoftTargets
+from orchestrator.tasks.labels import (
+    is_missing,
+    label_name,
+    label_number,
     label_problems,
+    list_in,
     per_label,
+    shown,
 )
-from orchestrator.tasks.labels import is_missing, label_name, label_number, list_in, shown
 from orchestrator.tasks.sequence import SequenceTask
 
 if TYPE_CHECKING:
@@ -142,6 +144,17 @@ class MultiLabelClassification(SequenceTask):
         import torch
 
         return torch.from_numpy(np.stack(targets).astype(np.int64))
+
+    def regularized_losses(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        smoothing: float,
+        class_weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the losses; yes and no of a label are smoothed as two classes."""
+        smoothed = targets * (1 - smoothing) + smoothing / 2
+        return self.losses(logits, smoothed, class_weights)
 
     def losses(
         self, logits: torch.Tensor, targets: torch.Tensor, yes: torch.Tensor | None = None

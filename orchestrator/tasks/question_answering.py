@@ -18,12 +18,12 @@ from orchestrator.tasks.base import (
     FeatureKind,
     RawRow,
     Task,
-    of_tokens,
     pad,
     ragged,
     text_problem,
     tokens_and_mask,
 )
+from orchestrator.tasks.tokenizing import of_tokens
 from orchestrator.tasks.windows import NO_ANSWER, tokens_of, windows_of
 
 if TYPE_CHECKING:

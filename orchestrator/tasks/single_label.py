@@ -6,8 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.errors import Problem
-from orchestrator.tasks.base import BadRow, FeatureKind, Task, label_problems, per_label
-from orchestrator.tasks.labels import is_missing, label_name, label_number
+from orchestrator.tasks.base import BadRow, FeatureKind, Task
+from orchestrator.tasks.labels import (
+    is_missing,
+    label_name,
+    label_number,
+    label_problems,
+    per_label,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +44,7 @@ class SingleLabel(Task):
     labelled_head: ClassVar[bool] = True
     target_kind: ClassVar[FeatureKind] = "int"
     has_scores: ClassVar[bool] = True
+    one_label: ClassVar[bool] = True
     label_feature: ClassVar[str] = "label"
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:

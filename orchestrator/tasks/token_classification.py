@@ -16,17 +16,15 @@ from orchestrator.tasks.base import (
     Scores,
     SoftTargets,
     Task,
-    label_problems,
-    of_tokens,
     pad,
     ragged,
     text_problem,
     token_scores,
     tokens_and_mask,
 )
-from orchestrator.tasks.labels import label_name, label_number, list_in, shown
+from orchestrator.tasks.labels import label_name, label_number, label_problems, list_in, shown
 from orchestrator.tasks.tags import OUTSIDE, Scheme, entities_in, entity_scores, scheme_of
-from orchestrator.tasks.tokenizing import words_have_leading_space
+from orchestrator.tasks.tokenizing import of_tokens, words_have_leading_space
 from orchestrator.tasks.words import NO_TOKEN, aligned
 
 if TYPE_CHECKING:

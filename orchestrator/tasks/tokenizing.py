@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
+
+if TYPE_CHECKING:
+    import torch
 
 SPACE = "Ġ"
 """What byte-level tokenizers write for a space."""
@@ -159,3 +162,8 @@ def target_start(tokenizer: Any) -> dict[str, int]:
     if frame[0] in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         return {}
     return {"forced_bos_token_id": int(frame[0])}
+
+
+def of_tokens(outputs: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Outputs (rows, tokens, …) at the batch's own tokens; learnt ones in front have outputs too."""
+    return outputs[:, -batch["input_ids"].shape[1] :]

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from orchestrator.plan.plan import Plan
-from orchestrator.plan.regularization import swa_steps
-from orchestrator.spec.regularization import EMA, SWA, NoAveraging
 
 AVERAGED_FILE = "averaged.pt"
 """The averages in one piece inside a checkpoint, for export."""
@@ -20,18 +18,9 @@ AVERAGE = "average"
 
 
 def average_share(plan: Plan, step: int) -> float:
-    """How far the average moves towards the weights after step `step` (0-based): 1 copies them, 0 leaves it."""
-    match plan.spec.regularization.averaging:
-        case NoAveraging():
-            return 0.0
-        case EMA(decay=decay):
-            return 1 - min(decay, (1 + step) / (10 + step))
-        case SWA() as swa:
-            start, every, _ = swa_steps(swa, plan.total_steps, plan.steps_per_epoch)
-            since = step + 1 - start
-            if since < every:
-                return 1.0  # nothing to average yet: what is evaluated are the weights themselves
-            return 0.0 if since % every else every / since
+    """Return how far the average moves towards the weights after step `step` (0-based): 1 copies them, 0 leaves it."""
+    averaging = plan.spec.regularization.averaging
+    return averaging.share(step, plan.total_steps, plan.steps_per_epoch)
 
 
 class Averager:

@@ -18,7 +18,6 @@ from torch._utils import _unflatten_dense_tensors as unflattened
 
 from orchestrator.data.stream import StepRows, micro_batches
 from orchestrator.plan.plan import Plan
-from orchestrator.spec.regularization import NoAveraging
 from orchestrator.train.averaging import AVERAGED_FILE, Averager, add_l1
 from orchestrator.train.objective import Objective
 from orchestrator.train.optimizer import make_optimizer
@@ -70,7 +69,7 @@ def after_each_step(engine: Any, plan: Plan) -> Averager | None:
     settings = plan.spec.regularization
     if settings.l1:
         add_l1(engine.basic_optimizer, settings.l1)
-    if isinstance(settings.averaging, NoAveraging):
+    if not settings.averaging.keeps_average:
         return None
     return Averager(engine.basic_optimizer)
 

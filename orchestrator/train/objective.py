@@ -10,8 +10,6 @@ import torch.nn.functional as functional
 
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.base import Scores, SoftTargets
-from orchestrator.tasks.multi_label import MultiLabelClassification
-from orchestrator.tasks.sequence import SequenceTask
 from orchestrator.train.distil import Distiller
 from orchestrator.train.noise import EmbeddingHook
 from orchestrator.train.router_loss import RouterLoss, asks_for_router_loss
@@ -99,31 +97,17 @@ class Objective:
         return {**batch, "attention_mask": seen}, partner, share
 
     def _cross_entropy(self, scores: Scores, labels: torch.Tensor) -> torch.Tensor:
-        """Per target, smoothed and weighted by row and class; yes and no of a label are smoothed as two classes."""
+        """Per target, smoothed and weighted by row and class."""
         smoothing, task = self.settings.label_smoothing, self.plan.spec.task
         by_class: torch.Tensor | None = None
         if self.plan.class_weights:
             by_class = torch.tensor(self.plan.class_weights, device=labels.device)
-        if isinstance(task, MultiLabelClassification):
-            smoothed = labels * (1 - smoothing) + smoothing / 2
-            return task.losses(scores.logits, smoothed, by_class) * scores.weights
-        if not task.has_scores:
-            return self._own(scores, labels)
-        losses = functional.cross_entropy(
-            scores.logits, labels, reduction="none", label_smoothing=smoothing
-        )
-        if by_class is not None:
-            losses = losses * by_class[labels.clamp(min=0)]  # those of IGNORED have no loss
+        losses = task.regularized_losses(scores.logits, labels, smoothing, by_class)
         return losses * scores.weights
 
     def _own(self, scores: Scores, labels: torch.Tensor) -> torch.Tensor:
         """The task's loss per target, weighted by row."""
-        task = self.plan.spec.task
-        if isinstance(task, SequenceTask):
-            losses = task.losses(scores.logits, labels)
-        else:
-            losses = functional.cross_entropy(scores.logits, labels, reduction="none")
-        return losses * scores.weights
+        return self.plan.spec.task.losses(scores.logits, labels) * scores.weights
 
     def _plain(self, scores: Scores) -> torch.Tensor:
         """The task's loss of these scores, without smoothing and class weights."""
