@@ -1,4 +1,7 @@
-"""Muon for the matrices inside a model, AdamW for all else."""
+"""Muon for the matrices inside a model, AdamW for all else.
+
+See docs/decisions/0132-muon-is-torchs-and-runs-at-zero-stage-0.md.
+"""
 
 from __future__ import annotations
 
