@@ -2,7 +2,7 @@
 
 Both sides are `orchestrator sweep` on the job of jobs/sweep_lr.yaml, its reviews cut shorter and with half of
 MiniLM's layers: learning rate, weight decay and warm-up, the same draws on two slots, one after the other. Random
-search trains every trial to its end; ASHA goes on until it has trained half as many optimizer steps in all. Compared
+search trains every trial to its end; ASHA runs until it has trained half as many optimizer steps in all. Compared
 is the loss on held-out rows, at every rung.
 """
 

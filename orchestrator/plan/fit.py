@@ -147,7 +147,7 @@ def _too_big(load: Load, stage: Stage, rows: int) -> str:
         fixes = ["a smaller model, a shorter data.max_length_tokens or larger workers"]
     return (
         f"one worker needs {need([]) / GIB:.1f} GiB at ZeRO stage {setup.stage} with {rows} row(s) of "
-        f"{load.tokens_per_row} tokens; {room / GIB:.1f} GiB are to be had. What helps: {', or '.join(fixes)}."
+        f"{load.tokens_per_row} tokens; {room / GIB:.1f} GiB is available. What helps: {', or '.join(fixes)}."
     )
 
 
