@@ -28,7 +28,7 @@ from orchestrator.model.parts import PROJECTION
 from orchestrator.model.teacher import check_teacher, paired_layers
 from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan import Plan, make_plan
-from orchestrator.remote.package import named_by
+from orchestrator.remote.package import paths_in
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.train.compare import _measured
 from orchestrator.train.objective import Objective
@@ -408,7 +408,7 @@ def test_a_teachers_folder_goes_along_when_a_job_is_submitted(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(models.bert, tmp_path / "big" / "model")
     spec = job(models.bert, Path("big/model"), tmp_path, tiny.labelled(4))
-    assert "big/model" in named_by(spec)
+    assert "big/model" in paths_in(spec)
 
 
 TEACHER = {"teacher": "org/teacher"}

@@ -1,4 +1,4 @@
-"""What is sent to a cluster: the package, the request, the token. Nothing here starts Ray."""
+"""Test the package, the request and the token that are sent to a cluster, without Ray."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from orchestrator.cli import app
 from orchestrator.errors import OrchestratorError, PlanError, SpecError
 from orchestrator.plan import describe_cluster
 from orchestrator.remote import package
-from orchestrator.remote.head import RemoteError, find_token, http_address, last_words
+from orchestrator.remote.head import RemoteError, find_token, http_address, last_error
 from orchestrator.remote.jobs import exit_code
-from orchestrator.remote.request import job_in, make_request, must_fit, must_offer
+from orchestrator.remote.request import check_capacity, check_driver_resources, job_in, make_request
 from orchestrator.spec import JobSpec, load_spec, parse_spec
 
 KEPT = {"storage_path": "/shared/runs"}
 
 
 def spec(**fields: Any) -> JobSpec:
-    """A job that could be submitted; its files are the cluster's."""
+    """Return a job that can be submitted. Its files are on the cluster."""
     data = {"train": "/cluster/train.jsonl", "prepared_dir": "/shared/prepared"}
     given = {
         "name": "job",
@@ -39,7 +39,7 @@ def spec(**fields: Any) -> JobSpec:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with code, data, a repository and ignore files."""
+    """Create a working directory with code, data, a repository and ignore files."""
     for name in (
         "job.yaml", "code/train.py", "code/__pycache__/train.pyc", ".git/HEAD", "data/train.jsonl",
         "data/huge.bin", "models/bert/config.json", "models/bert/model.safetensors", "models/other/x",
@@ -100,13 +100,13 @@ def test_a_package_that_is_too_large_names_its_largest_files(
     monkeypatch.setattr(package, "LIMIT_BYTES", 2000)
     (here / "code" / "noise.bin").write_bytes(os.urandom(4000))
     files = package.files_to_pack(here, spec(), Path("job.yaml"))
-    with pytest.raises(OrchestratorError, match=r"(?s)largest files:.*code/noise.bin.*excludes"):
+    with pytest.raises(OrchestratorError, match=r"code/noise\.bin"):
         package.pack(here, files, here / "a.zip")
-    monkeypatch.setattr(package, "HOPELESS_BYTES", 1000)
+    monkeypatch.setattr(package, "MAX_INPUT_BYTES", 1000)
     (here / "a.zip").unlink()
     with pytest.raises(OrchestratorError, match=r"code/noise.bin"):
         package.pack(here, files, here / "a.zip")
-    assert not (here / "a.zip").exists(), "nobody waits for a gigabyte to be compressed"
+    assert not (here / "a.zip").exists(), "no large input is compressed"
 
 
 def test_no_word_of_a_job_reaches_the_shell_unquoted() -> None:
@@ -124,7 +124,7 @@ def test_no_word_of_a_job_reaches_the_shell_unquoted() -> None:
 
 @pytest.mark.parametrize("name", ["a/b", "two words", "-x", "a;b"])
 def test_a_name_that_no_url_can_hold_is_refused(name: str) -> None:
-    with pytest.raises(OrchestratorError, match=r"--name .*Use letters, digits"):
+    with pytest.raises(OrchestratorError, match=r"--name"):
         make_request(spec(), Path("job.yaml"), [], ".", name)
 
 
@@ -186,33 +186,34 @@ def test_secrets_are_taken_for_secrets(name: str) -> None:
 
 def test_a_job_file_outside_the_working_directory_is_refused(here: Path) -> None:
     assert job_in(here, here / "code" / ".." / "job.yaml") == Path("job.yaml")
-    with pytest.raises(SpecError, match="outside the working directory"):
+    with pytest.raises(SpecError) as caught:
         job_in(here / "code", here / "job.yaml")
+    assert [p.field for p in caught.value.problems] == [str(here / "job.yaml")]
 
 
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
         ({"resources": {"num_workers": 9}}, r"num_workers = 9 .* at most 8"),
-        ({"runtime": {"driver_cpus": 5}}, r"driver_cpus = 5: no node has so many"),
-        ({"runtime": {"driver_memory_gib": 99}}, r"driver_memory_gib = 99: the largest node has"),
+        ({"runtime": {"driver_cpus": 5}}, r"runtime\.driver_cpus = 5"),
+        ({"runtime": {"driver_memory_gib": 99}}, r"runtime\.driver_memory_gib = 99"),
         (
             {"resources": {"num_workers": 2, "cpus_per_worker": 4}, "runtime": {"driver_cpus": 1}},
-            r"do not fit .*Lower runtime.driver_cpus",
+            r"runtime\.driver_cpus = 1",
         ),
     ],
 )
 def test_a_request_that_can_never_be_met_is_refused(fields: dict[str, Any], why: str) -> None:
     with pytest.raises(PlanError, match=why):
-        must_fit(spec(**fields), describe_cluster("4cpux2"))
+        check_capacity(spec(**fields), describe_cluster("4cpux2"))
 
 
 def test_a_driver_s_resource_that_no_node_has_is_refused() -> None:
     nodes = [{"CPU": 4.0, "node:10.0.0.1": 1.0}, {"CPU": 0.0, "driver": 100.0, "memory": 2.0**30}]
-    must_offer(spec(), nodes)
-    must_offer(spec(runtime={"driver_resources": {"driver": 1}}), nodes)
-    with pytest.raises(PlanError, match=r"\{big: 1\}: no node has that.* own resources: driver\."):
-        must_offer(spec(runtime={"driver_resources": {"big": 1}}), nodes)
+    check_driver_resources(spec(), nodes)
+    check_driver_resources(spec(runtime={"driver_resources": {"driver": 1}}), nodes)
+    with pytest.raises(PlanError, match=r"runtime\.driver_resources = \{big: 1\}.*: driver\."):
+        check_driver_resources(spec(runtime={"driver_resources": {"big": 1}}), nodes)
 
 
 def test_driver_and_workers_have_to_find_places_on_nodes_not_just_enough_cpus() -> None:
@@ -220,10 +221,10 @@ def test_driver_and_workers_have_to_find_places_on_nodes_not_just_enough_cpus() 
     for cpus, fits in ((1, True), (2, False)):
         job = spec(**wanted, runtime={"driver_cpus": cpus})
         if fits:
-            must_fit(job, describe_cluster("4cpux2"))
+            check_capacity(job, describe_cluster("4cpux2"))
         else:
-            with pytest.raises(PlanError, match=r"driver_cpus = 2 do not fit"):
-                must_fit(job, describe_cluster("4cpux2"))
+            with pytest.raises(PlanError, match=r"runtime\.driver_cpus = 2"):
+                check_capacity(job, describe_cluster("4cpux2"))
 
 
 def test_a_plan_is_for_one_cluster() -> None:
@@ -247,18 +248,18 @@ def test_an_address_without_a_scheme_is_the_dashboard_s(given: str, meant: str) 
 
 @pytest.mark.parametrize("given", ["ray://head:10001", "auto", "", "http://", "ftp://head:21"])
 def test_an_address_of_something_else_is_refused_at_once(given: str) -> None:
-    with pytest.raises(RemoteError, match=r"is not the Jobs API's: it is http://HOST:8265"):
+    with pytest.raises(RemoteError, match=r"http://HOST:8265"):
         http_address(given)
 
 
-def test_of_a_head_s_traceback_the_last_words_are_shown() -> None:
+def test_of_a_head_s_traceback_the_last_error_are_shown() -> None:
     inner = "Traceback (most recent call last):\n  File x\nValueError: the packages\ncannot be installed\n.\n"
     text = (
         f"Request failed with status code 500: Traceback:\n  File y\nRuntimeError: 400: {inner}.\n"
     )
-    assert last_words(text) == "ValueError: the packages\ncannot be installed"
+    assert last_error(text) == "ValueError: the packages\ncannot be installed"
     assert (
-        last_words("Request failed with status code 413") == "Request failed with status code 413"
+        last_error("Request failed with status code 413") == "Request failed with status code 413"
     )
 
 

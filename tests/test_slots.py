@@ -17,7 +17,7 @@ from orchestrator.plan import Cluster, describe_cluster
 from orchestrator.plan.cluster import GIB, Node
 from orchestrator.plan.resources import DATA_CPUS, places
 from orchestrator.plan.slots import Slots, slots_of
-from orchestrator.remote.request import make_request, must_fit
+from orchestrator.remote.request import check_capacity, make_request
 from orchestrator.spec import JobSpec, apply_overrides, load_spec, parse_spec
 from orchestrator.sweep.plan import plan_sweep, plan_trial
 
@@ -192,11 +192,11 @@ def test_what_slots_reserve_fits_the_nodes(
     assert taken + (DATA_CPUS if is_live else 0) <= cluster.cpus
 
 
-def test_a_submitted_sweep_runs_as_one_and_must_fit_with_all_its_slots(job: Any) -> None:
+def test_a_submitted_sweep_runs_as_one_and_check_capacity_with_all_its_slots(job: Any) -> None:
     assert " sweep " in make_request(job(), Path("job.yaml"), [], "x.zip").entrypoint
-    assert must_fit(job(), live((4, 0))).startswith("3 slot(s) of 1 worker(s) of 1 CPU")
+    assert check_capacity(job(), live((4, 0))).startswith("3 slot(s) of 1 worker(s) of 1 CPU")
     with pytest.raises(PlanError, match=r"sweep\.max_concurrent_trials = 9"):
-        must_fit(job(slots=9), live((4, 0)))
+        check_capacity(job(slots=9), live((4, 0)))
 
 
 def test_the_sweep_for_a_cluster_is_planned_there(

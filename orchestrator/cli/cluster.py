@@ -1,4 +1,4 @@
-"""Verbs on a cluster: submit a job, watch it, stop it; manifests for Kubernetes."""
+"""Commands for clusters: submit, watch and stop a job, and render manifests for Kubernetes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ def submit(
     address: Address = LOCAL_HEAD,
     name: Annotated[
         str | None,
-        typer.Option(help="The submission's id. Default: the run's name and six digits."),
+        typer.Option(help="The submission id. Default: the run's name and six digits."),
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the output and exit as the job does.")] = True,
+    wait: Annotated[
+        bool, typer.Option(help="Stream the logs and return the job's exit code.")
+    ] = True,
 ) -> None:
-    """Train on a cluster: pack the working directory, submit `train`, follow it to its end."""
+    """Train on a cluster: upload the working directory, submit the job and stream its logs."""
     spec = load_spec(job, overrides or [], files="packed")
     quiet_libraries()
     from orchestrator.remote import jobs
@@ -56,7 +58,9 @@ def _follow(head: Head, submission_id: str) -> None:
     try:
         info = jobs.follow(head, submission_id, _write)
     except KeyboardInterrupt:
-        say(f"no longer following; the job goes on. orchestrator stop {submission_id} ends it")
+        say(
+            f"stopped following; the job keeps running. To stop it: orchestrator stop {submission_id}"
+        )
         raise
     say(f"{submission_id}: {info.status.value}")
     raise typer.Exit(jobs.exit_code(info))
@@ -68,7 +72,7 @@ def _write(text: str) -> None:
 
 
 def jobs(address: Address = LOCAL_HEAD) -> None:
-    """A table of the cluster's jobs."""
+    """List the cluster's jobs."""
     from orchestrator.remote.head import Head
     from orchestrator.remote.show import jobs_table
 
@@ -78,11 +82,11 @@ def jobs(address: Address = LOCAL_HEAD) -> None:
 def status(submission_id: JobId, address: Address = LOCAL_HEAD, as_json: AsJson = False) -> None:
     """Show the state of a job on a cluster."""
     from orchestrator.remote.head import Head
-    from orchestrator.remote.show import job_facts, job_table
+    from orchestrator.remote.show import job_info, job_table
 
     info = Head(address).job(submission_id)
     if as_json:
-        print(json.dumps(job_facts(info), indent=2))
+        print(json.dumps(job_info(info), indent=2))
     else:
         out.print(job_table(info))
 
@@ -92,7 +96,9 @@ def logs(
     address: Address = LOCAL_HEAD,
     wait: Annotated[
         bool,
-        typer.Option("--follow/--no-follow", "-f", help="Go on to the job's end; exit as it does."),
+        typer.Option(
+            "--follow/--no-follow", "-f", help="Follow to the job's end and return its exit code."
+        ),
     ] = False,
 ) -> None:
     """Print the logs of a job on a cluster."""
@@ -106,7 +112,7 @@ def logs(
 
 
 def stop(submission_id: JobId, address: Address = LOCAL_HEAD) -> None:
-    """Ask a job on a cluster to commit a checkpoint and leave."""
+    """Stop a job on a cluster after it has committed a checkpoint."""
     from orchestrator.remote import jobs
     from orchestrator.remote.head import Head
 

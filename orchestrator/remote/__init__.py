@@ -1,1 +1,1 @@
-"""Jobs on a cluster elsewhere, through Ray's Jobs API."""
+"""Submit jobs to a remote Ray cluster, and watch and stop them, through Ray's Jobs API."""

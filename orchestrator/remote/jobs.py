@@ -1,4 +1,4 @@
-"""The verbs for jobs on a cluster: submit, follow, stop."""
+"""Submit, follow and stop jobs on a cluster."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from orchestrator.remote.head import Head, RemoteError, UnreachableError
 from orchestrator.remote.package import files_to_pack, pack
 from orchestrator.remote.request import (
     JobRequest,
+    check_capacity,
+    check_driver_resources,
     job_in,
     make_request,
-    must_fit,
-    must_offer,
-    plan_from_here,
+    plan_locally,
 )
 from orchestrator.spec import JobSpec
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 STOPPED_EXIT_CODE = 130
 POLL_S = 0.5
-LOST_S = 60
-"""How long a head may be away (restarting, say) before following gives up."""
+RECONNECT_S = 60
+"""Seconds that a head may be unreachable, for example while it restarts, before `follow` fails."""
 PENDING_S = 10
-"""How long `stop` waits for a job that has not started yet."""
+"""Seconds that `stop` waits for a job that has not started."""
 STOP_MARGIN_S = 15
-"""What Ray's own bookkeeping may take on top of the time that the job has."""
+"""Seconds beyond the job's own stop time that Ray may need to record its end."""
 
 Say = Callable[[str], None]
 
@@ -44,24 +44,27 @@ def submit(
     name: str | None = None,
     say: Say = print,
 ) -> JobRequest:
-    """Plan what can be planned, pack the working directory, submit. Returns what was asked.
+    """Check the job against the cluster, pack the working directory and submit. Return the request.
 
-    Raises SpecError, PlanError (the cluster can never give it), OrchestratorError (the package is too
-    large) and RemoteError.
+    Raises:
+        SpecError: The job file is outside the working directory.
+        PlanError: The cluster can never satisfy the request.
+        OrchestratorError: The package is too large.
+        RemoteError: The cluster cannot be reached or refuses the job.
     """
     root = Path.cwd()
-    inside = job_in(root, job)
-    must_offer(spec, head.resources())
+    job_path = job_in(root, job)
+    check_driver_resources(spec, head.resources())
     cluster = head.cluster()
-    say(must_fit(spec, cluster))
-    if spec.sweep is None and (plan := plan_from_here(spec, cluster)) is not None:
-        filled = f"{_gib(sum(plan.memory_bytes.values()))} of {_gib(plan.memory_limit_bytes)}"
-        say(f"{plan.total_steps} steps; {filled} per worker")
+    say(check_capacity(spec, cluster))
+    if spec.sweep is None and (plan := plan_locally(spec, cluster)) is not None:
+        memory = f"{_gib(sum(plan.memory_bytes.values()))} of {_gib(plan.memory_limit_bytes)}"
+        say(f"{plan.total_steps} steps; {memory} per worker")
     with tempfile.TemporaryDirectory() as folder:
-        files = files_to_pack(root, spec, inside)
+        files = files_to_pack(root, spec, job_path)
         package = pack(root, files, Path(folder) / "package.zip")
         say(f"{len(files)} files, {package.stat().st_size / 2**20:.1f} MiB packed")
-        request = make_request(spec, inside, overrides, str(package), name)
+        request = make_request(spec, job_path, overrides, str(package), name)
         head.submit(request)
     return request
 
@@ -71,29 +74,29 @@ def _gib(size_bytes: int) -> str:
 
 
 def follow(head: Head, submission_id: str, write: Callable[[str], Any]) -> JobDetails:
-    """Write the job's output as it comes; returns how the job ended.
+    """Write the job's output as it arrives, and return the details of the ended job.
 
-    A connection that breaks is opened again for LOST_S; what was written is not written twice.
+    A broken connection is reopened for up to RECONNECT_S seconds. No output is written twice.
     """
     log = _Log(head, submission_id, write)
     while True:
-        lost = log.tail()
-        info = _ask(head, submission_id)
+        error = log.tail()
+        info = _details(head, submission_id)
         if info.status.is_terminal():
             log.catch_up()
             return info
-        time.sleep(POLL_S if lost is None else 2 * POLL_S)
+        time.sleep(POLL_S if error is None else 2 * POLL_S)
 
 
 class _Log:
-    """What of a job's output has been written so far."""
+    """The output of a job, and the number of characters written so far."""
 
     def __init__(self, head: Head, submission_id: str, write: Callable[[str], Any]) -> None:
         self.head, self.submission_id, self.write = head, submission_id, write
         self.written = 0
 
     def tail(self) -> Exception | None:
-        """Follow until the connection ends; returns what broke it."""
+        """Follow until the connection ends, and return the error that broke it."""
         import aiohttp
 
         try:
@@ -103,13 +106,13 @@ class _Log:
         return None
 
     async def _tail(self) -> None:
-        seen = 0  # every connection starts at the log's beginning
+        seen = 0  # every connection starts at the beginning of the log
         async for text in self.head.jobs.tail_job_logs(self.submission_id):
             seen += len(text)
             self._write(text, seen)
 
     def catch_up(self) -> None:
-        """Write what came between the last connection and the end."""
+        """Write the output between the last connection and the end."""
         text = self.head.logs(self.submission_id)
         self._write(text, len(text))
 
@@ -120,9 +123,9 @@ class _Log:
             self.written = seen
 
 
-def _ask(head: Head, submission_id: str) -> JobDetails:
-    """The job's state, from a head that may be restarting."""
-    deadline = time.monotonic() + LOST_S
+def _details(head: Head, submission_id: str) -> JobDetails:
+    """Return the job's details from a head that may be restarting."""
+    deadline = time.monotonic() + RECONNECT_S
     while True:
         try:
             return head.job(submission_id)
@@ -133,7 +136,7 @@ def _ask(head: Head, submission_id: str) -> JobDetails:
 
 
 def exit_code(info: JobDetails) -> int:
-    """The job's own exit status: the driver's, 128 + n where signal n killed it, 130 where it was stopped."""
+    """Return the driver's exit code: 128 + n if signal n killed it, 130 if the job was stopped."""
     status = info.status.value
     if status == "SUCCEEDED":
         return 0
@@ -146,25 +149,27 @@ def exit_code(info: JobDetails) -> int:
 
 
 def stop(head: Head, submission_id: str, say: Say = print) -> str:
-    """Ask a job to commit a checkpoint and leave; returns its status in the end.
+    """Request that a job commits a checkpoint and exits. Return its last status.
 
-    A running job gets the time it was submitted with, and Ray kills it after that. A pending one cannot be
-    ended over HTTP: Ray keeps the request and stops the job in the moment it starts.
-    Raises RemoteError where a running job does not end.
+    A running job gets the stop time it was submitted with; after that Ray kills it. A pending job cannot be
+    stopped over HTTP: Ray keeps the request and stops the job when it starts.
+
+    Raises:
+        RemoteError: A running job does not end in time.
     """
     info = head.job(submission_id)
     if info.status.is_terminal():
         return str(info.status.value)
     pending = info.status.value == "PENDING"
-    given_s = stop_wait_s(info)
-    if not pending and given_s is None:
+    limit_s = stop_wait_s(info)
+    if not pending and limit_s is None:
         say(
-            "this job was submitted without RAY_JOB_STOP_WAIT_TIME_S: Ray kills it after 3 s, "
+            "the job was submitted without RAY_JOB_STOP_WAIT_TIME_S: Ray kills it after 3 s, "
             "which may be too short for a checkpoint"
         )
-    with head.in_words():
+    with head.translated_errors():
         head.jobs.stop_job(submission_id)
-    deadline = time.monotonic() + (PENDING_S if pending else (given_s or 3) + STOP_MARGIN_S)
+    deadline = time.monotonic() + (PENDING_S if pending else (limit_s or 3) + STOP_MARGIN_S)
     while time.monotonic() < deadline:
         info = head.job(submission_id)
         if info.status.is_terminal():
@@ -174,15 +179,18 @@ def stop(head: Head, submission_id: str, say: Say = print) -> str:
         time.sleep(POLL_S)
     if pending:
         say(
-            "the job has not started yet. The request stands: it ends when it would start, at the latest "
-            "when Ray gives up starting it (15 minutes, RAY_JOB_START_TIMEOUT_SECONDS of the head)"
+            "the job has not started. Ray keeps the request and stops the job when it starts, or fails it after "
+            "15 minutes (RAY_JOB_START_TIMEOUT_SECONDS of the head)"
         )
         return str(info.status.value)
-    raise RemoteError(f"{submission_id} has not ended {given_s or 3} s after it was asked to")
+    raise RemoteError(
+        f"{submission_id} is still running {(limit_s or 3) + STOP_MARGIN_S} s after the stop request. "
+        f"See orchestrator logs {submission_id}"
+    )
 
 
 def stop_wait_s(info: JobDetails) -> int | None:
-    """Seconds that Ray gives this job between asking and killing; None where it was not said."""
+    """Return the seconds between Ray's stop request and the kill, or None if the job does not set them."""
     variables = (info.runtime_env or {}).get("env_vars") or {}
     text = variables.get("RAY_JOB_STOP_WAIT_TIME_S")
     return int(text) if text else None

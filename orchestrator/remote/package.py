@@ -1,4 +1,4 @@
-"""The working directory as one zip file: what goes along, and what stays at home."""
+"""Pack the working directory as one zip file."""
 
 from __future__ import annotations
 
@@ -16,40 +16,44 @@ from orchestrator.spec import JobSpec
 MIB = 2**20
 LIMIT_BYTES = 100 * MIB
 """The Jobs API refuses larger packages (HTTP 413)."""
-HOPELESS_BYTES = 10 * LIMIT_BYTES
-"""More than this is not even compressed to see."""
+MAX_INPUT_BYTES = 10 * LIMIT_BYTES
+"""Larger working directories are refused without compressing them."""
 NEVER = (".git", ".hg", ".svn", ".venv", "__pycache__", "node_modules")
 IGNORE_FILES = (".gitignore", ".rayignore")
 EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The time stamp of every file in the zip: unchanged files make an unchanged package, sent once."""
+"""The time stamp of every file in the zip, so that unchanged files make an identical package, uploaded once."""
 
 
 def files_to_pack(root: Path, spec: JobSpec, job: Path) -> list[Path]:
-    """Files below `root`, relative to it, sorted.
+    """Return the files to pack, sorted and relative to `root`.
 
-    Left out are NEVER, what `.gitignore` and `.rayignore` name (at any depth) and `runtime.excludes`;
-    the job file, and relative paths that the job names, are packed all the same.
+    Excluded are the folders in NEVER, matches of `.gitignore` and `.rayignore` (at any depth) and of
+    `runtime.excludes`. The job file and relative paths in the job are always included.
     """
-    found = set(_walk(root, spec.runtime.excludes))
-    for named in (str(job), *named_by(spec)):
-        found |= _named(root, named)
-    return sorted(found)
+    files = set(_walk(root, spec.runtime.excludes))
+    for pattern in (str(job), *paths_in(spec)):
+        files |= _matching(root, pattern)
+    return sorted(files)
 
 
-def named_by(spec: JobSpec) -> list[str]:
-    """Relative paths and globs in the job: input files, model, tokenizer and teacher folders, the chat template."""
+def paths_in(spec: JobSpec) -> list[str]:
+    """Return the relative paths and globs in the job: data, model, tokenizer, teacher and chat template."""
     data, model = spec.data, spec.model
-    named: list[str | None] = [model.pretrained, model.tokenizer, model.chat_template]
-    named += [spec.distillation.teacher] if spec.distillation else []
+    paths: list[str | None] = [model.pretrained, model.tokenizer, model.chat_template]
+    paths += [spec.distillation.teacher] if spec.distillation else []
     for value in (data.train, data.eval):
-        named += [value] if isinstance(value, str) else (value or ())
-    return [n for n in named if n and "://" not in n and not Path(n).is_absolute()]
+        paths += [value] if isinstance(value, str) else (value or ())
+    return [p for p in paths if p and "://" not in p and not Path(p).is_absolute()]
 
 
 def pack(root: Path, files: Sequence[Path], target: Path) -> Path:
-    """Write `files` as a zip to `target`; raises OrchestratorError, with the largest ones, above LIMIT_BYTES."""
+    """Write `files` as a zip to `target`.
+
+    Raises:
+        OrchestratorError: The package exceeds LIMIT_BYTES; names the largest files.
+    """
     sizes = {f: (root / f).stat().st_size for f in files}
-    if sum(sizes.values()) > HOPELESS_BYTES:
+    if sum(sizes.values()) > MAX_INPUT_BYTES:
         raise _too_large(sum(sizes.values()), sizes)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for file in files:
@@ -87,25 +91,25 @@ def _ignored(path: Path, rules: list[tuple[Path, GitIgnoreSpec]], suffix: str = 
     return any(spec.match_file(path.relative_to(at).as_posix() + suffix) for at, spec in rules)
 
 
-def _named(root: Path, pattern: str) -> set[Path]:
-    """Files of one path or glob below `root`; a hub id matches nothing."""
-    found: set[Path] = set()
+def _matching(root: Path, pattern: str) -> set[Path]:
+    """Return the files of one path or glob below `root`. A hub id matches nothing."""
+    files: set[Path] = set()
     for match in glob.glob(pattern, root_dir=root, recursive=True):
         path = root / match
         if path.is_file():
-            found.add(Path(os.path.normpath(match)))  # `a/../b` would not be unpacked
+            files.add(Path(os.path.normpath(match)))  # `a/../b` would not be unpacked
         elif path.is_dir():
-            found |= {
+            files |= {
                 Path(os.path.normpath(f.relative_to(root))) for f in path.rglob("*") if f.is_file()
             }
-    return found
+    return files
 
 
 def _too_large(total: int, sizes: dict[Path, int]) -> OrchestratorError:
     largest = sorted(sizes.items(), key=lambda kv: -kv[1])[:5]
     shown = "\n".join(f"  {size / MIB:8.1f} MiB  {file}" for file, size in largest)
     return OrchestratorError(
-        f"the working directory makes a package of {total / MIB:.0f} MiB; the Jobs API takes {LIMIT_BYTES // MIB} MiB. "
-        f"The largest files:\n{shown}\n"
-        "Name what is not needed in runtime.excludes or .rayignore; put data and models on a path that every node sees."
+        f"the package of the working directory has {total / MIB:.0f} MiB; the limit of the Jobs API is "
+        f"{LIMIT_BYTES // MIB} MiB. The largest files:\n{shown}\n"
+        "Exclude files with runtime.excludes or .rayignore, and put data and models on a path that every node can read."
     )

@@ -1,4 +1,4 @@
-"""What is asked of the Jobs API, as a value: it can be printed, tested, and typed by hand."""
+"""Build the request to the Jobs API, and check that the cluster can satisfy it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SUBMISSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class JobRequest(Frozen):
-    """One submission. `working_dir` is a folder for a person's `ray job submit`, a zip file here."""
+    """One submission. `working_dir` is a zip file; `ray job submit` also takes a folder."""
 
     submission_id: str
     run: str
     entrypoint: str
-    """A shell command; every word that came from outside is quoted."""
+    """A shell command. Every word from the user is quoted."""
     working_dir: str
     env_vars: dict[str, str]
     pip: tuple[str, ...] = ()
@@ -41,27 +41,37 @@ class JobRequest(Frozen):
 
     @property
     def runtime_env(self) -> dict[str, Any]:
-        """Ray's runtime environment."""
-        found: dict[str, Any] = {"working_dir": self.working_dir, "env_vars": dict(self.env_vars)}
+        """Return Ray's runtime environment."""
+        runtime_env: dict[str, Any] = {
+            "working_dir": self.working_dir,
+            "env_vars": dict(self.env_vars),
+        }
         if self.pip:
-            found["pip"] = {"packages": list(self.pip)}
+            runtime_env["pip"] = {"packages": list(self.pip)}
             if self.pip_options:
-                found["pip"]["pip_install_options"] = list(self.pip_options)
-        return found
+                runtime_env["pip"]["pip_install_options"] = list(self.pip_options)
+        return runtime_env
 
 
 def make_request(
     spec: JobSpec, job: Path, overrides: Sequence[str], working_dir: str, name: str | None = None
 ) -> JobRequest:
-    """The request that trains `job`, or runs its sweep; a path relative to the working directory.
+    """Return the request that trains a job or runs its sweep.
 
-    `name`: the submission's id; by default the run's name and six random digits, as the Jobs API
-    takes each id once. Raises OrchestratorError for a name that is no part of a URL.
+    Args:
+        spec: The job.
+        job: The job file, relative to the working directory.
+        overrides: Overrides of the job's fields.
+        working_dir: The packed working directory.
+        name: The submission id. By default the run's name and six random digits, because ids are unique.
+
+    Raises:
+        OrchestratorError: The name cannot be part of a URL.
     """
     if name and not SUBMISSION_ID.fullmatch(name):
         raise OrchestratorError(
-            f"--name {name!r}: the Jobs API's URLs hold it. Use letters, digits, '.', '_' and '-', "
-            "and begin with one of the first two."
+            f"--name {name!r} cannot be part of a URL. Use letters, digits, '.', '_' and '-', "
+            "and begin with a letter or digit."
         )
     runtime = spec.runtime
     verb = "train" if spec.sweep is None else "sweep"
@@ -71,7 +81,7 @@ def make_request(
         run=spec.name,
         entrypoint=shlex.join(words),
         working_dir=working_dir,
-        # The job's supervisor reads this one from its own environment, which is the job's.
+        # Ray's job supervisor runs in the job's environment, and reads this variable from it.
         env_vars={**runtime.env_vars, "RAY_JOB_STOP_WAIT_TIME_S": str(runtime.stop_wait_s)},
         pip=runtime.pip,
         pip_options=runtime.pip_options,
@@ -82,42 +92,46 @@ def make_request(
 
 
 def job_in(root: Path, job: Path) -> Path:
-    """The job file's path relative to `root`; raises SpecError where it lies elsewhere."""
+    """Return the job file's path relative to `root`; raise SpecError if it is elsewhere."""
     try:
         return job.resolve().relative_to(root.resolve())
     except ValueError:
         problem = Problem(
             str(job),
-            f"lies outside the working directory {root}, which is what the cluster gets",
+            f"is outside the working directory {root}, which is uploaded",
             "submit from a folder above it",
         )
         raise SpecError([problem], str(job)) from None
 
 
-def must_fit(spec: JobSpec, cluster: Cluster) -> str:
-    """Whether the cluster can ever give what the job asks; returns the workers in words.
+def check_capacity(spec: JobSpec, cluster: Cluster) -> str:
+    """Check that the cluster can ever satisfy the job's request, and return a description of the workers.
 
-    Raises PlanError. Memory is not looked at: that takes rows and model (`plan_from_here`).
+    Memory is not checked, because that needs rows and model (`plan_locally`).
+
+    Raises:
+        PlanError: The request exceeds the cluster.
     """
     slots = slots_of(spec, cluster) if spec.sweep is not None else None
     workers = slots.workers if slots else share_out(spec, cluster, {})
-    everyone = replace(workers, count=workers.count * (slots.count if slots else 1))
-    check_cpus(everyone, cluster)
+    all_workers = replace(workers, count=workers.count * (slots.count if slots else 1))
+    check_cpus(all_workers, cluster)
     runtime = spec.runtime
-    if runtime.driver_cpus > max(n.cpus for n in cluster.nodes):
+    most_cpus = max(n.cpus for n in cluster.nodes)
+    if runtime.driver_cpus > most_cpus:
         raise PlanError(
-            f"runtime.driver_cpus = {runtime.driver_cpus:g}: no node has so many; {cluster}. "
-            "The job would wait for ever. Lower it."
+            f"runtime.driver_cpus = {runtime.driver_cpus:g}: the largest node has {most_cpus:g} CPUs. "
+            "The job would wait forever. Lower it."
         )
     largest = max(n.memory_bytes for n in cluster.nodes)
     if runtime.driver_memory_gib * GIB > largest:
         raise PlanError(
             f"runtime.driver_memory_gib = {runtime.driver_memory_gib:g}: the largest node has {largest / GIB:.1f} GiB. "
-            "The job would wait for ever. Lower it."
+            "The job would wait forever. Lower it."
         )
-    if runtime.driver_cpus and not _fit_beside(everyone, runtime.driver_cpus, cluster):
+    if runtime.driver_cpus and not _fit_beside(all_workers, runtime.driver_cpus, cluster):
         raise PlanError(
-            f"{everyone.count} workers of {workers.cpus} CPUs and runtime.driver_cpus = {runtime.driver_cpus:g} "
+            f"{all_workers.count} workers of {workers.cpus} CPUs and runtime.driver_cpus = {runtime.driver_cpus:g} "
             f"do not fit {cluster}. Lower runtime.driver_cpus or resources.cpus_per_worker."
         )
     each = f"{workers.gpus:g} GPU" if workers.on_gpu else f"{workers.cpus} CPU"
@@ -125,23 +139,26 @@ def must_fit(spec: JobSpec, cluster: Cluster) -> str:
     return f"{groups}{workers.count} worker(s) of {each} on {cluster}"
 
 
-def must_offer(spec: JobSpec, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raises PlanError where no node has the resources that the driver asks for: it would wait for ever."""
-    wanted = spec.runtime.driver_resources
-    if wanted and not any(all(n.get(r, 0) >= wanted[r] for r in wanted) for n in nodes):
-        asked = ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items())
-        usual = {"CPU", "GPU", "memory", "object_store_memory"}
-        theirs = {name for n in nodes for name in n if name not in usual and ":" not in name}
+def check_driver_resources(spec: JobSpec, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise PlanError if no node has the driver's custom resources, because the job would wait forever."""
+    request = spec.runtime.driver_resources
+    if request and not any(all(n.get(r, 0) >= request[r] for r in request) for n in nodes):
+        requested = ", ".join(f"{name}: {amount:g}" for name, amount in request.items())
+        built_in = {"CPU", "GPU", "memory", "object_store_memory"}
+        custom = {name for n in nodes for name in n if name not in built_in and ":" not in name}
         raise PlanError(
-            f"runtime.driver_resources = {{{asked}}}: no node has that, and the job would wait for ever. "
-            f"The cluster's own resources: {', '.join(sorted(theirs)) or 'none'}."
+            f"runtime.driver_resources = {{{requested}}}: no node has these, and the job would wait forever. "
+            f"Custom resources of the cluster: {', '.join(sorted(custom)) or 'none'}."
         )
 
 
-def plan_from_here(spec: JobSpec, cluster: Cluster) -> Plan | None:
-    """The whole plan, memory and all, where prepared rows and model lie on paths that this machine sees too.
+def plan_locally(spec: JobSpec, cluster: Cluster) -> Plan | None:
+    """Return the whole plan with its memory, or None if this machine cannot read the prepared rows or the model.
 
-    None where they do not: the driver makes the plan on the cluster then. Raises PlanError.
+    Without it the driver plans on the cluster.
+
+    Raises:
+        PlanError: The job cannot run on the cluster.
     """
     try:
         prepared = find_prepared(spec)
@@ -149,16 +166,19 @@ def plan_from_here(spec: JobSpec, cluster: Cluster) -> Plan | None:
     except PlanError:
         raise
     except (OrchestratorError, OSError):
-        # They are the cluster's own, or so broken that the driver will say it.
+        # The paths exist on the cluster only, or are damaged: the driver reports that.
         return None
 
 
 def _fit_beside(workers: Workers, driver_cpus: float, cluster: Cluster) -> bool:
-    """Whether the workers find a place with the driver on the best node for that."""
+    """Return True if all workers fit beside the driver, on some node for the driver."""
     nodes = list(cluster.nodes)
     for index, node in enumerate(nodes):
-        left = node.model_copy(update={"cpus": node.cpus - driver_cpus})
+        remaining = node.model_copy(update={"cpus": node.cpus - driver_cpus})
         others = [*nodes[:index], *nodes[index + 1 :]]
-        if left.cpus >= 0 and places([left, *others], workers.gpus, workers.cpus) >= workers.count:
+        if (
+            remaining.cpus >= 0
+            and places([remaining, *others], workers.gpus, workers.cpus) >= workers.count
+        ):
             return True
     return False

@@ -1,4 +1,4 @@
-"""Jobs on a cluster for people to look at, and as plain figures."""
+"""Show jobs on a cluster as tables and as plain values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
 
 
-def job_facts(info: JobDetails) -> dict[str, Any]:
-    """A job without its environment: id, run, status, exit code, times in seconds."""
+def job_info(info: JobDetails) -> dict[str, Any]:
+    """Return a job's id, run, status, exit code and times in seconds, without its environment."""
     start_s, end_s = _seconds(info.start_time), _seconds(info.end_time)
     return {
         "id": info.submission_id,
@@ -34,9 +34,9 @@ def _seconds(milliseconds: int | None) -> float | None:
 
 
 def job_table(info: JobDetails) -> Table:
-    """One job, a field a row."""
+    """Return a table of one job, with a field per row."""
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in job_facts(info).items():
+    for name, value in job_info(info).items():
         if name == "started_at_s" and value is not None:
             name, value = "started", _clock(value)
         if value is not None:
@@ -44,15 +44,15 @@ def job_table(info: JobDetails) -> Table:
     return table
 
 
-def jobs_table(found: Sequence[JobDetails]) -> Table:
-    """All jobs, a job a row."""
+def jobs_table(jobs: Sequence[JobDetails]) -> Table:
+    """Return a table of all jobs, with a job per row."""
     table = Table(box=None, pad_edge=False)
     for column in ("id", "run", "status", "exit code", "started", "seconds"):
         table.add_column(column)
-    for facts in map(job_facts, found):
-        started = _clock(facts["started_at_s"]) if facts["started_at_s"] else ""
-        row = (facts["id"], facts["run"], facts["status"], facts["exit_code"], started)
-        table.add_row(*cells(*("" if v is None else v for v in (*row, facts["duration_s"]))))
+    for values in map(job_info, jobs):
+        started = _clock(values["started_at_s"]) if values["started_at_s"] else ""
+        row = (values["id"], values["run"], values["status"], values["exit_code"], started)
+        table.add_row(*cells(*("" if v is None else v for v in (*row, values["duration_s"]))))
     return table
 
 
