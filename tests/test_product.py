@@ -62,7 +62,7 @@ def test_no_text_tells_users_to_install_a_stranger_s_package() -> None:
         and ast.unparse(call.func) == "install_hint"
         and isinstance(call.args[0], ast.Constant)
     }
-    assert {"mlflow", "qlora", "kubernetes"} <= extras
+    assert {"mlflow", "qlora", "timm"} <= extras
     assert all(re.search(rf"^{extra} = \[", project(), re.M) for extra in extras)
 
 
