@@ -25,6 +25,8 @@ FIELDS: Mapping[str, str] = {
     "storage": "storage_path",
     "sweep.scheduler.min": "sweep.scheduler.grace_period",
     "sweep.slots": "sweep.max_concurrent_trials",
+    "task.beta": "task.loss.beta",
+    "task.label_smoothing": "task.loss.label_smoothing",
 }
 """Old name → new name. A section stands after its fields that are renamed themselves."""
 VALUES: Mapping[tuple[str, str], str] = {("data.over_long", "bad_row"): "error"}

@@ -24,6 +24,7 @@ from orchestrator.spec.averaging import AveragingSpec
 from orchestrator.spec.optimizers import OptimizerSpec
 from orchestrator.spec.schedule import ScheduleSpec
 from orchestrator.tasks import TaskSpec
+from orchestrator.tasks.preference_losses import PreferenceLossSpec
 from orchestrator.train.lion import Lion
 from orchestrator.train.optimizer import make_optimizer
 from orchestrator.values import model_members
@@ -276,7 +277,13 @@ def test_every_source_belongs_to_a_field() -> None:
 
     of_tasks = {f"task.{kind_of(t)}/{name}": why
                 for t in model_members(TaskSpec) for name, why in t.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
-    assert of_tasks.keys() >= {"task.preference/beta", "task.question_answering/stride_tokens"}
+    assert of_tasks.keys() >= {
+        "task.reward_model/center_coefficient",
+        "task.question_answering/stride_tokens",
+    }
+    of_losses = {f"task.loss.{kind_of(one)}/{name}": why
+                 for one in model_members(PreferenceLossSpec) for name, why in one.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
+    assert of_losses.keys() >= {"task.loss.dpo/beta", "task.loss.simpo/gamma"}
     of_schedules = {f"schedule.{kind_of(s)}/{name}": why
                     for s in model_members(ScheduleSpec) for name, why in s.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
     of_averages = {f"regularization.averaging.{kind_of(a)}/{name}": why
@@ -286,7 +293,9 @@ def test_every_source_belongs_to_a_field() -> None:
     of_optimizers = {f"optimizer.{kind_of(o)}/{name}": why
                      for o in model_members(OptimizerSpec) for name, why in o.sources.items()}  # type: ignore[attr-defined]  # fmt: skip
     assert of_optimizers.keys() >= {"optimizer.adamw/type", "optimizer.lion/betas"}
-    for field, why in (SOURCES | of_tasks | of_optimizers | of_schedules | of_averages).items():
+    for field, why in (
+        SOURCES | of_tasks | of_losses | of_optimizers | of_schedules | of_averages
+    ).items():
         section, _, name = field.rpartition(".")
         kind, _, name = name.rpartition("/")
         models: list[Any] = [JobSpec]
@@ -303,6 +312,7 @@ def test_every_source_belongs_to_a_field() -> None:
 RATES = [
     ("preference", "llama", "", 1e-6, "2305.18290"),
     ("preference", "llama", "lora", 5e-6, "alignment handbook"),
+    ("reward_model", "llama", "", 1e-5, "2307.09288"),
     ("causal_lm", "llama", "", 2e-5, "2307.09288"),
     ("seq2seq", "t5", "", 1e-4, "T5"),
     ("seq2seq", "bart", "", 3e-5, "BART"),

@@ -33,6 +33,13 @@ PACKED: dict[str, Any] = {
     "job": {"data": {"max_length_tokens": 64}},
 }
 
+
+def _pair(row: dict[str, Any]) -> dict[str, Any]:
+    """A prompt with the label as its chosen answer."""
+    rejected = " so-so" if row["label"] == "good" else " good"
+    return {"prompt": row["text"], "chosen": f" {row['label']}", "rejected": rejected}
+
+
 TASKS: dict[str, dict[str, Any]] = {
     "causal_lm": {**PACKED, "rows": lambda r: {"text": r["text"]}},
     "causal_lm_instruction": {
@@ -85,14 +92,27 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "preference": {
         "model": "llama",
-        "rows": lambda r: {
-            "prompt": r["text"],
-            "chosen": f" {r['label']}",
-            "rejected": " so-so" if r["label"] == "good" else " good",
-        },
+        "rows": _pair,
         "predicted": "completion",
-        "task": {"beta": 1.0},
+        "task": {"loss": {"beta": 1.0}},
         "job": {"tuning": {"type": "lora"}, "zero": {"stage": 3}, "optimizer": {"lr": 2e-2}},
+    },
+    "preference_orpo": {
+        "type": "preference",
+        "model": "llama",
+        "rows": _pair,
+        "predicted": "completion",
+        "task": {"loss": {"type": "orpo"}},
+    },
+    "reward_model": {
+        "model": "llama",
+        "rows": _pair,
+        "predicted": "reward",
+        "lines": [
+            '{"prompt": "the film was", "completion": " good"}',
+            '{"prompt": "the film was", "completion": " dull again"}',
+        ],
+        "job": {"tuning": {"type": "lora"}, "optimizer": {"lr": 2e-2}},
     },
     "image_classification": {
         "model": "bert",  # not used: the model comes from its config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.plan.memory import ModelFacts
@@ -46,7 +46,7 @@ def _adam_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
             )
         case PrefixTuning():
             return 1e-2, "peft's guide to prefix tuning"
-    tuned = task.tuned_rates.get(model.model_type, task.tuned_rates[""])
+    tuned = task.tuned_rate(model.model_type)
     return tuned.lr, tuned.why
 
 
@@ -58,16 +58,14 @@ def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Knob, ...]:
 
 def _listed(spec: JobSpec) -> Iterator[Knob]:
     averaging = spec.regularization.averaging
-    of_optimizer, of_schedule, of_averaging, of_task = (
-        {f"{section}.{kind.type}/{name}": why for name, why in sources.items()}
-        for section, kind, sources in (
-            ("optimizer", spec.optimizer, spec.optimizer.sources),
-            ("schedule", spec.schedule, spec.schedule.sources),
-            ("regularization.averaging", averaging, averaging.sources),
-            ("task", spec.task, spec.task.default_sources),
-        )
-    )
-    for field, why in (of_optimizer | of_schedule | of_averaging | SOURCES | of_task).items():
+    kinds = [
+        ("optimizer", spec.optimizer, spec.optimizer.sources),
+        ("schedule", spec.schedule, spec.schedule.sources),
+        ("regularization.averaging", averaging, averaging.sources),
+    ]
+    of_task = [("task", spec.task, spec.task.default_sources)]
+    of_task += [(f"task.{name}", one, one.sources) for name, one in spec.task.sections.items()]
+    for field, why in (_named(kinds) | SOURCES | _named(of_task)).items():
         section, _, name = field.rpartition(".")
         owner: Any = spec
         for part in filter(None, section.split(".")):
@@ -81,6 +79,15 @@ def _listed(spec: JobSpec) -> Iterator[Knob]:
         ):
             field = f"{section}.{name}".lstrip(".")
             yield Knob(field=field, value=shown(getattr(owner, name)), why=why)
+
+
+def _named(kinds: Sequence[tuple[str, Any, Mapping[str, str]]]) -> dict[str, str]:
+    """Return `section.kind/name` → source, of (section, kind, its sources)."""
+    return {
+        f"{section}.{kind.type}/{name}": why
+        for section, kind, sources in kinds
+        for name, why in sources.items()
+    }
 
 
 INSTEAD = {"warmup_ratio": "warmup_steps"}

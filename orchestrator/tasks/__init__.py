@@ -14,6 +14,7 @@ from orchestrator.tasks.multi_label import MultiLabelClassification
 from orchestrator.tasks.preference import PreferenceTuning
 from orchestrator.tasks.question_answering import QuestionAnswering
 from orchestrator.tasks.regression import TextRegression
+from orchestrator.tasks.reward_model import RewardModel
 from orchestrator.tasks.seq2seq import Seq2Seq
 from orchestrator.tasks.speech_recognition import SpeechRecognition
 from orchestrator.tasks.text_classification import TextClassification
@@ -29,7 +30,8 @@ TaskSpec = Annotated[
     | ImageClassification
     | SpeechRecognition
     | CausalLM
-    | PreferenceTuning,
+    | PreferenceTuning
+    | RewardModel,
     Field(discriminator="type"),
 ]
 
@@ -41,6 +43,7 @@ __all__ = [
     "MultiLabelClassification",
     "PreferenceTuning",
     "QuestionAnswering",
+    "RewardModel",
     "Seq2Seq",
     "SpeechRecognition",
     "Task",

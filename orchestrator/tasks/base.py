@@ -84,8 +84,6 @@ class Task(Frozen):
     """The exported model goes on from a prompt, so that prompts of a batch end together."""
     token_features: ClassVar[tuple[str, ...]] = ("input_ids",)
     """Features of prepared rows that hold token ids."""
-    has_reference: ClassVar[bool] = False
-    """Loss and metrics need what the untouched model says of a row: `reference`."""
     usual_global_rows: ClassVar[int] = 32
     """Rows per step unless the job says otherwise."""
     usual_global_rows_source: ClassVar[str] = (
@@ -126,6 +124,20 @@ class Task(Frozen):
     def metric(self, name: str) -> Metric:
         """Return the metric of this name with its direction."""
         return Metric.named(name)
+
+    @property
+    def has_reference(self) -> bool:
+        """Return whether loss and metrics need the untouched model's `reference` for each row."""
+        return False
+
+    def tuned_rate(self, model_type: str) -> Rate:
+        """Return the default learning rate of full tuning for a pretrained model of this type."""
+        return self.tuned_rates.get(model_type, self.tuned_rates[""])
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """Return the fields that hold settings of a kind (`type` and `sources`), by name."""
+        return {}
 
     @property
     @abstractmethod

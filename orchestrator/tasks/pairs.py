@@ -25,6 +25,7 @@ def encode_pair(
     columns: tuple[str, str, str],
     tokenizer: Any,
     tools: Any = None,
+    prompt_required: bool = True,
 ) -> Sides | BadRow:
     """Encode two answers, each after its prompt.
 
@@ -36,12 +37,17 @@ def encode_pair(
         columns: Names of their three columns, for error messages.
         tokenizer: The tokenizer.
         tools: What the tools column holds, None without one.
+        prompt_required: Refuse texts without a prompt that do not begin alike; else all of them is the answer.
     """
     prompt, chosen, rejected = values
     as_messages = [is_messages(one) for one in values]
     if not any(as_messages) and tools is None:
-        if prompt is None:
+        if prompt is None and prompt_required:
             return _texts(chosen, rejected, columns[1:], tokenizer)
+        if prompt is None:
+            return _both(
+                [_text(t, c, tokenizer) for t, c in zip(values[1:], columns[1:], strict=True)]
+            )
         sides = [
             instruction(prompt, answer, (columns[0], column), tokenizer)
             for answer, column in zip((chosen, rejected), columns[1:], strict=True)
@@ -63,6 +69,38 @@ def encode_pair(
         for answer, column in zip(answers, columns[1:], strict=True)
     ]
     return _both(encoded)
+
+
+def encode_answer(
+    prompt: Any, answer: Any, columns: tuple[str, str], tokenizer: Any, tools: Any = None
+) -> Encoded | BadRow:
+    """Encode one answer after its prompt, with the token ids that `encode_pair` gives it.
+
+    Args:
+        prompt: A text, a list of messages, or None.
+        answer: A text, or a list of messages with or without the prompt's.
+        columns: Names of the two columns, for error messages.
+        tokenizer: The tokenizer.
+        tools: What the tools column holds, None without one.
+    """
+    if not (is_messages(prompt) or is_messages(answer)) and tools is None:
+        if prompt is None:
+            return _text(answer, columns[1], tokenizer)
+        return instruction(prompt, answer, columns, tokenizer)
+    try:
+        beginning = _messages(prompt, "user", columns[0]) if prompt is not None else []
+        messages = _with_prompt(beginning, _messages(answer, "assistant", columns[1]))
+    except Unusable as error:
+        return BadRow(str(error))
+    return chat(messages, columns[1], tokenizer, tools, given=len(beginning))
+
+
+def _text(text: Any, column: str, tokenizer: Any) -> Encoded | BadRow:
+    """Encode one whole text."""
+    if why := text_problem(text, column):
+        return BadRow(why)
+    ids = ended(begun(text, tokenizer), tokenizer)
+    return Encoded(ids, [1] * len(ids))
 
 
 def _both(sides: Sequence[Encoded | BadRow]) -> Sides | BadRow:

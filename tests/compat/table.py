@@ -202,6 +202,10 @@ def _language_models() -> Iterator[Cell]:
         yield Cell(one, "preference")
     for one in (QWEN3, GEMMA2, MIXTRAL):
         yield Cell(one, "preference", "LoRA")
+    for one in (LLAMA3, QWEN2, GPT2, BERT):
+        yield Cell(one, "reward model")
+    for one in (QWEN3, GEMMA2, DEBERTA):
+        yield Cell(one, "reward model", "LoRA")
 
 
 def _translators() -> Iterator[Cell]:

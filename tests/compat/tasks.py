@@ -141,6 +141,28 @@ def _written(exported: Exported, inputs: Any) -> Answers:
     return exported.tokenizer.batch_decode(ids[:, prompt:], skip_special_tokens=True)
 
 
+def rewarded(exported: Exported, rows: Sequence[Row]) -> Answers:
+    """The output for each prompt with its answer, all rows in one padded batch."""
+    tokenizer = exported.tokenizer
+    ends = tokenizer.eos_token or tokenizer.sep_token
+    if tokenizer.chat_template is None:
+        begins = tokenizer.decode(tokenizer("a")["input_ids"]).partition("a")[0]
+        texts = [begins + row["prompt"] + row["completion"] + ends for row in rows]
+    else:
+        turns = [
+            [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+            for row in rows
+        ]
+        texts = [tokenizer.apply_chat_template(one, tokenize=False) for one in turns]
+    inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        return [{"reward": float(one)} for one in exported.model(**inputs).logits[:, 0]]
+
+
 def translated(exported: Exported, rows: Sequence[Row]) -> Answers:
     """The target of each source, written greedily in one padded batch."""
     inputs = exported.tokenizer([row["source"] for row in rows], padding=True, return_tensors="pt")
@@ -197,6 +219,12 @@ def _turns(row: Row) -> Row:
 def _pair(row: Row) -> Row:
     other = "bad" if row["label"] == "good" else "good"
     return {"prompt": row["text"], "chosen": f" {row['label']}", "rejected": f" {other} again"}
+
+
+def _scored_pair(row: Row) -> Row:
+    """A pair, with the answer to score in predictions."""
+    pair = _pair(row)
+    return {**pair, "completion": pair["chosen"]}
 
 
 def _picture(row: Row) -> Row:
@@ -279,6 +307,15 @@ CASES: dict[str, Case] = {
         True,
     ),
     "preference": Case({"type": "preference"}, _pair, replied, _completion, LM_JOB),
+    "reward model": Case(
+        {
+            "type": "reward_model",
+            "center_coefficient": 0.01,
+        },  # without it, an output's bias cancels in a pair
+        _scored_pair,
+        rewarded,
+        lambda found: {"reward": found["reward"]},
+    ),
     "sequence to sequence": Case(
         {"type": "seq2seq", "max_target_tokens": TARGET_TOKENS},
         lambda r: {"source": r["text"], "target": r["label"]},
