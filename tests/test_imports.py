@@ -12,6 +12,7 @@ from orchestrator.spec.averaging import Averaging
 from orchestrator.spec.optimizers.base import Optimizer
 from orchestrator.spec.schedule import Schedule
 from orchestrator.tasks.base import Task
+from orchestrator.tasks.preference_losses import PreferenceLoss
 
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 FLOORS = {
@@ -156,8 +157,9 @@ def type_comparisons(text: str) -> list[str]:
 
 def test_nobody_outside_their_files_asks_which_kind_a_kind_is() -> None:
     assert type_comparisons('if spec.optimizer.type == "sgd":')
-    kinds = {name for base in (Optimizer, Schedule, Averaging, Task) for name in _names(base)}
-    assert kinds >= {"AdamW", "Muon", "PlateauSchedule", "SWA", "SequenceTask"}
+    bases = (Optimizer, Schedule, Averaging, Task, PreferenceLoss)
+    kinds = {name for base in bases for name in _names(base)}
+    assert kinds >= {"AdamW", "Muon", "PlateauSchedule", "SWA", "SequenceTask", "SimPO"}
     asked = []
     for path in PACKAGE.rglob("*.py"):
         file, text = path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")

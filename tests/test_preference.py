@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.data.prepare import prepared_folder
 from orchestrator.data.sources import find_files
+from orchestrator.renames import with_new_names
 from orchestrator.tasks import BadRow, PreferenceTuning
 from orchestrator.tasks.preference_losses import DPO
 
@@ -180,6 +181,12 @@ def test_a_loss_left_open_is_dpo_and_an_unknown_one_is_refused() -> None:
     with pytest.raises(ValidationError) as caught:
         with_loss(type="kto")
     assert caught.value.errors()[0]["loc"][0] == "loss"
+
+
+def test_settings_of_stored_plans_are_those_of_dpo() -> None:
+    stored = {"task": {"type": "preference", "beta": 0.2, "label_smoothing": 0.1}}
+    task = PreferenceTuning.model_validate(with_new_names(stored)[0]["task"])
+    assert task.loss == DPO(beta=0.2, label_smoothing=0.1)
 
 
 def test_a_pair_takes_the_room_of_its_longer_answer_twice(tokenizer: Any) -> None:
