@@ -1,6 +1,6 @@
 """The peer of parity.py: transformers.Trainer as its documentation teaches it, under torchrun.
 
-Reads the files itself, tokenises and aligns labels by the library's own recipes, and is told the
+Reads the files itself, tokenizes and aligns labels by the library's own recipes, and is told the
 hyperparameters of our job. For causal LM the rows are those that our run prepared: how documents are cut
 into rows is a choice, not a result.
 """
@@ -86,7 +86,7 @@ def classification(given: dict[str, Any]) -> tuple[Any, Any, Any, list[Rows]]:
 
 
 def tags(given: dict[str, Any]) -> tuple[Any, Any, Any, list[Rows]]:
-    """(model, collator, metrics, splits) of words with one tag each, learnt at a word's first token."""
+    """(model, collator, metrics, splits) of words with one tag each, learned at a word's first token."""
     from seqeval.metrics import f1_score
 
     tokenizer = AutoTokenizer.from_pretrained(given["model"])
@@ -112,13 +112,13 @@ def tags(given: dict[str, Any]) -> tuple[Any, Any, Any, list[Rows]]:
 
     def metrics(predicted: Any) -> dict[str, float]:
         best, true = predicted.predictions.argmax(-1), predicted.label_ids
-        spelt = [[[], []] for _ in true]
-        for both, guesses, labels in zip(spelt, best, true, strict=True):
+        spelled = [[[], []] for _ in true]
+        for both, guesses, labels in zip(spelled, best, true, strict=True):
             for guess, label in zip(guesses, labels, strict=True):
                 if label != IGNORED:
                     both[0].append(names[label])
                     both[1].append(names[guess])
-        return {"metric": float(f1_score([b[0] for b in spelt], [b[1] for b in spelt]))}
+        return {"metric": float(f1_score([b[0] for b in spelled], [b[1] for b in spelled]))}
 
     model = AutoModelForTokenClassification.from_pretrained(given["model"], num_labels=len(names))
     collator = DataCollatorForTokenClassification(tokenizer)

@@ -1,6 +1,6 @@
 """The peer of throughput.py: transformers.Trainer with its defaults, under torchrun.
 
-Documents are tokenised before the clock starts; batches are padded to their longest row.
+Documents are tokenized before the clock starts; batches are padded to their longest row.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python stock.py FOLDER INTERVAL STEPS THREADS MODEL CSV
 
-MiniLM on movie reviews, rows through Ray Data, tokenised in the collate function, a checkpoint
+MiniLM on movie reviews, rows through Ray Data, tokenized in the collate function, a checkpoint
 every INTERVAL steps, restarts by FailureConfig. All settings are Ray's defaults. What it adds is a
 line per step and per phase in FOLDER, in the words of our own records.
 """

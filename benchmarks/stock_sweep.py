@@ -3,7 +3,7 @@
     python stock_sweep.py SETUP.json
 
 SETUP: points (one mapping per trial), slots, steps, rungs, rows, threads, model, train, eval, factor,
-folder. Rows are tokenised once per trial, in memory: cheaper than a stream of its own for each.
+folder. Rows are tokenized once per trial, in memory: cheaper than a stream of its own for each.
 """
 
 from __future__ import annotations

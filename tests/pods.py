@@ -317,10 +317,10 @@ def pods(folder: Path, needed: bool = False) -> Iterator[Pods]:
     if why and needed:
         pytest.skip(f"pods need {why}")
     if why:
-        from neighbours import Neighbours
+        from neighbors import Neighbors
 
         warnings.warn(f"pods need {why}: nodes of one address instead", stacklevel=2)
-    cluster = Neighbours(folder) if why else Pods(folder)
+    cluster = Neighbors(folder) if why else Pods(folder)
     try:
         yield cluster
     finally:

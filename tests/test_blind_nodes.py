@@ -53,7 +53,7 @@ class Actor:
 def test_a_run_s_worker_says_where_storage_is_missing_and_makes_no_folder(
     alone: None, models: tiny.Tiny, tmp_path: Path
 ) -> None:
-    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labeled(4))
     spec = tiny.job(models.bert, rows, tmp_path, storage_path=str(tmp_path / "elsewhere"))
     plan = make_plan(spec, this_machine(), prepared())
     with pytest.raises(CheckpointError, match=r"is not there on node .* every node sees"):
@@ -95,7 +95,7 @@ def test_a_sweep_too_asks_for_its_secrets_before_anything_starts(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.delenv("HUB_KEY", raising=False)
-    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labeled(4))
     search = {
         "space": {"optimizer.lr": [1e-4]},
         "searcher": {"type": "grid"},

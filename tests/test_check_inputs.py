@@ -163,7 +163,7 @@ def test_home_folder_file_urls_and_s3a_are_written_plainly(monkeypatch: pytest.M
 
 def test_every_path_of_a_job_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    tiny.write_csv(tmp_path / "train.csv", tiny.labelled(2))
+    tiny.write_csv(tmp_path / "train.csv", tiny.labeled(2))
     (tmp_path / "model").mkdir()
     job = {
         **BASE,
@@ -222,12 +222,12 @@ def test_folders_that_exist_are_no_part_of_a_glob(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a folder", "x#y", "50%", "größe", "日本", "{a,b}"])
 def test_odd_names_are_names(tmp_path: Path, name: str) -> None:
-    path = tiny.write_csv(tmp_path / name / f"{name}.csv", tiny.labelled(2))
+    path = tiny.write_csv(tmp_path / name / f"{name}.csv", tiny.labeled(2))
     assert local_files(str(path)) == [str(path)]
 
 
 def test_a_folder_in_place_of_its_files_says_which_glob_names_them(tmp_path: Path) -> None:
-    tiny.write_parquet(tmp_path / "rows" / "a.parquet", tiny.labelled(2))
+    tiny.write_parquet(tmp_path / "rows" / "a.parquet", tiny.labeled(2))
     with pytest.raises(SpecError) as caught:
         parse_spec({**BASE, "data": {"train": str(tmp_path / "rows")}})
     assert f"{tmp_path}/rows/*.parquet" in str(caught.value)

@@ -40,9 +40,9 @@ def home(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) 
     """
     folder = tmp_path_factory.mktemp("home")
     (folder / "model").symlink_to(models.bert)
-    tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(ROWS))
-    tiny.write_jsonl(folder / "eval.jsonl", tiny.labelled(9, seed=1))
-    tiny.write_jsonl(folder / "new.jsonl", tiny.labelled(31, seed=2))
+    tiny.write_jsonl(folder / "train.jsonl", tiny.labeled(ROWS))
+    tiny.write_jsonl(folder / "eval.jsonl", tiny.labeled(9, seed=1))
+    tiny.write_jsonl(folder / "new.jsonl", tiny.labeled(31, seed=2))
     job = {
         "name": "tiny",
         "task": {"type": "text_classification"},

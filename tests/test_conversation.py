@@ -1,4 +1,4 @@
-"""Conversations: what of them a template is given, and which tokens are learnt."""
+"""Conversations: what of them a template is given, and which tokens are learned."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def encoded(tokenizer: Any, messages: Any, tools: Any = None, **rows: Any) -> En
     return row
 
 
-def learnt(tokenizer: Any, ids: list[int], targets: list[int]) -> list[str]:
+def learned(tokenizer: Any, ids: list[int], targets: list[int]) -> list[str]:
     """The text of each run of consecutive targets."""
     runs: list[list[int]] = [[]]
     for token, on in zip(ids, targets, strict=True):
@@ -72,11 +72,11 @@ def learnt(tokenizer: Any, ids: list[int], targets: list[int]) -> list[str]:
     return [tokenizer.decode(run) for run in runs if run]
 
 
-def learnt_of(template: str, messages: Any, tools: Any = None, **rows: Any) -> list[str]:
+def learned_of(template: str, messages: Any, tools: Any = None, **rows: Any) -> list[str]:
     tokenizer = shapes.tokenizer(template)
     row = encoded(tokenizer, messages, tools, **rows)
     assert isinstance(row, dict), row
-    return learnt(tokenizer, row["input_ids"], row["is_target"])
+    return learned(tokenizer, row["input_ids"], row["is_target"])
 
 
 def why_bad(template: str, messages: Any, tools: Any = None, **rows: Any) -> str:
@@ -90,12 +90,12 @@ def why_bad(template: str, messages: Any, tools: Any = None, **rows: Any) -> str
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
 @pytest.mark.parametrize("name", list(shapes.SHAPES))
-def test_each_turn_is_learnt_as_it_stands_in_the_whole_text(name: str, trim_offsets: bool) -> None:
+def test_each_turn_is_learned_as_it_stands_in_the_whole_text(name: str, trim_offsets: bool) -> None:
     shape = shapes.SHAPES[name]
     tokenizer = shapes.tokenizer(shape.template, trim_offsets)
     row = encoded(tokenizer, TWO)
     assert isinstance(row, dict), row
-    assert learnt(tokenizer, row["input_ids"], row["is_target"]) == [
+    assert learned(tokenizer, row["input_ids"], row["is_target"]) == [
         f"{shape.lead}it was good{shape.end}",
         f"{shape.lead}{shape.last_lead}it was bad{shape.last_end or shape.end}",
     ]
@@ -108,24 +108,24 @@ def test_each_turn_is_learnt_as_it_stands_in_the_whole_text(name: str, trim_offs
 def test_a_system_turn_is_no_answer_and_may_be_empty(name: str) -> None:
     template = shapes.SHAPES[name].template
     for text in ("be short", ""):
-        assert learnt_of(template, [system(text), *TWO]) == learnt_of(template, TWO)
+        assert learned_of(template, [system(text), *TWO]) == learned_of(template, TWO)
 
 
 @pytest.mark.parametrize("name", [n for n, s in shapes.SHAPES.items() if not s.alternates])
 def test_a_conversation_may_begin_with_an_answer(name: str) -> None:
     shape = shapes.SHAPES[name]
-    first, *others = learnt_of(shape.template, [assistant("so it is"), *TWO])
+    first, *others = learned_of(shape.template, [assistant("so it is"), *TWO])
     assert first == f"{shape.lead}so it is{shape.end}"
-    assert others == learnt_of(shape.template, TWO)
+    assert others == learned_of(shape.template, TWO)
 
 
 @pytest.mark.parametrize("name", list(shapes.SHAPES))
 @pytest.mark.parametrize("answer", ["<yes>", "[DONE]", "so </b>", "7", "{}", "<|b|>", "user"])
-def test_answers_that_look_like_control_text_are_learnt(name: str, answer: str) -> None:
+def test_answers_that_look_like_control_text_are_learned(name: str, answer: str) -> None:
     shape = shapes.SHAPES[name]
-    found = learnt_of(shape.template, [user("a"), assistant(answer), *TWO])
+    found = learned_of(shape.template, [user("a"), assistant(answer), *TWO])
     assert found[0] == f"{shape.lead}{answer}{shape.end}"
-    last = learnt_of(shape.template, [*TWO, user("a"), assistant(answer)])[-1]
+    last = learned_of(shape.template, [*TWO, user("a"), assistant(answer)])[-1]
     assert last == f"{shape.lead}{shape.last_lead}{answer}{shape.last_end or shape.end}"
 
 
@@ -147,14 +147,14 @@ def conversations(draw: st.DrawFn) -> tuple[str, list[Row]]:
 
 @settings(max_examples=400, deadline=None)
 @given(conversations())
-def test_every_answer_is_learnt_and_no_prompt(drawn: tuple[str, list[Row]]) -> None:
+def test_every_answer_is_learned_and_no_prompt(drawn: tuple[str, list[Row]]) -> None:
     name, messages = drawn
     shape = shapes.SHAPES[name]
     tokenizer = shapes.tokenizer(shape.template)
     numbered = [{**m, "content": f"q{i}{m['content']}q"} for i, m in enumerate(messages)]
     row = encoded(tokenizer, numbered)
     assert isinstance(row, dict), row
-    found = learnt(tokenizer, row["input_ids"], row["is_target"])
+    found = learned(tokenizer, row["input_ids"], row["is_target"])
     answers = [m["content"] for m in numbered if m["role"] == "assistant"]
     if name == "endless":
         assert "".join(found) == "".join(answers)
@@ -194,7 +194,7 @@ def test_training_begins_an_answer_where_the_model_is_asked_for_it(
 # --- thinking
 
 
-def test_thinking_is_learnt_where_the_template_writes_it() -> None:
+def test_thinking_is_learned_where_the_template_writes_it() -> None:
     answer = assistant("it was good", reasoning_content="great is good")
     thought = "<think>\ngreat is good\n</think>\n\nit was good<|im_end|>"
     earlier = [
@@ -203,14 +203,14 @@ def test_thinking_is_learnt_where_the_template_writes_it() -> None:
         user("and now"),
         assistant("bad", thinking="dull is bad"),
     ]
-    found = learnt_of(shapes.THINKING_DROPPED, earlier)
+    found = learned_of(shapes.THINKING_DROPPED, earlier)
     assert found == ["it was good<|im_end|>", "<think>\ndull is bad\n</think>\n\nbad<|im_end|>"]
-    assert learnt_of(shapes.THINKING_DROPPED, [user("how was it"), answer]) == [thought]
+    assert learned_of(shapes.THINKING_DROPPED, [user("how was it"), answer]) == [thought]
     written = assistant("<think>\ngreat is good\n</think>\n\nit was good")
-    assert learnt_of(shapes.THINKING_DROPPED, [user("how was it"), written]) == [thought]
-    opened = learnt_of(shapes.THINKING_OPENED, [user("how was it"), answer])
+    assert learned_of(shapes.THINKING_DROPPED, [user("how was it"), written]) == [thought]
+    opened = learned_of(shapes.THINKING_OPENED, [user("how was it"), answer])
     assert opened == [thought.removeprefix("<think>\n")]
-    channels = learnt_of(shapes.CHANNELS, [user("how was it"), answer])
+    channels = learned_of(shapes.CHANNELS, [user("how was it"), answer])
     assert channels == [
         "<|channel|>analysis<|message|>great is good<|end|>"
         "<|start|>assistant<|channel|>final<|message|>it was good<|return|>"
@@ -218,7 +218,7 @@ def test_thinking_is_learnt_where_the_template_writes_it() -> None:
 
 
 @pytest.mark.parametrize("beginning", ["<think>\n", "<think>", ""])
-def test_thinking_that_a_template_cuts_is_learnt_as_written(beginning: str) -> None:
+def test_thinking_that_a_template_cuts_is_learned_as_written(beginning: str) -> None:
     tokenizer = shapes.tokenizer(shapes.THINKING_CUT)
     messages = [user("how was it"), assistant(f"{beginning}so it was\n</think>\n\nit was good")]
     row = encoded(tokenizer, messages)
@@ -228,13 +228,13 @@ def test_thinking_that_a_template_cuts_is_learnt_as_written(beginning: str) -> N
     assert whole == (
         f"<s><|User|>how was it<|Assistant|>{opened}so it was\n</think>\n\nit was good</s>"
     )
-    found = learnt(tokenizer, row["input_ids"], row["is_target"])
+    found = learned(tokenizer, row["input_ids"], row["is_target"])
     assert found == ["so it was\n</think>\n\nit was good</s>"]
 
 
 def test_only_the_last_answer_gets_its_thinking_back() -> None:
     thoughts = [user("a"), assistant("<think>\nt\n</think>\n\nb"), user("c"), assistant("d")]
-    assert learnt_of(shapes.THINKING_CUT, thoughts) == ["\n\nb</s>", "d</s>"]
+    assert learned_of(shapes.THINKING_CUT, thoughts) == ["\n\nb</s>", "d</s>"]
 
 
 def test_thinking_that_no_template_reads_is_remarked_on() -> None:
@@ -275,13 +275,13 @@ def test_calls_reach_the_template_in_the_form_that_it_reads(
     template: str, first: str, content: str | None, arguments: Any
 ) -> None:
     messages = [user("weather?"), assistant(content, tool_calls=call(arguments)), tool("21")]
-    found = learnt_of(template, [*messages, assistant("it is 21")], TOOLS)
+    found = learned_of(template, [*messages, assistant("it is 21")], TOOLS)
     assert found[0] == first
     assert len(found) == 2
     assert "it is 21" in found[1]
 
 
-def test_calls_are_learnt_where_no_answer_can_stand_in_for_them() -> None:
+def test_calls_are_learned_where_no_answer_can_stand_in_for_them() -> None:
     two = [*call(), *call({"city": "Paris"})]
     messages = [
         *(system("be short"), user("weather?"), assistant(None, tool_calls=two), tool("21")),
@@ -290,7 +290,7 @@ def test_calls_are_learnt_where_no_answer_can_stand_in_for_them() -> None:
     rome, paris = (
         f'{{"name": "weather", "arguments": {{"city": "{c}"}}}}' for c in ("Rome", "Paris")
     )
-    assert learnt_of(shapes.SYSTEM_MOVED_STRICT, [*messages, *TWO], TOOLS) == [
+    assert learned_of(shapes.SYSTEM_MOVED_STRICT, [*messages, *TWO], TOOLS) == [
         f"[TOOL_CALLS] [{rome}, {paris}]</s>",
         f"[TOOL_CALLS] [{rome}]</s>",
         *(f" {answer}</s>" for answer in ("it is 21", "it was good", "it was bad")),
@@ -328,11 +328,11 @@ def test_tools_reach_the_template_as_a_list_or_as_json() -> None:
     assert "tools must be a list" in why_bad(shapes.CHATML, TWO, "no json")
 
 
-def test_calls_that_a_template_ignores_are_remarked_on_and_not_learnt_as_silence() -> None:
+def test_calls_that_a_template_ignores_are_remarked_on_and_not_learned_as_silence() -> None:
     tokenizer = shapes.tokenizer(shapes.CHATML)
     row = encoded(tokenizer, CALLS)
     assert isinstance(row, dict)
-    assert learnt(tokenizer, row["input_ids"], row["is_target"]) == ["it is 21<|im_end|>"]
+    assert learned(tokenizer, row["input_ids"], row["is_target"]) == ["it is 21<|im_end|>"]
     assert any("'tool_calls'" in note for note in row["notes"])
     assert any("empty" in note for note in row["notes"])
 
@@ -341,17 +341,17 @@ def test_calls_that_a_template_ignores_are_remarked_on_and_not_learnt_as_silence
 
 
 def test_messages_may_be_json_or_sharegpt_or_full_of_nulls() -> None:
-    plain = learnt_of(shapes.CHATML, TWO)
-    assert learnt_of(shapes.CHATML, json.dumps(TWO)) == plain
-    assert learnt_of(shapes.CHATML, str([*TWO[:3], {**TWO[3], "name": None}])) == plain
+    plain = learned_of(shapes.CHATML, TWO)
+    assert learned_of(shapes.CHATML, json.dumps(TWO)) == plain
+    assert learned_of(shapes.CHATML, str([*TWO[:3], {**TWO[3], "name": None}])) == plain
     names = {"user": "human", "assistant": "gpt"}
     told = [{"from": names[m["role"]], "value": m["content"]} for m in TWO]
-    assert learnt_of(shapes.CHATML, told) == plain
+    assert learned_of(shapes.CHATML, told) == plain
     nulls = [{**m, "tool_calls": None, "weight": None, "name": None} for m in TWO]
-    assert learnt_of(shapes.TRIMMED, nulls) == learnt_of(shapes.TRIMMED, TWO)
+    assert learned_of(shapes.TRIMMED, nulls) == learned_of(shapes.TRIMMED, TWO)
     deep = call({"city": "Rome", "unit": None})
     messages = [user("weather?"), assistant(None, tool_calls=deep), tool("21"), assistant("so")]
-    assert "unit" not in learnt_of(shapes.TRIMMED, messages)[0]
+    assert "unit" not in learned_of(shapes.TRIMMED, messages)[0]
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_messages_may_be_json_or_sharegpt_or_full_of_nulls() -> None:
 def test_roles_have_other_names(asks: str, answers: str) -> None:
     names = {"user": asks, "assistant": answers}
     renamed = [{**m, "role": names[m["role"]]} for m in TWO]
-    assert learnt_of(shapes.RENAMED, renamed) == learnt_of(shapes.RENAMED, TWO)
+    assert learned_of(shapes.RENAMED, renamed) == learned_of(shapes.RENAMED, TWO)
 
 
 @pytest.mark.parametrize("name", ["thinking_dropped", "thinking_cut", "trimmed", "channels"])
@@ -369,7 +369,7 @@ def test_calls_of_other_forms_are_the_same(name: str) -> None:
     template = shapes.SHAPES[name].template
     inner = {"name": "weather", "arguments": {"city": "Rome"}}
     result = {"role": "function", "name": "weather", "content": "21"}
-    whole = learnt_of(template, CALLS)
+    whole = learned_of(template, CALLS)
     assert "Rome" in whole[0]
     flat = [
         user("weather?"),
@@ -377,18 +377,18 @@ def test_calls_of_other_forms_are_the_same(name: str) -> None:
         tool("21"),
         assistant("it is 21"),
     ]
-    assert learnt_of(template, flat) == whole
+    assert learned_of(template, flat) == whole
     old = [user("weather?"), assistant(None, function_call=inner), result, assistant("it is 21")]
     row = encoded(shapes.tokenizer(template), old)
     assert isinstance(row, dict), row
     assert "21" in shapes.tokenizer(template).decode(row["input_ids"]).partition("it is")[0]
-    assert learnt_of(template, old) == whole
+    assert learned_of(template, old) == whole
     told = [
         {"from": "human", "value": "weather?"},
         {"from": "function_call", "value": json.dumps(inner)},
         *({"from": "observation", "value": "21"}, {"from": "gpt", "value": "it is 21"}),
     ]
-    assert learnt_of(template, told) == whole
+    assert learned_of(template, told) == whole
 
 
 def test_a_column_that_is_missing_is_called_missing() -> None:
@@ -396,7 +396,7 @@ def test_a_column_that_is_missing_is_called_missing() -> None:
 
 
 def test_a_system_turn_of_null_is_an_empty_one() -> None:
-    assert learnt_of(shapes.TRIMMED, [system(None), *TWO]) == learnt_of(shapes.TRIMMED, TWO)
+    assert learned_of(shapes.TRIMMED, [system(None), *TWO]) == learned_of(shapes.TRIMMED, TWO)
 
 
 @pytest.mark.parametrize("kind", ["plain", "instruction"])
@@ -415,7 +415,7 @@ def test_a_tokenizer_without_an_end_is_remarked_on(kind: str) -> None:
 
 def test_parts_of_text_are_joined_and_other_parts_refused() -> None:
     parts = [{"type": "text", "text": "it was "}, {"type": "text", "text": "good", "image": None}]
-    assert learnt_of(shapes.CHATML, [user("so"), assistant(parts)]) == ["it was good<|im_end|>"]
+    assert learned_of(shapes.CHATML, [user("so"), assistant(parts)]) == ["it was good<|im_end|>"]
     picture = [{"type": "image_url", "image_url": {"url": "x"}}]
     assert "'image_url' is no text" in why_bad(shapes.CHATML, [user(picture), assistant("so")])
 
@@ -423,10 +423,10 @@ def test_parts_of_text_are_joined_and_other_parts_refused() -> None:
 @pytest.mark.parametrize(
     "off", [{"weight": 0}, {"train": False}, {"weight": 0.0}, {"train": "false"}]
 )
-def test_turns_without_weight_are_not_learnt(off: Row) -> None:
+def test_turns_without_weight_are_not_learned(off: Row) -> None:
     messages = [user("a"), assistant("bad", **off), user("b"), assistant("good", weight=1)]
     for name in ("chatml", "marked", "channels"):
-        (found,) = learnt_of(shapes.SHAPES[name].template, messages)
+        (found,) = learned_of(shapes.SHAPES[name].template, messages)
         assert "good" in found
     assert "no assistant turn" in why_bad(shapes.CHATML, [user("a"), assistant("b", **off)])
 
@@ -434,7 +434,7 @@ def test_turns_without_weight_are_not_learnt(off: Row) -> None:
 @pytest.mark.parametrize("name", list(shapes.SHAPES))
 def test_the_last_turn_only(name: str) -> None:
     template = shapes.SHAPES[name].template
-    assert learnt_of(template, TWO, train_on="last") == learnt_of(template, TWO)[-1:]
+    assert learned_of(template, TWO, train_on="last") == learned_of(template, TWO)[-1:]
 
 
 def test_keys_that_no_template_uses_are_remarked_on_once() -> None:
@@ -465,7 +465,7 @@ def test_what_cannot_be_rendered_is_a_bad_row(template: str, messages: Any, why:
 
 
 def test_an_empty_system_turn_is_left_out_where_the_template_refuses_one() -> None:
-    assert learnt_of(shapes.RENAMED, [system(""), *TWO]) == learnt_of(shapes.RENAMED, TWO)
+    assert learned_of(shapes.RENAMED, [system(""), *TWO]) == learned_of(shapes.RENAMED, TWO)
 
 
 # --- tokens
@@ -481,7 +481,7 @@ def test_control_text_inside_messages_stays_text() -> None:
         ids.count(tokenizer.convert_tokens_to_ids(t))
         for t in ("<|im_start|>", "<|im_end|>", "</s>")
     ] == [2, 2, 0]
-    assert learnt(tokenizer, ids, row["is_target"]) == ["it </s> was good<|im_end|>"]
+    assert learned(tokenizer, ids, row["is_target"]) == ["it </s> was good<|im_end|>"]
     assert said in tokenizer.decode(ids)
     assert row["notes"] == ("text of special tokens inside messages is encoded as plain text",)
 
@@ -521,7 +521,7 @@ def test_a_tokenizer_that_ends_texts_does_not_end_prompts() -> None:
     (row,) = task.encode([{"prompt": "was it good ", "answer": "yes"}], tokenizer, 64, ())
     assert isinstance(row, dict)
     assert tokenizer.decode(row["input_ids"]) == "<s>was it good yes</s>"
-    assert learnt(tokenizer, row["input_ids"], row["is_target"]) == ["yes</s>"]
+    assert learned(tokenizer, row["input_ids"], row["is_target"]) == ["yes</s>"]
     assert tokenizer.decode(prompt_ids("was it good", False, tokenizer)[0]) == "<s>was it good"
 
 
@@ -535,7 +535,7 @@ def test_a_tokenizer_without_offsets_learns_the_same(name: str) -> None:
     bytes_.add_special_tokens({"bos_token": "<s>"})
     row = encoded(bytes_, [user("a </s> b"), *TWO[1:]])
     assert isinstance(row, dict), row
-    assert learnt(bytes_, row["input_ids"], row["is_target"]) == [
+    assert learned(bytes_, row["input_ids"], row["is_target"]) == [
         f"{shape.lead}it was good{shape.end}",
         f"{shape.lead}{shape.last_lead}it was bad{shape.last_end or shape.end}",
     ]
@@ -702,13 +702,13 @@ def test_a_model_is_asked_with_a_text_or_with_messages(models: tiny.Tiny) -> Non
 
 
 def pair(tokenizer: Any, **row: Any) -> list[str] | str:
-    """What is learnt of both sides, or why nothing is."""
+    """What is learned of both sides, or why nothing is."""
     (found,) = PreferenceTuning(type="preference").encode([row], tokenizer, 512, ())
     if isinstance(found, BadRow):
         return found.why
     sides = [(found[f"{s}_ids"], found[f"{s}_targets"]) for s in ("chosen", "rejected")]
     whole = [tokenizer.decode(ids) for ids, _ in sides]
-    return [*whole, *("|".join(learnt(tokenizer, *side)) for side in sides)]
+    return [*whole, *("|".join(learned(tokenizer, *side)) for side in sides)]
 
 
 QUESTION = "<|im_start|>user\nthe film<|im_end|>\n<|im_start|>assistant\n"

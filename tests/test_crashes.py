@@ -77,7 +77,7 @@ def test_the_same_error_in_one_group_s_ranks_is_one_and_an_earlier_launch_s_does
 def test_a_run_whose_error_comes_again_ends_with_it_after_two_groups(
     ray: Any, models: tiny.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(20))
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labeled(20))
     spec = tiny.job(
         models.bert, rows, tmp_path, stop={"max_steps": 3}, fault_tolerance={"max_failures": 6}
     )

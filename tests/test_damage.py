@@ -67,7 +67,7 @@ STEP = {
 @pytest.fixture(scope="module")
 def plan(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("job")
-    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labeled(4))
     spec = tiny.job(models.bert, rows, folder, stop={"max_steps": 4})
     return make_plan(spec, LAPTOP, prepared(rows=8), folder)
 

@@ -44,7 +44,7 @@ SPACE = {"optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3}}
 
 @pytest.fixture
 def job(models: tiny.Tiny, tmp_path: Path) -> Any:
-    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labeled(4))
 
     def make(
         data: dict[str, Any] | None = None, steps: int = 90, rows_per_step: int = 10, **sweep: Any

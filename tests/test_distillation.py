@@ -89,7 +89,7 @@ class Bench:
         self.objective = Objective(self.plan, self.model)
 
     def losses(self) -> tuple[float, float]:
-        """(what is minimised, the task's own loss)."""
+        """(what is minimized, the task's own loss)."""
         total, own = self.objective(self.model, self.rows, self.weights)
         return float(total.detach()), float(own)
 
@@ -114,7 +114,7 @@ CLASSIFY = {"task": {"type": "text_classification", "labels": ["bad", "good"]}}
 def test_the_loss_is_the_share_of_the_labels_and_that_of_the_teacher(
     models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    raw = tiny.labelled(8)
+    raw = tiny.labeled(8)
     settings = {"alpha": 0.7, "temperature": 3}
     spec = job(models.bert, teachers["classes"], tmp_path, raw, distillation=settings, **CLASSIFY)
     bench = Bench(spec, raw, LABELS)
@@ -129,7 +129,7 @@ def test_the_loss_is_the_share_of_the_labels_and_that_of_the_teacher(
 def test_with_several_labels_each_one_and_its_absence_are_compared(
     models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    raw = [{**row, "labels": [row["label"]]} for row in tiny.labelled(8)]
+    raw = [{**row, "labels": [row["label"]]} for row in tiny.labeled(8)]
     task = {"type": "multi_label_classification", "labels": ["bad", "good"]}
     settings = {"alpha": 0.25, "temperature": 2}
     spec = job(models.bert, teachers["classes"], tmp_path, raw, task=task, distillation=settings)
@@ -143,10 +143,10 @@ def test_with_several_labels_each_one_and_its_absence_are_compared(
     assert bench.losses() == pytest.approx((0.75 * own + 0.25 * 4 * away, own), rel=1e-4)
 
 
-def test_a_teachers_number_is_learnt_by_the_squared_difference(
+def test_a_teachers_number_is_learned_by_the_squared_difference(
     models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    raw = [{**row, "value": float(i)} for i, row in enumerate(tiny.labelled(8))]
+    raw = [{**row, "value": float(i)} for i, row in enumerate(tiny.labeled(8))]
     settings = {"alpha": 0.4, "temperature": 3}
     task = {"type": "text_regression"}
     spec = job(models.bert, teachers["number"], tmp_path, raw, task=task, distillation=settings)
@@ -163,7 +163,7 @@ def test_each_written_word_of_a_translation_has_a_teacher(
 ) -> None:
     raw = [
         {"source": row["text"], "target": f"{row['text']} {row['label']}"}
-        for row in tiny.labelled(8)
+        for row in tiny.labeled(8)
     ]
     task = {"type": "seq2seq", "max_target_tokens": 24}
     settings = {"alpha": 1, "temperature": 2, "top_k": 1000}
@@ -232,7 +232,7 @@ def png(rng: np.random.Generator) -> bytes:
 def test_each_word_of_a_tagged_text_has_a_teacher(
     models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    raw = [{"tokens": row["text"].split(), "tags": ["x", "y"] * 20} for row in tiny.labelled(8)]
+    raw = [{"tokens": row["text"].split(), "tags": ["x", "y"] * 20} for row in tiny.labeled(8)]
     raw = [{**row, "tags": row["tags"][: len(row["tokens"])]} for row in raw]
     task = {"type": "token_classification", "labels": ["x", "y"], "entities": False}
     spec = job(models.bert, teachers["tags"], tmp_path, raw, task=task, distillation={"alpha": 1})
@@ -266,7 +266,7 @@ def _and_rest(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 def test_hidden_states_are_compared_through_a_projection_that_is_trained(
     models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    raw = tiny.labelled(8)
+    raw = tiny.labeled(8)
     hidden = {"layers": {1: 2, 2: 3}, "weight": 0.5}
     settings = {"alpha": 0, "hidden": hidden}
     spec = job(models.bert, teachers["classes"], tmp_path, raw, distillation=settings, **CLASSIFY)
@@ -297,7 +297,7 @@ def test_hidden_states_are_compared_through_a_projection_that_is_trained(
 def test_a_batch_that_only_fills_costs_nothing(
     models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    raw = tiny.labelled(8)
+    raw = tiny.labeled(8)
     settings = {"hidden": {"layers": "last"}}
     spec = job(models.bert, teachers["classes"], tmp_path, raw, distillation=settings, **CLASSIFY)
     bench = Bench(spec, raw, LABELS)
@@ -319,7 +319,7 @@ def test_a_teacher_is_asked_once_and_its_answers_stand_beside_their_rows(
 ) -> None:
     monkeypatch.setattr(asking, "SHARD_ROWS", 8)
     settings: dict[str, Any] = {"hidden": {"layers": {1: 3}}, "teacher_rows": 3}
-    spec = job(models.bert, teachers["classes"], tmp_path, tiny.labelled(20), distillation=settings)
+    spec = job(models.bert, teachers["classes"], tmp_path, tiny.labeled(20), distillation=settings)
     assert find_prepared(spec) is None
     first = prepare(spec)["train"]
     assert first.teacher is not None
@@ -375,7 +375,7 @@ def test_a_teacher_that_does_not_fit_is_refused(
     named = fields.get("teacher", "classes")
     path = teachers.get(named, tmp_path / named)
     settings = {**fields, "teacher": str(path)}
-    spec = job(models.bert, path, tmp_path, tiny.labelled(4), distillation=settings, **CLASSIFY)
+    spec = job(models.bert, path, tmp_path, tiny.labeled(4), distillation=settings, **CLASSIFY)
     with pytest.raises(OrchestratorError, match=words):
         _fit(spec)
 
@@ -389,7 +389,7 @@ def test_a_teacher_of_other_labels_is_refused(
     models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
     task = {"type": "text_classification", "labels": ["a", "b", "c"]}
-    spec = job(models.bert, teachers["classes"], tmp_path, tiny.labelled(4), task=task)
+    spec = job(models.bert, teachers["classes"], tmp_path, tiny.labeled(4), task=task)
     with pytest.raises(OrchestratorError, match=r"other labels than a, b, c"):
         check_teacher(spec, ("a", "b", "c"))
 
@@ -398,7 +398,7 @@ def test_a_run_folder_stands_for_its_export(
     models: tiny.Tiny, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(teachers["classes"], tmp_path / "run" / "export")
-    spec = job(models.bert, tmp_path / "run", tmp_path, tiny.labelled(4), **CLASSIFY)
+    spec = job(models.bert, tmp_path / "run", tmp_path, tiny.labeled(4), **CLASSIFY)
     check_teacher(spec, LABELS)
 
 
@@ -407,7 +407,7 @@ def test_a_teachers_folder_goes_along_when_a_job_is_submitted(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(models.bert, tmp_path / "big" / "model")
-    spec = job(models.bert, Path("big/model"), tmp_path, tiny.labelled(4))
+    spec = job(models.bert, Path("big/model"), tmp_path, tiny.labeled(4))
     assert "big/model" in paths_in(spec)
 
 
@@ -431,5 +431,5 @@ TEACHER = {"teacher": "org/teacher"}
          "sweep.space.distillation.temperature"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_learnt_from_a_teacher_is_refused(change: Row, field: str) -> None:
+def test_what_cannot_be_learned_from_a_teacher_is_refused(change: Row, field: str) -> None:
     assert list(refused({**BASE, **change})) == [field]

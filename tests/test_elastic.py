@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def job(models: tiny.Tiny, folder: Path, name: str, **fields: Any) -> JobSpec:
-    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labeled(203))
     settings: dict[str, Any] = {
         "name": name,
         "batch": {"global_batch_size": 8},

@@ -26,7 +26,7 @@ NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
 
 def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
     """Steps that take a while: four rows at a time."""
-    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labeled(203))
     settings: dict[str, Any] = {
         "name": "elastic",
         "batch": {"global_batch_size": 32, "micro_batch_size": 4},

@@ -49,8 +49,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def job(models: tiny.Tiny, folder: Path, name: str, **fields: Any) -> JobSpec:
-    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(ROWS))
-    held_out = tiny.write_csv(folder / "eval.csv", tiny.labelled(31, seed=1))
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labeled(ROWS))
+    held_out = tiny.write_csv(folder / "eval.csv", tiny.labeled(31, seed=1))
     settings = {
         "name": name,
         "batch": {"global_batch_size": 8},
@@ -133,7 +133,7 @@ def pair(ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) 
             "one-row",
             stop={"max_steps": 1},
             schedule={"type": "constant"},
-            data={"eval": str(tiny.write_csv(folder / "one.csv", tiny.labelled(1)))},
+            data={"eval": str(tiny.write_csv(folder / "one.csv", tiny.labeled(1)))},
         )
     )
     for plan in plans.values():

@@ -227,7 +227,7 @@ def test_an_answer_finder_reads_batches_as_single_rows(tmp_path: Path) -> None:
 def test_files_of_an_export_have_the_permissions_of_the_umask(
     models: tiny.Tiny, tmp_path: Path, mask: int
 ) -> None:
-    plan = planned(job(models.bert, tmp_path, tiny.labelled(8)))
+    plan = planned(job(models.bert, tmp_path, tiny.labeled(8)))
     before = os.umask(mask)
     try:
         folder = exported(plan, model_of(plan), tmp_path / "export")
@@ -240,7 +240,7 @@ def test_files_of_an_export_have_the_permissions_of_the_umask(
 
 
 def test_rows_that_hold_nothing_are_answered_with_why(models: tiny.Tiny, tmp_path: Path) -> None:
-    _, folder = export(job(models.bert, tmp_path, tiny.labelled(8)), tmp_path)
+    _, folder = export(job(models.bert, tmp_path, tiny.labeled(8)), tmp_path)
     inputs: list[Any] = [
         "the film was great",
         {"text": None},
@@ -272,7 +272,7 @@ def test_a_text_with_a_token_that_is_not_embedded_is_answered_with_why(
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     model = {"tokenizer": str(tmp_path / "tokenizer")}
-    _, folder = export(job(models.bert, tmp_path, tiny.labelled(8), model=model), tmp_path)
+    _, folder = export(job(models.bert, tmp_path, tiny.labeled(8), model=model), tmp_path)
     found = predict(folder, ["the film", "the zebra"])
     assert "why" not in found[0]
     assert "zebra" in found[1]["why"]
@@ -284,7 +284,7 @@ def test_an_export_outlives_the_model_that_it_began_as(
 ) -> None:
     source = shutil.copytree(models.gpt2, tmp_path / "base")
     fields = {"task": {"type": task}, "data": {"max_length_tokens": 64}}
-    _, folder = export(job(source, tmp_path, tiny.labelled(8), **fields), tmp_path)
+    _, folder = export(job(source, tmp_path, tiny.labeled(8), **fields), tmp_path)
     before = predict(folder, ["the film was great"])
     shutil.rmtree(source)
     assert predict(folder, ["the film was great"]) == before

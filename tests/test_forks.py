@@ -26,7 +26,7 @@ server.main(sys.argv[1])
 """The server without what takes its time."""
 SCRIPT = """
 import os, random, sys
-print(random.random(), os.environ.get("COLOUR"), os.getcwd(), *sys.argv[1:], *sys.path[1:2])
+print(random.random(), os.environ.get("COLOR"), os.getcwd(), *sys.argv[1:], *sys.path[1:2])
 """
 
 
@@ -61,7 +61,7 @@ def test_a_fork_has_the_environment_folder_and_arguments_it_was_asked_for(
 ) -> None:
     server = serving(tmp_path / "socket")
     more = tmp_path / "more"
-    environment = {**os.environ, "COLOUR": "green", "PYTHONPATH": str(more)}
+    environment = {**os.environ, "COLOR": "green", "PYTHONPATH": str(more)}
     said = say(tmp_path / "socket", script, "one", "two", cwd=tmp_path, env=environment)
     again = say(tmp_path / "socket", script, cwd=tmp_path)
     server.communicate()

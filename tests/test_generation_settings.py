@@ -20,7 +20,7 @@ SETTINGS = {"min_length": 30, "no_repeat_ngram_size": 2, "length_penalty": 2.0, 
 
 
 @pytest.fixture(params=["generation_config.json", "config.json"])
-def summariser(request: Any, models: tiny.Tiny, tmp_path: Path) -> Path:
+def summarizer(request: Any, models: tiny.Tiny, tmp_path: Path) -> Path:
     """A T5 whose settings stand where checkpoints have them."""
     folder = tmp_path / "t5"
     shutil.copytree(models.t5, folder)
@@ -40,9 +40,9 @@ def job(folder: Path, keep: bool, tmp_path: Path) -> JobSpec:
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_evaluations_write_without_the_checkpoints_settings(
-    summariser: Path, tmp_path: Path, keep: bool
+    summarizer: Path, tmp_path: Path, keep: bool
 ) -> None:
-    spec = job(summariser, keep, tmp_path)
+    spec = job(summarizer, keep, tmp_path)
     (said,) = generation_warnings(spec)
     assert "min_length = 30" in said
     assert ("set aside" in said) != keep

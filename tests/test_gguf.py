@@ -1,4 +1,4 @@
-"""A GGUF as base model: its weights are dequantised on load, train, and are those that were written."""
+"""A GGUF as base model: its weights are dequantized on load, train, and are those that were written."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ SHAPE = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size
 SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def png(colour: Any, mode: str = "RGB", side: int = 8) -> bytes:
+def png(color: Any, mode: str = "RGB", side: int = 8) -> bytes:
     out = io.BytesIO()
-    Image.new(mode, (side, side), colour).save(out, "PNG")
+    Image.new(mode, (side, side), color).save(out, "PNG")
     return out.getvalue()
 
 

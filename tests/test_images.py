@@ -85,7 +85,7 @@ def test_transparent_pixels_are_laid_on_white(
     assert (found[3, 0].tolist(), found[3, 7].tolist()) == (left, right)
 
 
-def test_a_transparent_colour_of_an_image_without_alpha_is_laid_on_white() -> None:
+def test_a_transparent_color_of_an_image_without_alpha_is_laid_on_white() -> None:
     found = pixels(stored(halves((10, 20, 30), (90, 0, 0), "RGB"), transparency=(90, 0, 0)))
     assert (found[3, 0].tolist(), found[3, 7].tolist()) == ([10, 20, 30], [255] * 3)
 
@@ -108,10 +108,10 @@ def test_wide_values_are_scaled_to_eight_bits_and_not_cut(
         assert [int(found[y, x, 0]) for y in (0, 7) for x in (0, 7)] == expected
 
 
-def test_other_colour_spaces_and_animations_are_read() -> None:
+def test_other_color_spaces_and_animations_are_read() -> None:
     cmyk = pixels(stored(Image.new("CMYK", (SIDE, SIDE), (0, 255, 255, 0)), "TIFF"))
     assert cmyk[0, 0].tolist() == [255, 0, 0]
-    frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (SIDE, SIDE), color) for color in ("red", "blue")]
     animated = stored(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert pixels(animated)[0, 0].tolist() == [255, 0, 0]
 
@@ -187,7 +187,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "image_processor_type": "EfficientNetImageProcessor", "size": {"height": 32, "width": 32},
         "rescale_offset": True, "resample": 0,
     },
-    "no normalisation": {
+    "no normalization": {
         "image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32},
         "do_normalize": False,
     },

@@ -49,7 +49,7 @@ def place(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory: job, rows and model, the last two ignored by git; runs lie beside it."""
     folder = tmp_path_factory.mktemp("place")
     here = folder / "here"
-    tiny.write_jsonl(here / "data" / "train.jsonl", tiny.labelled(203))
+    tiny.write_jsonl(here / "data" / "train.jsonl", tiny.labeled(203))
     (here / "data" / "bert").symlink_to(models.bert)
     (here / ".gitignore").write_text("data/\n")
     job = {

@@ -62,7 +62,7 @@ def test_packages_of_a_job_are_there_in_its_driver_and_in_its_workers(
         "task": {"type": "text_classification"},
         "model": {"pretrained": str(models.bert)},
         "data": {
-            "train": str(tiny.write_jsonl(here / "train.jsonl", tiny.labelled(64))),
+            "train": str(tiny.write_jsonl(here / "train.jsonl", tiny.labeled(64))),
             "prepared_dir": str(tmp_path / "prepared"),
         },
         "batch": {"global_batch_size": 16},

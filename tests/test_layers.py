@@ -26,7 +26,7 @@ WORDS = torch.arange(8, 20).view(2, 6)
 @pytest.fixture(scope="module")
 def spec(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     folder = tmp_path_factory.mktemp("job")
-    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labeled(4))
     return tiny.job(models.bert, rows, folder)
 
 

@@ -48,7 +48,7 @@ KINDS: dict[str, list[str]] = {
 @pytest.fixture(scope="module")
 def spec(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     folder = tmp_path_factory.mktemp("job")
-    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labeled(4))
     return tiny.job(models.bert, rows, folder)
 
 

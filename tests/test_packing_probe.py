@@ -82,7 +82,7 @@ def test_packed_rows_have_the_loss_of_rows_alone(family: str) -> None:
     one_by_one = [loss_of(apart, model, row) for row in rows]
     alone = sum(total for total, _ in one_by_one) / sum(count for _, count in one_by_one)
     assert loss(packed, model, together) == pytest.approx(alone, rel=1e-5)
-    assert loss(apart, model, rows) == pytest.approx(alone, rel=1e-5), "padding is no neighbour"
+    assert loss(apart, model, rows) == pytest.approx(alone, rel=1e-5), "padding is no neighbor"
 
 
 def loss_of(spec: JobSpec, model: Any, row: EncodedRow) -> tuple[float, int]:

@@ -84,7 +84,7 @@ def classifier(kind: str, tmp_path: Path, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_a_rows_result_depends_on_its_text_and_not_on_its_neighbours(
+def test_a_rows_result_depends_on_its_text_and_not_on_its_neighbors(
     tmp_path: Path, kind: str
 ) -> None:
     spec = classifier(kind, tmp_path)

@@ -30,7 +30,7 @@ def test_a_run_in_a_folder_of_any_name_trains_exports_reports_and_resumes(
 ) -> None:
     home = tmp_path / NAMES[stage]
     home.mkdir()
-    rows = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.labelled(16))
+    rows = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.labeled(16))
     fields: dict[str, Any] = {
         "name": "run", "storage_path": str(home / "runs"), "zero": {"stage": stage},
         "batch": {"global_batch_size": 8}, "resources": {"num_workers": 1},

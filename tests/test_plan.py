@@ -62,7 +62,7 @@ def prepared(rows: int = 1000, longest: int = 32, eval_rows: int = 0) -> dict[Sp
 @pytest.fixture(scope="module")
 def spec(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     folder = tmp_path_factory.mktemp("job")
-    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labeled(4))
     return tiny.job(models.bert, rows, folder)
 
 

@@ -36,7 +36,7 @@ RICH: dict[str, list[str]] = {
 @pytest.fixture(scope="module")
 def plans(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     folder = tmp_path_factory.mktemp("job")
-    spec = tiny.job(models.bert, tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4)), folder)
+    spec = tiny.job(models.bert, tiny.write_jsonl(folder / "rows.jsonl", tiny.labeled(4)), folder)
     jobs = {name: changed(spec, *overrides) for name, overrides in RICH.items()}
     return {name: make_plan(job, LAPTOP, prepared(400, eval_rows=40)) for name, job in jobs.items()}
 

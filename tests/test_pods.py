@@ -38,7 +38,7 @@ NODE_CPUS = 3
 def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
     """Dropout on, a partial last batch in each epoch, two workers of two CPUs."""
     folder.mkdir(parents=True, exist_ok=True)
-    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labeled(203))
     settings = {
         "name": f"zero{stage}",
         "batch": {"global_batch_size": 16},

@@ -44,7 +44,7 @@ D: dict[str, Any] = {
     "decoder_start_token_id": 2,
 }
 
-LEARNT: dict[str, tuple[dict[str, Any], int]] = {
+LEARNED: dict[str, tuple[dict[str, Any], int]] = {
     "bert": (S, NAMED),
     "roberta": ({**S, "pad_token_id": 1}, NAMED - 2),
     "xlm-roberta": ({**S, "pad_token_id": 1}, NAMED - 2),
@@ -99,9 +99,9 @@ def job(tmp_path: Path, kind: str, config: dict[str, Any], length: Any = "auto")
     return tiny.job(folder, ANY, tmp_path, data={"max_length_tokens": length})
 
 
-@pytest.mark.parametrize("kind", LEARNT)
+@pytest.mark.parametrize("kind", LEARNED)
 def test_a_model_runs_at_its_limit_and_no_further(tmp_path: Path, kind: str) -> None:
-    config, limit = LEARNT[kind]
+    config, limit = LEARNED[kind]
     assert text_positions(job(tmp_path, kind, config)) == limit
     assert max_length_tokens(job(tmp_path, kind, config)) == limit
     run(kind, config, limit)

@@ -175,7 +175,7 @@ def test_a_body_without_a_head_learns_the_characters_of_the_rows(tmp_path: Path)
     assert plan.spec.task.outputs(plan.labels)[0] == "<pad>"
 
 
-def test_a_feature_extractor_that_does_not_normalise_is_followed(tmp_path: Path) -> None:
+def test_a_feature_extractor_that_does_not_normalize_is_followed(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model")
     extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=RATE, do_normalize=False)
     extractor.save_pretrained(source)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from orchestrator.tasks import BadRow, QuestionAnswering
-from orchestrator.tasks.base import ragged
+from orchestrator.tasks.batches import ragged
 
 TASK = QuestionAnswering(type="question_answering", stride_tokens=4)
 WORDS = [*tiny.GOOD, *tiny.BAD, "film", "book", "lunch", "walk", "song", "speech", "today"]
@@ -119,7 +119,7 @@ def test_an_answer_without_its_place_is_a_bad_row(tokenizer: Any, form: Any) -> 
     assert isinstance(row, BadRow)
 
 
-def test_an_answer_is_learnt_in_every_window_that_holds_all_of_it(tokenizer: Any) -> None:
+def test_an_answer_is_learned_in_every_window_that_holds_all_of_it(tokenizer: Any) -> None:
     found = windows(asked("film book"), tokenizer)
     holds = []
     for window in found:

@@ -36,7 +36,7 @@ EVERY = 16  # an epoch has 13 steps: checkpoints fall mid-epoch and, at 208, on 
 def job(models: tiny.Tiny, folder: Path, stage: int, **fields: Any) -> JobSpec:
     """Dropout on, a partial last batch in each epoch, several epochs."""
     folder.mkdir(parents=True, exist_ok=True)
-    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labeled(203))
     settings = {
         "name": f"zero{stage}",
         "batch": {"global_batch_size": 16},

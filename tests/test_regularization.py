@@ -37,13 +37,13 @@ SEVERAL = {"type": "multi_label_classification", "labels_column": "label"}
 @pytest.fixture(scope="module")
 def spec(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     folder = tmp_path_factory.mktemp("job")
-    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labeled(4))
     return tiny.job(models.bert, rows, folder)
 
 
 def rows_of(spec: JobSpec, count: int) -> list[dict[str, np.ndarray]]:
     tokenizer = load_tokenizer(spec)
-    encoded = spec.task.encode(tiny.labelled(count, seed=3), tokenizer, 32, LABELS)
+    encoded = spec.task.encode(tiny.labeled(count, seed=3), tokenizer, 32, LABELS)
     return [{k: np.array(v) for k, v in row.items()} for row in encoded]  # type: ignore[union-attr]
 
 
@@ -60,7 +60,7 @@ class Bench:
         self.labels = torch.tensor(np.stack([row["label"] for row in self.rows]))
 
     def losses(self) -> tuple[float, float]:
-        """(what is minimised, the task's own loss)."""
+        """(what is minimized, the task's own loss)."""
         torch.manual_seed(0)
         np.random.seed(0)
         total, own = self.objective(self.model, self.rows, self.weights)
@@ -73,7 +73,7 @@ class Bench:
         return self.model(**batch).logits[:7].detach()
 
 
-def test_without_regularization_the_tasks_loss_is_minimised(spec: JobSpec) -> None:
+def test_without_regularization_the_tasks_loss_is_minimized(spec: JobSpec) -> None:
     bench = Bench(spec)
     expected = functional.cross_entropy(bench.logits(), bench.labels[:7], reduction="sum")
     assert bench.losses() == pytest.approx((float(expected), float(expected)))

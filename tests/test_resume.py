@@ -122,8 +122,8 @@ ADAPTERS = [n for n, k in KNOBS.items() if "type" in k.get("tuning", {}) and "pr
 
 def plans(models: tiny.Tiny, folder: Path) -> dict[str, Plan]:
     """A short job for each knob, with a checkpoint half-way."""
-    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(61))
-    held_out = tiny.write_jsonl(folder / "eval.jsonl", tiny.labelled(9, seed=1))
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labeled(61))
+    held_out = tiny.write_jsonl(folder / "eval.jsonl", tiny.labeled(9, seed=1))
     common: dict[str, Any] = {
         "batch": {"global_batch_size": 8},
         "stop": {"max_steps": STEPS},

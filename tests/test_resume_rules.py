@@ -33,7 +33,7 @@ def base(models: tiny.Tiny, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def spec(base: Path, tmp_path: Path) -> JobSpec:
-    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labeled(4))
     return tiny.job(base, rows, tmp_path, data={"eval": str(rows)}, tuning={"type": "lora"})
 
 

@@ -47,7 +47,7 @@ def rows(*lengths: int) -> list[dict[str, np.ndarray]]:
 def loss_of(
     model: Any, given: list[Any], weights: Any, packing: Any = False
 ) -> tuple[float, float]:
-    """(what is minimised, the task's own loss) of one micro-batch."""
+    """(what is minimized, the task's own loss) of one micro-batch."""
     task = CausalLM.model_validate({"type": "causal_lm", "packing": packing})
     spec = SimpleNamespace(task=task, regularization=RegularizationSpec(), distillation=None)
     plan: Any = SimpleNamespace(spec=spec, class_weights=(), pad_token_id=0, padding_side="right")

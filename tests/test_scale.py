@@ -20,7 +20,7 @@ def test_simulated_slots_run_every_trial_and_asha_prunes(
 
     rows = [
         {"text": row["text"], "label": "positive" if row["label"] == "good" else "negative"}
-        for row in tiny.labelled(60)
+        for row in tiny.labeled(60)
     ]
     for name in ("train", "eval"):
         tiny.write_csv(tmp_path / "reviews" / f"{name}.csv", rows)

@@ -1,4 +1,4 @@
-"""Text to text: what is learnt, what is written, and how it is compared."""
+"""Text to text: what is learned, what is written, and how it is compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from orchestrator.model.tokenizer import check_tokens, largest_id
 from orchestrator.plan.facts import facts_of, model_facts
 from orchestrator.plan.memory import MemorySetup, memory_bytes
 from orchestrator.tasks import BadRow, Seq2Seq
-from orchestrator.tasks.base import IGNORED, ragged
+from orchestrator.tasks.base import IGNORED
+from orchestrator.tasks.batches import ragged
 
 TASK = Seq2Seq(type="seq2seq", max_target_tokens=12)
 

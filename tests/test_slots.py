@@ -28,7 +28,7 @@ SPACE = {"optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3}}
 def job(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A job with a sweep: `job(num_workers=2, slots=3)`."""
     folder = tmp_path_factory.mktemp("slots")
-    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labeled(4))
 
     def make(
         space: dict[str, Any] = SPACE, slots: Any = "auto", trials: int = 1000, **resources: Any

@@ -234,7 +234,7 @@ def test_utf16_is_named(tmp_path: Path, name: str) -> None:
     assert "UTF-16" in refused(path)
 
 
-def test_a_misspelt_column_is_told_with_the_nearest(tmp_path: Path) -> None:
+def test_a_misspelled_column_is_told_with_the_nearest(tmp_path: Path) -> None:
     assert "'labels'" in refused(write(tmp_path / "a.csv", "text,labels\na,x\n"))
     assert "empty" in refused(write(tmp_path / "b.csv", ""))
 
@@ -455,7 +455,7 @@ def test_evaluation_rows_that_are_training_rows_are_counted(
 def test_a_fraction_that_leaves_a_side_empty_names_one_that_does_not(
     models: tiny.Tiny, tmp_path: Path, count: int, fraction: float
 ) -> None:
-    path = tiny.write_csv(tmp_path / "a.csv", tiny.labelled(count) + ROWS[:2])
+    path = tiny.write_csv(tmp_path / "a.csv", tiny.labeled(count) + ROWS[:2])
     spec = tiny.job(models.bert, path, tmp_path, data={"eval_fraction": fraction})
     message = failure(spec)
     assert f"{count + 2} rows" in message

@@ -18,7 +18,7 @@ from orchestrator.model.build import build_model
 from orchestrator.plan.facts import facts_of
 from orchestrator.plan.memory import MemorySetup, activation_bytes
 from orchestrator.tasks import BadRow, SpeechRecognition
-from orchestrator.tasks.base import ragged
+from orchestrator.tasks.batches import ragged
 from orchestrator.tasks.ctc import likeliest
 
 LABELS = (" ", "a", "b", "c")

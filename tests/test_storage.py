@@ -79,7 +79,7 @@ def rows(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> str:
         endpoint_override=where, scheme="http", region="us-east-1", allow_bucket_creation=True
     )
     s3.create_dir("bucket")
-    text = "".join(json.dumps(row) + "\n" for row in tiny.labelled(40))
+    text = "".join(json.dumps(row) + "\n" for row in tiny.labeled(40))
     with s3.open_output_stream("bucket/train.jsonl") as out:
         out.write(text.encode())
     return endpoint.url("train.jsonl")
@@ -98,7 +98,7 @@ def test_an_outage_is_waited_out_at_every_step_of_preparing(
     done = _patiently(prepare_piece, work)
     assert endpoint.refused > 0
     assert done["rows"] == 40
-    local = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.labelled(40))
+    local = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.labeled(40))
     assert find_files(str(local), "auto")[0].digest == file.digest
 
 

@@ -36,7 +36,7 @@ def source(
     ray: Any, models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ShardReader, Order]:
     folder = tmp_path_factory.mktemp("stream")
-    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(333))
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labeled(333))
     spec = tiny.job(models.bert, train, folder, data={"shard_rows": 100})
     done = prepare(spec)["train"]
     reader = open_shards(done.folder, done.manifest)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "orchestrator"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "orchestrator"
 LONGEST_FUNCTION = 80
 LONGEST_FILE = 400
 QUESTIONS = re.compile(r"(What|Where|Whether|How|When|Which|Who|Whose)\b")
@@ -86,3 +87,31 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+BRITISH = (
+    "behaviour", "colour", "favour", "neighbour", "labell", "learnt", "modelling", "centred", "summaris",
+    "optimis", "regularis", "normalis", "tokenis", "quantis", "initialis", "minimis", "maximis", "serialis",
+    "generalis", "recognis", "organis", "utilis", "visualis", "specialis", "synchronis", "catalogue", "artefact",
+)  # fmt: skip
+OLD_NAMES = {
+    "orchestrator/renames.py",
+    "tests/test_stored_runs.py",
+    "tests/test_spec.py",
+    "tests/test_style.py",
+}
+"""Files that hold job fields as they were spelled once."""
+
+
+def test_the_tree_is_spelled_as_the_libraries_spell() -> None:
+    suffixes = {".py", ".md", ".yaml", ".yml", ".toml", ".html", ".j2", ".json", ".sh"}
+    found = []
+    for folder in ("orchestrator", "tests", "docs", "jobs", "cluster", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            name = path.relative_to(ROOT).as_posix()
+            if path.suffix not in suffixes or name in OLD_NAMES or "/data/" in name:
+                continue
+            text = path.read_text(encoding="utf-8").lower()
+            found += [f"{name}: {word}" for word in BRITISH if word in text]
+    found += [f"README.md: {word}" for word in BRITISH if word in (ROOT / "README.md").read_text()]
+    assert found == []

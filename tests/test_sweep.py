@@ -40,11 +40,11 @@ def job(
         "evaluation": {"every_steps": "end"},
         "resources": {"num_workers": 1},
         "model": {"dropout": 0.1},
-        "data": {"eval": str(tiny.write_csv(folder / "eval.csv", tiny.labelled(41, seed=1)))},
+        "data": {"eval": str(tiny.write_csv(folder / "eval.csv", tiny.labeled(41, seed=1)))},
         "sweep": search,
         **fields,
     }
-    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labelled(203))
+    train = tiny.write_jsonl(folder / "train.jsonl", tiny.labeled(203))
     return tiny.job(models.bert, train, folder, **settings)
 
 

@@ -30,7 +30,7 @@ FOUR_CPUS = Cluster(source="described", nodes=(Node(cpus=4, memory_bytes=32 * GI
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", tiny.labelled(4))
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", tiny.labeled(4))
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_a_searcher_learns_from_what_ended_well_as_it_ends_and_never_twice(tmp_p
     asked = sweep({LR: SPACE[LR]}, searcher={"type": "tpe"})
     found = Past(asked, Metric("loss", maximize=False))
 
-    def learnt() -> list[float]:
+    def learned() -> list[float]:
         found.follow(log)
         return [t.value for t in found.study().trials]
 
@@ -135,15 +135,15 @@ def test_a_searcher_learns_from_what_ended_well_as_it_ends_and_never_twice(tmp_p
     log.report("a", 15, 15.0, {"loss": 0.2}, Verdict(False, True))
     log.report("b", 5, 5.0, {"loss": 0.5}, Verdict(True, True))
     log.end("c", "diverged", 2)
-    assert learnt() == []
+    assert learned() == []
     log.end("a", "pruned", 15)
-    assert learnt() == [0.2]
+    assert learned() == [0.2]
     log.report("b", 15, 15.0, {"loss": 0.4}, Verdict(True, True))
     log.report("d", 5, 5.0, {"loss": 9.0}, Verdict(True, True))
     log.end("d", "failed", 7)
     log.end("b", "finished", 15)
-    assert learnt() == [0.2, 0.4]
-    assert learnt() == [0.2, 0.4]
+    assert learned() == [0.2, 0.4]
+    assert learned() == [0.2, 0.4]
 
 
 def test_many_trials_do_not_make_a_proposal_slow() -> None:
@@ -156,7 +156,7 @@ def test_many_trials_do_not_make_a_proposal_slow() -> None:
     each_s = (time.perf_counter() - began) / 20
     began = time.perf_counter()
     propose(asked, 1020, past(asked, rows))
-    assert each_s < (time.perf_counter() - began) / 2, "what was learnt once is not learnt again"
+    assert each_s < (time.perf_counter() - began) / 2, "what was learned once is not learned again"
 
 
 # --- grids, conditions, constraints
@@ -219,7 +219,7 @@ def test_constraints_that_nothing_keeps_end_with_a_message() -> None:
 # --- perturbation
 
 
-def test_a_neighbour_moves_every_field_a_little() -> None:
+def test_a_neighbor_moves_every_field_a_little() -> None:
     asked = sweep()
     values = dict(zip(SPACE, (1e-4, 0.01, 0.1, 20), strict=True))
     for member in range(20):
@@ -232,7 +232,7 @@ def test_a_neighbour_moves_every_field_a_little() -> None:
     assert len(drawn) == 2
 
 
-def test_a_neighbour_stays_inside_the_bounds() -> None:
+def test_a_neighbor_stays_inside_the_bounds() -> None:
     asked = sweep()
     edge = dict(zip(SPACE, (1e-3, 0.1, 0.3, 64), strict=True))
     for member in range(20):
@@ -242,7 +242,7 @@ def test_a_neighbour_stays_inside_the_bounds() -> None:
         assert near["batch.global_batch_size"] <= 64
 
 
-def test_a_resampled_neighbour_is_drawn_anew() -> None:
+def test_a_resampled_neighbor_is_drawn_anew() -> None:
     asked = sweep({"optimizer.lr": SPACE["optimizer.lr"]})
     drawn = {perturbed(asked, {"optimizer.lr": 1e-4}, 1.0, 1, m)["optimizer.lr"] for m in range(10)}
     assert len(drawn) == 10
@@ -297,7 +297,7 @@ def test_a_constraint_on_a_field_that_a_trial_lacks_is_kept() -> None:
 
 
 def job(tmp_path: Path, **fields: Any) -> dict[str, Any]:
-    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labeled(4))
     data = {"train": str(rows), "eval": str(rows)}
     model = {"pretrained": str(tmp_path)}
     given = {"name": "s", "task": {"type": "text_classification"}, "model": model, "data": data}

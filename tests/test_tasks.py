@@ -102,7 +102,7 @@ def test_labels_of_any_simple_type_are_matched_by_their_text(words: Any, label: 
         ({"text": "dull", "label": "odd"}, "unknown label 'odd'; the job knows: 'bad', 'good'"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_bad_and_leaves_its_neighbours_alone(
+def test_a_row_that_cannot_be_used_is_bad_and_leaves_its_neighbors_alone(
     words: Any, row: dict[str, Any], why: str
 ) -> None:
     fine = {"text": "the film was great", "label": "good"}
@@ -121,7 +121,7 @@ def test_only_rows_that_lost_tokens_count_as_truncated(words: Any) -> None:
 
 
 def test_a_classification_batch_is_padded_and_masked_to_its_longest_row(words: Any) -> None:
-    raw = tiny.labelled(5)
+    raw = tiny.labeled(5)
     rows = good(CLASSIFY.encode(raw, words, 64, LABELS))
     weights = np.array([1, 1, 1, 1, 0], dtype=np.float32)
     batch = CLASSIFY.collate(arrays(rows), weights, pad_id=0)
@@ -134,7 +134,7 @@ def test_a_classification_batch_is_padded_and_masked_to_its_longest_row(words: A
 
 
 def test_rows_of_weight_zero_add_exactly_nothing_to_the_loss(words: Any, classifier: Any) -> None:
-    rows = arrays(good(CLASSIFY.encode(tiny.labelled(4), words, 64, LABELS)))
+    rows = arrays(good(CLASSIFY.encode(tiny.labeled(4), words, 64, LABELS)))
     filled = [*rows[:3], rows[0]]
     with torch.no_grad():
         alone = CLASSIFY.loss_sum(classifier, CLASSIFY.collate(rows[:3], np.ones(3), 0))
@@ -145,7 +145,7 @@ def test_rows_of_weight_zero_add_exactly_nothing_to_the_loss(words: Any, classif
 
 
 def test_padding_never_changes_the_classification_loss(words: Any, classifier: Any) -> None:
-    rows = arrays(good(CLASSIFY.encode(tiny.labelled(6, seed=3), words, 64, LABELS)))
+    rows = arrays(good(CLASSIFY.encode(tiny.labeled(6, seed=3), words, 64, LABELS)))
     assert len({len(r["input_ids"]) for r in rows}) > 1
     with torch.no_grad():
         together = CLASSIFY.loss_sum(classifier, CLASSIFY.collate(rows, np.ones(6), 0))
@@ -182,15 +182,15 @@ def test_classification_predicts_names_of_labels(words: Any, models: tiny.Tiny) 
     model = AutoModelForSequenceClassification.from_pretrained(
         models.bert, **CLASSIFY.config_overrides(LABELS)
     ).eval()
-    rows = good(CLASSIFY.encode(tiny.labelled(3), words, 64, LABELS))
+    rows = good(CLASSIFY.encode(tiny.labeled(3), words, 64, LABELS))
     with torch.no_grad():
         measured = CLASSIFY.measure(model, CLASSIFY.collate(arrays(rows), np.ones(3), 0))
-    predicted = CLASSIFY.predict(model, words, tiny.labelled(3), 64)
+    predicted = CLASSIFY.predict(model, words, tiny.labeled(3), 64)
     assert [p["label"] for p in predicted] == [LABELS[i] for i in measured["predicted"]]
     assert all(0.5 <= p["score"] <= 1 for p in predicted)
 
 
-# --- causal language modelling: packing
+# --- causal language modeling: packing
 
 DOCUMENTS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
@@ -242,8 +242,8 @@ def test_stream_packing_keeps_documents_apart_however_the_rows_arrive(
         begins = np.cumsum([0, *row["doc_lengths"]])[:-1].tolist()
         where = {i for i, token in enumerate(row["input_ids"]) if i == 0 or token in starts}
         assert set(begins) == where, "one document ends where the next begins, nowhere else"
-        learnt = {i for i, on in enumerate(row["is_target"]) if on}
-        assert learnt == set(range(len(row["input_ids"]))) - where, "all but each first token"
+        learned = {i for i, on in enumerate(row["is_target"]) if on}
+        assert learned == set(range(len(row["input_ids"]))) - where, "all but each first token"
 
 
 @settings(max_examples=60, deadline=None)
@@ -268,7 +268,7 @@ def test_without_packing_rows_stay_as_they_are() -> None:
     assert causal("plain", packing=False).pack(rows, 16) == (rows, [])
 
 
-# --- causal language modelling: targets
+# --- causal language modeling: targets
 
 
 def target_texts(row: EncodedRow, tokenizer: Any) -> list[str]:
@@ -400,7 +400,7 @@ def test_an_over_long_instruction_is_cut_and_counted(bytes_: Any) -> None:
     assert (len(long["input_ids"]), long["truncated"], short["truncated"]) == (16, 1, 0)
 
 
-# --- causal language modelling: loss
+# --- causal language modeling: loss
 
 
 def loss_and_grad(task: CausalLM, model: Any, rows: Sequence[EncodedRow]) -> tuple[float, Any]:

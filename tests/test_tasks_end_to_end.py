@@ -20,7 +20,7 @@ from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import unpack_rows
 from orchestrator.plan import Plan
 from orchestrator.run_folder import RunFolder, write_json
-from orchestrator.tasks.base import ragged
+from orchestrator.tasks.batches import ragged
 from orchestrator.train.export import build_base, export_run, load_exported
 
 STEPS, EVAL_ROWS = 6, 13
@@ -210,11 +210,11 @@ def sound(text: str) -> dict[str, Any]:
 def spec_of(kind: str, models: tiny.Tiny, folder: Path) -> Any:
     given = TASKS[kind]
     train = tiny.write_jsonl(
-        folder / kind / "train.jsonl", [given["rows"](r) for r in tiny.labelled(60)]
+        folder / kind / "train.jsonl", [given["rows"](r) for r in tiny.labeled(60)]
     )
     held_out = tiny.write_jsonl(
         folder / kind / "eval.jsonl",
-        [given["rows"](r) for r in tiny.labelled(EVAL_ROWS, seed=1)],
+        [given["rows"](r) for r in tiny.labeled(EVAL_ROWS, seed=1)],
     )
     settings = {
         "name": kind.replace("_", "-"),

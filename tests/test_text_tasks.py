@@ -173,7 +173,7 @@ def trained_head(models: tiny.Tiny, tmp_path: Path) -> Path:
 def head_of(
     folder: Path, labels: tuple[str, ...], tmp_path: Path, kind: str = "text_classification"
 ) -> Any:
-    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labelled(2))
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.labeled(2))
     task = {"type": kind, "labels": labels}
     spec: JobSpec = tiny.job(folder, rows, tmp_path, task=task)
     model: Any = build_model(spec, labels)

@@ -1,4 +1,4 @@
-"""Tags per word: alignment with tokens, what is learnt, entities counted as seqeval does."""
+"""Tags per word: alignment with tokens, what is learned, entities counted as seqeval does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from seqeval.metrics import f1_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from orchestrator.tasks import BadRow, TokenClassification
-from orchestrator.tasks.base import IGNORED, ragged
+from orchestrator.tasks.base import IGNORED
+from orchestrator.tasks.batches import ragged
 
 TAGS = ("B-X", "B-Y", "I-X", "O")
 TASK = TokenClassification(type="token_classification")
@@ -29,7 +30,7 @@ def arrays(rows: list[Any]) -> list[dict[str, np.ndarray]]:
     return [{name: np.asarray(row[name]) for name in TASK.features()} for row in rows]
 
 
-def test_a_word_is_learnt_at_its_first_token(pieces: Any) -> None:
+def test_a_word_is_learned_at_its_first_token(pieces: Any) -> None:
     words = ["Zebra", "was", "quiet"]
     (row,) = TASK.encode([{"tokens": words, "tags": ["B-X", "O", "B-Y"]}], pieces, 64, TAGS)
     assert not isinstance(row, BadRow)
@@ -43,7 +44,7 @@ def test_a_word_is_learnt_at_its_first_token(pieces: Any) -> None:
 
 
 @pytest.mark.parametrize("ignored", [-100, -100.0])
-def test_words_tagged_minus_100_are_neither_learnt_nor_counted(pieces: Any, ignored: Any) -> None:
+def test_words_tagged_minus_100_are_neither_learned_nor_counted(pieces: Any, ignored: Any) -> None:
     row = {"tokens": ["the", "great", "film"], "tags": [ignored, 1, 0]}
     assert TASK.labels_in(row["tags"]) == ["1", "0"]
     (encoded,) = TASK.encode([row], pieces, 64, ("0", "1"))

@@ -52,7 +52,7 @@ CAUSAL = "task={type: causal_lm, packing: false}"
 @pytest.fixture(scope="module")
 def spec(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     folder = tmp_path_factory.mktemp("job")
-    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4))
+    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.labeled(4))
     return tiny.job(models.bert, rows, folder)
 
 
@@ -150,7 +150,7 @@ def test_adapters_on_images_and_sound_train_the_head_and_merge(kind: str, tmp_pa
     job = parse_spec(
         {**NAMED, "task": task, "model": {"pretrained": str(tmp_path)}, "tuning": tuning}
     )
-    # In fp64: normalising values that hardly differ magnifies rounding.
+    # In fp64: normalizing values that hardly differ magnifies rounding.
     model: Any = scattered(build_model(job, LABELS)).double()
     values = values.double()
     assert {n.split(".")[-1] if "lora_" not in n else "lora" for n in moving(model)} == {

@@ -30,7 +30,7 @@ SEARCHED = (
 @pytest.fixture(scope="module")
 def spec(models: tiny.Tiny, tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
     folder = tmp_path_factory.mktemp("warm")
-    return tiny.job(models.bert, tiny.write_jsonl(folder / "rows.jsonl", tiny.labelled(4)), folder)
+    return tiny.job(models.bert, tiny.write_jsonl(folder / "rows.jsonl", tiny.labeled(4)), folder)
 
 
 def facts(model: Any) -> tuple[Any, ...]:

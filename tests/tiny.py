@@ -199,7 +199,7 @@ def _corpus() -> list[str]:
     ]
 
 
-def labelled(n: int, seed: int = 0) -> list[Row]:
+def labeled(n: int, seed: int = 0) -> list[Row]:
     """Sentences of varying length; the label `good` or `bad` follows from one word."""
     rng = random.Random(seed)
     return [
@@ -219,7 +219,7 @@ def documents(n: int, seed: int = 0) -> list[Row]:
 
 def instructions(n: int, seed: int = 0) -> list[Row]:
     """Pairs of `prompt` and `answer`."""
-    rows = labelled(n, seed)
+    rows = labeled(n, seed)
     return [{"prompt": f"{r['text']} good or bad", "answer": r["label"]} for r in rows]
 
 
@@ -229,7 +229,7 @@ def chats(n: int, seed: int = 0) -> list[Row]:
     out = []
     for _ in range(n):
         messages = []
-        for row in labelled(rng.randint(1, 2), rng.randrange(10**6)):
+        for row in labeled(rng.randint(1, 2), rng.randrange(10**6)):
             messages += [
                 {"role": "user", "content": row["text"]},
                 {"role": "assistant", "content": f"it was {row['label']}"},

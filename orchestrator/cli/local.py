@@ -71,7 +71,7 @@ def plan(
 
 
 def prepare(job: Job, overrides: Overrides = None) -> None:
-    """Tokenise and shard the data, once per fingerprint."""
+    """Tokenize and shard the data, once per fingerprint."""
     spec = load_spec(job, overrides or [])
     quiet_libraries()
     from orchestrator.api import prepare as run

@@ -86,7 +86,7 @@ def label_set(
         raise DataError(_too_few(column, labels, rows, found))
     if len(labels) > MAX_LABELS or look_like_measurements(labels):
         raise DataError(_too_many(column, labels, rows))
-    return labels, label_warnings(labels) if spec.task.labelled_head else []
+    return labels, label_warnings(labels) if spec.task.labeled_head else []
 
 
 def _too_few(column: str, labels: Sequence[str], rows: int, found: Sequence[dict[str, Any]]) -> str:

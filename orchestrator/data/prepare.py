@@ -1,4 +1,4 @@
-"""Raw rows → tokenised, packed, sharded Arrow with a manifest, committed by one rename."""
+"""Raw rows → tokenized, packed, sharded Arrow with a manifest, committed by one rename."""
 
 from __future__ import annotations
 

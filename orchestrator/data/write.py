@@ -23,7 +23,7 @@ from orchestrator.tasks import BadRow, EncodedRow
 from orchestrator.tasks.labels import printable
 
 ENCODE_ROWS = 1024
-"""Rows tokenised at a time."""
+"""Rows tokenized at a time."""
 EXAMPLES = 20
 """Bad rows shown in errors and manifests; all of them are listed in BAD_ROWS."""
 BAD_ROWS = "bad_rows.jsonl"

@@ -95,7 +95,7 @@ def render(spec: JobSpec, cluster_only: bool = False) -> list[dict[str, Any]]:
 
 
 def _check_settings(spec: JobSpec, cluster_only: bool) -> None:
-    """Raise SpecError with all settings that rendering lacks or cannot honour."""
+    """Raise SpecError with all settings that rendering lacks or cannot honor."""
     k = spec.kubernetes
     required = (
         ("cluster", k.cluster, "the workers' machines: --cluster 8xH100x4, or 16cpux2"),
@@ -122,7 +122,7 @@ def _check_settings(spec: JobSpec, cluster_only: bool) -> None:
 
 
 def _driver_reservations(spec: JobSpec) -> Iterator[Problem]:
-    """Yield the reservations for a driver, which a RayJob cannot honour.
+    """Yield the reservations for a driver, which a RayJob cannot honor.
 
     They would place the driver on a node without the job's file, or make it wait for a node that never comes.
     """

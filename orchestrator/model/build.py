@@ -125,7 +125,7 @@ def _check_inputs(model: Any, spec: JobSpec) -> None:
 
 
 def _gguf(spec: JobSpec) -> dict[str, Any]:
-    """A GGUF stays quantised, and refuses training, unless it is told to dequantise."""
+    """A GGUF stays quantized, and refuses training, unless it is told to dequantize."""
     if spec.model.gguf_file is None:
         return {}
     from transformers import GgufConfig

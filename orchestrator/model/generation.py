@@ -12,7 +12,7 @@ SHAPING = (
     "num_beam_groups", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "stop_strings",
     "max_time", "guidance_scale",
 )  # fmt: skip
-"""Fields of a `GenerationConfig` that forbid or favour words and lengths. Tokens that begin or end a text are not among
+"""Fields of a `GenerationConfig` that forbid or favor words and lengths. Tokens that begin or end a text are not among
 them: they belong to the architecture."""
 NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "length_penalty": 1.0, "num_beam_groups": 1}
 """Values that change nothing, beside 0 and none."""

@@ -9,7 +9,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.model.config import raw_config
 from orchestrator.spec import JobSpec
 
-LABELLED = re.compile(r"For(Sequence|Token|Image|Audio)Classification$")
+LABELED = re.compile(r"For(Sequence|Token|Image|Audio)Classification$")
 """Ends of the names of model classes whose outputs stand for labels."""
 UNNAMED = re.compile(r"LABEL_\d+$")
 """What `transformers` calls labels that nobody named."""
@@ -25,9 +25,9 @@ def fate_of_head(spec: JobSpec, labels: tuple[str, ...]) -> Literal["kept", "new
     if spec.model.pretrained is None:
         return "kept"
     config = raw_config(spec)
-    if not spec.task.labelled_head:
+    if not spec.task.labeled_head:
         return "new" if spec.task.head_is_new(config) else "kept"
-    kinds = {m[0] for name in config.get("architectures") or () if (m := LABELLED.search(name))}
+    kinds = {m[0] for name in config.get("architectures") or () if (m := LABELED.search(name))}
     if kinds and spec.task.auto_class.removeprefix("AutoModel") not in kinds:
         return "new"
     named = config.get("id2label") or {}

@@ -16,7 +16,7 @@ def hold_statistics(model: torch.nn.Module, spec: JobSpec) -> None:
     """Make every batch norm of `model` use its running statistics in training too, in place.
 
     Scale and shift are trained as before. With statistics of the batch a row's result would depend on
-    its neighbours, the micro-batch and the number of workers.
+    its neighbors, the micro-batch and the number of workers.
 
     Raises:
         OrchestratorError: the weights are new, so that there are no statistics to hold, and the job does
@@ -36,7 +36,7 @@ def hold_statistics(model: torch.nn.Module, spec: JobSpec) -> None:
             )
     if spec.model.pretrained is None and spec.model.batch_norm == "auto":
         raise OrchestratorError(
-            f"model: {model_type} has batch norm, and new weights have no statistics to normalise with. Start "
+            f"model: {model_type} has batch norm, and new weights have no statistics to normalize with. Start "
             "from a pretrained model (model.pretrained), or set model.batch_norm=frozen to train with mean 0 "
             "and variance 1."
         )

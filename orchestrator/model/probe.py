@@ -63,7 +63,7 @@ def probe(config: Any, auto: Any, attention: str = "auto", wanted: Packing = Tru
             leak = _leak(model, way)
             if leak is not None and leak <= TOLERANCE:
                 return Probe(way, _why(way))
-    return Probe(False, "a document changes the predictions of its neighbour, with a mask too")
+    return Probe(False, "a document changes the predictions of its neighbor, with a mask too")
 
 
 def _why(way: Packing) -> str:
@@ -145,7 +145,7 @@ def _causal_as_decoder(config: Any, auto: Any) -> bool:
 def _leak(model: Any, way: Packing) -> float | None:
     """Return how much a document's logits depend on the one before it; None where the model does not take the inputs.
 
-    Rows: two with unlike neighbours, and one with the document alone, which is padded.
+    Rows: two with unlike neighbors, and one with the document alone, which is padded.
     """
     first, second = _documents(1)
     other = _documents(2)[0]

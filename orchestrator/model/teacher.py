@@ -95,7 +95,7 @@ def _check_kind(taught: JobSpec, labels: tuple[str, ...]) -> None:
             f"(architectures: {config.get('architectures')}; {wanted} is needed). Fine-tune it first, "
             "and name its export."
         )
-    if not taught.task.labelled_head:
+    if not taught.task.labeled_head:
         return
     outputs = len(config.get("id2label") or {0: "", 1: ""})  # transformers writes no names of two
     ours = len(taught.task.config_overrides(labels)["id2label"])

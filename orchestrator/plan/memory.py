@@ -19,7 +19,7 @@ GPU_RUNTIME_BYTES = 1536 * 2**20
 
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of a weight in 4 bits, with double quantisation: an 8-bit scale for each 64, an fp32 one for each 256 of
+"""Of a weight in 4 bits, with double quantization: an 8-bit scale for each 64, an fp32 one for each 256 of
 those (Dettmers et al., arXiv 2305.14314, section 3)."""
 
 

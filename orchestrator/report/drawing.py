@@ -54,7 +54,7 @@ def steps_of(records: Sequence[Record]) -> list[float]:
 
 
 def smoothed(values: Numbers) -> list[float | None]:
-    """Centred mean over a 25th of the line (at least 5 points); gaps are left out of the mean."""
+    """Centered mean over a 25th of the line (at least 5 points); gaps are left out of the mean."""
     half = max(5, len(values) // 25) // 2
     sums, counts = [0.0], [0]
     for value in values:
@@ -90,7 +90,7 @@ def raw_and_smooth(x: Sequence[float], y: Numbers, name: str) -> list[Any]:
 
 
 def line(
-    x: Sequence[float], y: Numbers, name: str, colour: str, width: float, opacity: float = 1
+    x: Sequence[float], y: Numbers, name: str, color: str, width: float, opacity: float = 1
 ) -> list[Any]:
     """One line, thinned; none where there is no value."""
     import plotly.graph_objects as go
@@ -100,7 +100,7 @@ def line(
     thin_x, thin_y = thinned(x, y)
     mode = "lines" if len(thin_x) > 1 else "markers"
     trace = go.Scatter(x=thin_x, y=thin_y, name=name, mode=mode, opacity=opacity)
-    return [trace.update(line={"color": colour, "width": width}, marker={"color": colour})]
+    return [trace.update(line={"color": color, "width": width}, marker={"color": color})]
 
 
 def dots(x: Sequence[float], y: Numbers, name: str) -> list[Any]:
@@ -111,19 +111,19 @@ def dots(x: Sequence[float], y: Numbers, name: str) -> list[Any]:
     return traces
 
 
-def points(x: Sequence[float], y: Numbers, name: str, colour: str) -> list[Any]:
+def points(x: Sequence[float], y: Numbers, name: str, color: str) -> list[Any]:
     """Large dots on a line: few values, each of which counts."""
-    traces = line(x, y, html.escape(name), colour, 2)
+    traces = line(x, y, html.escape(name), color, 2)
     for trace in traces:
-        trace.update(mode="lines+markers", marker={"size": 7, "color": colour})
+        trace.update(mode="lines+markers", marker={"size": 7, "color": color})
     return traces
 
 
-def level(x: Sequence[float], y: float, name: str, colour: str, dash: str = "dash") -> list[Any]:
+def level(x: Sequence[float], y: float, name: str, color: str, dash: str = "dash") -> list[Any]:
     """A horizontal line at `y` for comparison."""
     import plotly.graph_objects as go
 
-    ends, style = [min(x), max(x)], {"color": colour, "width": 1.5, "dash": dash}
+    ends, style = [min(x), max(x)], {"color": color, "width": 1.5, "dash": dash}
     if ends[0] == ends[1]:  # one record: a line of some length, or nothing would be seen
         ends = [ends[0] - 1, ends[0] + 1]
     return [go.Scatter(x=ends, y=[y, y], name=html.escape(name), mode="lines", line=style)]

@@ -185,7 +185,7 @@ def gap_chart(evals: Sequence[Record]) -> Chart | None:
     if len(known) < 2:
         return None
     traces = points(steps_of(known), [r["loss"] - r["train_loss"] for r in known], "gap", EVALUATED)
-    return chart_of("gap", "Generalisation gap", overfitting_words(known), traces, "loss")
+    return chart_of("gap", "Generalization gap", overfitting_words(known), traces, "loss")
 
 
 def norm_chart(steps: Sequence[Record], clipping: float | None) -> Chart | None:
@@ -239,7 +239,7 @@ def confusion_chart(record: Record, labels: Sequence[str]) -> Chart | None:
         hovertemplate=f"true: %{{y}}<br>predicted: %{{x}}<br>%{{text}} {unit}, %{{z:.1%}}<extra></extra>",
         texttemplate="%{text}" if len(counts) <= MOST_CELL_LABELS else None,
     )  # fmt: skip
-    note = f"Evaluation at step {record.get('step', '?')}. Colour: share of a line's {unit}."
+    note = f"Evaluation at step {record.get('step', '?')}. Color: share of a line's {unit}."
     chart = built("confusion", "Confusion matrix", note, [heat], "", height_px=tall(true))
     layout = chart.figure["layout"]
     layout["xaxis"].update(named_axis(predicted), title={"text": "predicted"})
@@ -272,13 +272,13 @@ def per_label_chart(record: Record) -> Chart | None:
         return None
     ordered = sorted(scores, key=lambda name: finite(scores[name]) or 0.0)[:MOST_BARS]
     bars = []
-    for kind, colour in SCORES_PER_LABEL.items():
+    for kind, color in SCORES_PER_LABEL.items():
         of_label = record.get(f"{kind}_per_class")
         if isinstance(of_label, Mapping):
             values = [finite(of_label.get(name)) for name in ordered]
             bars.append(
                 go.Bar(
-                    x=values, orientation="h", name=kind, marker_color=colour,
+                    x=values, orientation="h", name=kind, marker_color=color,
                     text=[f"{v:.3f}" if v is not None else "–" for v in values],
                     hovertemplate=f"{kind} of %{{y}}: %{{x:.4f}}<extra></extra>",
                 )

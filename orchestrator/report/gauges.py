@@ -37,7 +37,7 @@ def metric_names() -> set[str]:
 
 
 class Gauges:
-    """Each holds the last value it was told, labelled with the run's name. Needs a running Ray."""
+    """Each holds the last value it was told, labeled with the run's name. Needs a running Ray."""
 
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Gauge

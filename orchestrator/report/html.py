@@ -38,7 +38,7 @@ STATUS_WORDS = {
     "diverged": ("Diverged", "bad"),
     "storage_failed": ("Stopped: a checkpoint could not be written", "bad"),
 }
-COLOURS = {
+COLORS = {
     "training": "#2563eb", "waiting for data": "#7c3aed", "evaluation": "#d97706",
     "saving checkpoints": "#94a3b8", "starting up": "#0891b2", "steps done again": "#dc2626",
 }  # fmt: skip
@@ -102,7 +102,7 @@ def render(run: Run) -> str:
             *((text, "bad") for text in run.notes),
         ],
         headline=headline(run),
-        shares=[Share(what, seconds, COLOURS[what]) for what, seconds in time_spent(run)],
+        shares=[Share(what, seconds, COLORS[what]) for what, seconds in time_spent(run)],
         charts=charts(run),
         comparisons=comparisons(run),
         timeline=timeline(run),

@@ -21,7 +21,7 @@ def lineage_chart(sweep: Sweep) -> Chart | None:
     by_id = {t.id: t for t in sweep.trials}
     winning = _ancestors(by_id, sweep.best)
     traces = []
-    for name, colour, width, chosen in (
+    for name, color, width, chosen in (
         ("went on", "#94a3b8", 2.0, [t for t in sweep.trials if not _took_over(rows, t)]),
         ("took over another's checkpoint", "#dc2626", 2.0, [t for t in sweep.trials if _took_over(rows, t)]),
         ("led to the best", BEST, 4.0, [t for t in sweep.trials if t.id in winning]),
@@ -35,7 +35,7 @@ def lineage_chart(sweep: Sweep) -> Chart | None:
             x += [start, turn, end, None]
             y += [from_row, rows[trial.id], rows[trial.id], None]
         if x:
-            line = {"color": colour, "width": width}
+            line = {"color": color, "width": width}
             traces.append(
                 go.Scatter(x=x, y=y, name=name, mode="lines", line=line, hoverinfo="skip")
             )

@@ -34,11 +34,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Share:
-    """A part of the time, and the colour of its piece of the bar."""
+    """A part of the time, and the color of its piece of the bar."""
 
     what: str
     seconds: float
-    colour: str
+    color: str
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from orchestrator.report.records import finite
 from orchestrator.report.sweep_facts import Sweep
 
 STARTING, BETWEEN, AFTER = "slots starting up", "between trials", "nothing left to run"
-COLOURS = {
+COLORS = {
     "training": "#2563eb", "waiting for data": "#7c3aed", "evaluation": "#d97706",
     "models, saves, verdicts": "#0891b2", STARTING: "#94a3b8", BETWEEN: "#dc2626", AFTER: "#cbd5e1",
 }  # fmt: skip
@@ -125,4 +125,4 @@ def slot_shares(sweep: Sweep, runs: Sequence[Launch], taken: Sequence[Span]) -> 
     }
     parts["models, saves, verdicts"] = busy_s(taken) - sum(parts.values())
     parts |= idle(runs, taken)
-    return [Share(what, s, COLOURS[what]) for what, s in parts.items() if s > 1e-9]
+    return [Share(what, s, COLORS[what]) for what, s in parts.items() if s > 1e-9]

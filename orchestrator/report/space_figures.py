@@ -101,7 +101,7 @@ def parallel_chart(sweep: Sweep) -> Chart | None:
     places, ticks = _metric_axis(sweep, ranked)
     axes.append((places, ticks))
     traces = []
-    for name, trials, colour, width in reversed(_classes(ranked)):
+    for name, trials, color, width in reversed(_classes(ranked)):
         x: list[float | None] = []
         y: list[float | None] = []
         text: list[str] = []
@@ -112,7 +112,7 @@ def parallel_chart(sweep: Sweep) -> Chart | None:
         traces.append(
             go.Scatter(
                 x=x, y=y, name=name, mode="lines", text=text, hovertemplate="%{text}<extra></extra>",
-                line={"color": colour, "width": width},
+                line={"color": color, "width": width},
             )
         )  # fmt: skip
     note = "A line is a trial. Below an axis: the trial does not have that field."
@@ -124,7 +124,7 @@ def parallel_chart(sweep: Sweep) -> Chart | None:
 
 
 def _classes(ranked: Sequence[TrialRun]) -> list[tuple[str, Sequence[TrialRun], str, float]]:
-    """(name, trials, colour, width), best first."""
+    """(name, trials, color, width), best first."""
     tenth, half = max(2, math.ceil(len(ranked) / 10)), max(2, math.ceil(len(ranked) / 2))
     found = [
         (f"best: {html.escape(ranked[0].id)}", ranked[:1], BEST, 3.0),

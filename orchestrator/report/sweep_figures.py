@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.report.drawing import EVALUATED, INK, Chart, Numbers, built, chart_of, star
 from orchestrator.report.records import finite
-from orchestrator.report.slot_time import COLOURS, Launch, Span, running_s
+from orchestrator.report.slot_time import COLORS, Launch, Span, running_s
 from orchestrator.report.sweep_facts import Sweep, TrialRun
 from orchestrator.report.words import duration, metric_text
 
@@ -16,7 +16,7 @@ LOOKS = {
     "finished": "#2563eb", "pruned": "#94a3b8", "generation ended": "#64748b", "failed": "#dc2626",
     "running": "#0891b2", "unfinished": "#a16207", "lost": "#b91c1c",
 }  # fmt: skip
-"""What becomes of a trial, in words, and its colour."""
+"""What becomes of a trial, in words, and its color."""
 BEST = EVALUATED
 IDLE = "#fde2e2"
 MOST_BAR_SLOTS = 40
@@ -159,7 +159,7 @@ def compute_chart(sweep: Sweep, taken: Sequence[Span]) -> Chart | None:
     ids = [html.escape(t.id) for t in trials]
     bars = [
         go.Bar(
-            x=ids, y=[p[name] / scale for p in parts], name=name, marker_color=COLOURS[name],
+            x=ids, y=[p[name] / scale for p in parts], name=name, marker_color=COLORS[name],
             text=[f"{i}: {name} {duration(p[name])}" for i, p in zip(ids, parts, strict=True)],
             textposition="none", hovertemplate="%{text}<extra></extra>",
         )
@@ -210,7 +210,7 @@ def _many_lines(sweep: Sweep, lines: dict[str, Any], marker: float) -> list[Any]
 
 
 def _lines(
-    name: str, x: Numbers, y: Numbers, ids: Sequence[str], colour: str, width: float, marker: float
+    name: str, x: Numbers, y: Numbers, ids: Sequence[str], color: str, width: float, marker: float
 ) -> Any:
     import plotly.graph_objects as go
 
@@ -223,19 +223,19 @@ def _lines(
     return go.Scatter(
         x=list(x), y=list(y), name=html.escape(name), text=words, connectgaps=False,
         mode="lines+markers" if marker else "lines", hovertemplate="%{text}<extra></extra>",
-        line={"color": colour, "width": width}, marker={"color": colour, "size": marker or 4},
+        line={"color": color, "width": width}, marker={"color": color, "size": marker or 4},
     )  # fmt: skip
 
 
 def _bars(
-    name: str, rows: Sequence[tuple[int, float, float, str]], colour: str, scale: float
+    name: str, rows: Sequence[tuple[int, float, float, str]], color: str, scale: float
 ) -> Any:
     import plotly.graph_objects as go
 
     return go.Bar(
         y=[r[0] for r in rows], base=[r[1] / scale for r in rows], x=[r[2] / scale for r in rows],
         text=[r[3] for r in rows], textposition="none", hovertemplate="%{text}<extra></extra>",
-        name=name, orientation="h", marker={"color": colour, "line": {"color": "white", "width": 0.5}},
+        name=name, orientation="h", marker={"color": color, "line": {"color": "white", "width": 0.5}},
     )  # fmt: skip
 
 
@@ -253,8 +253,8 @@ def _mark_rungs(chart: Chart, rungs: Sequence[int]) -> None:
     )
 
 
-def _upright(x: float, dash: str, colour: str) -> dict[str, Any]:
-    style = {"color": colour, "width": 1, "dash": dash}
+def _upright(x: float, dash: str, color: str) -> dict[str, Any]:
+    style = {"color": color, "width": 1, "dash": dash}
     ends = {"x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper"}
     return {"type": "line", **ends, "layer": "below", "line": style}
 

@@ -41,7 +41,7 @@ class DistillationSpec(Frozen):
     """Branch, tag or commit of the teacher on the hub."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Outputs are divided by it before the softmax, on both sides: above 1, small probabilities count more.
-    Without meaning for text_regression, where the squared difference of the two numbers is learnt."""
+    Without meaning for text_regression, where the squared difference of the two numbers is learned."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the teacher's loss; the rest is the task's own."""
     top_k: Annotated[int, Field(ge=1)] = 64

@@ -27,7 +27,9 @@ def distillation_rules(spec: JobSpec) -> Iterator[Problem]:
         yield Problem("distillation.top_k", why, "drop it", settings.top_k)
     if settings.hidden is not None and not task.reads_text:
         why = f"compares hidden states token by token, and {task.type} reads no text"
-        yield Problem("distillation.hidden", why, "drop it: the outputs are learnt from without it")
+        yield Problem(
+            "distillation.hidden", why, "drop it: the outputs are learned from without it"
+        )
     if settings.hidden is not None and isinstance(spec.tuning, PromptTuning):
         why = "excludes tuning.type: prompt: the student's rows would be longer than the teacher's"
         yield Problem("distillation.hidden", why, "drop it, or another tuning.type")

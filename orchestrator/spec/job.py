@@ -144,7 +144,7 @@ class JobSpec(Frozen):
     name: Annotated[str, Affects(), Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
     """Run name: lower-case letters, digits, `.`, `_`, `-`. Running the same name again resumes it."""
     task: Annotated[TaskSpec, EVERYTHING]
-    """What is learnt."""
+    """What is learned."""
     model: Annotated[ModelSpec, EVERYTHING]
     """What is tuned."""
     data: Annotated[DataSpec, Affects(Effect.ROWS, Effect.CHECKPOINT, Effect.TRAINING)]

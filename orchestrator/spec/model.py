@@ -22,7 +22,7 @@ class ModelSpec(Frozen):
     revision: Annotated[str | None, WEIGHTS] = None
     """Branch, tag or commit on the hub. Pin it for a run that can be repeated."""
     gguf_file: str | None = None
-    """File name of a GGUF inside `pretrained`; it is dequantised on load, so that it trains."""
+    """File name of a GGUF inside `pretrained`; it is dequantized on load, so that it trains."""
     config: dict[str, Any] | None = None
     """A `transformers` config (`model_type` and its fields): random weights, training from scratch."""
     tokenizer: Annotated[PathText | None, WEIGHTS] = None

@@ -48,14 +48,14 @@ class LoraTuning(Frozen):
     et al., arXiv 2402.09353). Slower; one more number per output of each adapted layer."""
     quantization: Literal["nf4"] | None = None
     """Hold the frozen linear layers in 4 bits (QLoRA: Dettmers et al., arXiv 2305.14314; NF4 with double
-    quantisation). Needs GPUs and the extra `qlora` (bitsandbytes). The export is merged into, or
+    quantization). Needs GPUs and the extra `qlora` (bitsandbytes). The export is merged into, or
     belongs to, the base as it was before: its figures may differ a little from training's."""
     merge_on_export: bool = True
     """Export one plain model with the update folded in; false exports the adapter alone."""
 
 
 class IA3Tuning(Frozen):
-    """Learnt factors on keys, values and the feed-forward layer, through `peft` (IA³: Liu et al.,
+    """Learned factors on keys, values and the feed-forward layer, through `peft` (IA³: Liu et al.,
     arXiv 2205.05638); the base stays frozen."""
 
     type: Literal["ia3"]
@@ -69,7 +69,7 @@ class IA3Tuning(Frozen):
 
 
 class PromptTuning(Frozen):
-    """Learnt embeddings in front of every text, through `peft` (Lester et al., arXiv 2104.08691); the base
+    """Learned embeddings in front of every text, through `peft` (Lester et al., arXiv 2104.08691); the base
     stays frozen."""
 
     type: Literal["prompt"]
@@ -82,7 +82,7 @@ class PromptTuning(Frozen):
 
 
 class PrefixTuning(Frozen):
-    """Learnt keys and values in front of every text, in each layer, through `peft` (Li & Liang,
+    """Learned keys and values in front of every text, in each layer, through `peft` (Li & Liang,
     arXiv 2101.00190); the base stays frozen."""
 
     type: Literal["prefix"]
@@ -111,5 +111,5 @@ def quantized(tuning: TuningSpec) -> bool:
 
 
 def virtual_tokens(tuning: TuningSpec) -> int:
-    """Positions of every row that learnt tokens take."""
+    """Positions of every row that learned tokens take."""
     return tuning.num_virtual_tokens if isinstance(tuning, PromptTuning | PrefixTuning) else 0

@@ -86,9 +86,9 @@ def _cells(sweep: str) -> tuple[Values, ...]:
 
 
 def perturbed(sweep: SweepSpec, values: Values, resample: float, *key: int) -> Values:
-    """A neighbour of `values`, drawn by `key`: each number × 0.8 or 1.2, each choice one place on, or anew."""
+    """A neighbor of `values`, drawn by `key`: each number × 0.8 or 1.2, each choice one place on, or anew."""
 
-    def neighbour(attempt: int) -> Values:
+    def neighbor(attempt: int) -> Values:
         generator = np.random.default_rng([sweep.seed, *key, attempt])
 
         def draw(path: str, dimension: DimensionSpec) -> Any:
@@ -98,7 +98,7 @@ def perturbed(sweep: SweepSpec, values: Values, resample: float, *key: int) -> V
 
         return walk(sweep.dimensions(), draw)
 
-    return kept(sweep, neighbour)
+    return kept(sweep, neighbor)
 
 
 def _moved(generator: np.random.Generator, dimension: DimensionSpec, value: Any) -> Any:

@@ -41,7 +41,7 @@ class BadRow:
 class Scores:
     """Predictions and targets of a model, target by target.
 
-    `logits` (targets, classes) in fp32, `labels` (targets,) with -100 where nothing is learnt,
+    `logits` (targets, classes) in fp32, `labels` (targets,) with -100 where nothing is learned,
     `weights` (targets,) 0 where nothing counts. Targets follow the order of the batch's rows.
     """
 
@@ -64,7 +64,7 @@ class Task(Frozen):
     """The hub's name for what the exported model does."""
     peft_task: ClassVar[str]
     """peft's `TaskType`; empty where it has none, so that adapters are told which modules are the head."""
-    labelled_head: ClassVar[bool] = False
+    labeled_head: ClassVar[bool] = False
     """The model's outputs have names (`id2label`); a pretrained head for other ones is drawn anew."""
     all_logits: ClassVar[bool] = False
     """The head predicts a token of the vocabulary at every position."""
@@ -111,7 +111,7 @@ class Task(Frozen):
     """The feature that holds a row's labels as their numbers; empty where there are none to weight."""
     soft_targets: ClassVar[SoftTargets | None] = None
     """What a model says of a target through `scores`: one of some classes, yes or no per label, the next
-    token, or a number. A teacher's can be learnt from, and two passes pulled together."""
+    token, or a number. A teacher's can be learned from, and two passes pulled together."""
     no_soft_targets: ClassVar[str] = ""
     """Where `soft_targets` is None: why the model says no such thing."""
     fixed_length: ClassVar[bool] = False
@@ -372,37 +372,6 @@ def text_problem(value: Any, column: str) -> str | None:
     except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair: "\\ud83d"
         return f"column {column!r} is no text: lone surrogate at character {error.start}"
     return None
-
-
-def pad(arrays: Sequence[np.ndarray], value: int) -> torch.Tensor:
-    """Stack 1-D integer arrays to (rows, longest), filled with `value` on the right."""
-    import numpy as np
-    import torch
-
-    out = np.full((len(arrays), max(len(a) for a in arrays)), value, dtype=np.int64)
-    for row, array in zip(out, arrays, strict=True):
-        row[: len(array)] = array
-    return torch.from_numpy(out)
-
-
-def tokens_and_mask(arrays: Sequence[np.ndarray], pad_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, both (rows, longest)."""
-    import numpy as np
-
-    return {
-        "input_ids": pad(arrays, pad_id),
-        "attention_mask": pad([np.ones(len(a), dtype=np.int64) for a in arrays], 0),
-    }
-
-
-def ragged(values: Sequence[Any]) -> np.ndarray:
-    """An object array (rows,) of values of any kind and length."""
-    import numpy as np
-
-    out = np.empty(len(values), dtype=object)
-    for i, value in enumerate(values):
-        out[i] = value
-    return out
 
 
 def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> Scores:

@@ -1,4 +1,4 @@
-"""Causal language modelling: plain text, instruction pairs and chats; packed without padding."""
+"""Causal language modeling: plain text, instruction pairs and chats; packed without padding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from orchestrator.tasks.base import (
     Scores,
     SoftTargets,
     Task,
-    pad,
 )
+from orchestrator.tasks.batches import pad
 from orchestrator.tasks.conversation import Encoded
 from orchestrator.tasks.generation import complete
 from orchestrator.tasks.messages import TrainOn
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class PlainRows(Frozen):
-    """Each row is a document; every token is learnt."""
+    """Each row is a document; every token is learned."""
 
     type: Literal["plain"] = "plain"
     text_column: str = "text"
@@ -60,7 +60,7 @@ class InstructionRows(Frozen):
 
 class ChatRows(Frozen):
     """Each row is a list of `{role, content}` messages through the tokenizer's chat template;
-    loss on the assistant's turns only. A message with `weight: 0` or `train: false` is not learnt."""
+    loss on the assistant's turns only. A message with `weight: 0` or `train: false` is not learned."""
 
     type: Literal["chat"]
     messages_column: str = "messages"
@@ -68,7 +68,7 @@ class ChatRows(Frozen):
     tools_column: str = "tools"
     """Column with the tools on offer: a list of JSON schemas, or its JSON text. Rows may lack it."""
     train_on: TrainOn = "all"
-    """Assistant turns that are learnt: `all` of a conversation, or the `last`."""
+    """Assistant turns that are learned: `all` of a conversation, or the `last`."""
 
 
 RowsSpec = Annotated[

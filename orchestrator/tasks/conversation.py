@@ -1,6 +1,6 @@
-"""A conversation → token ids, and which of them are learnt.
+"""A conversation → token ids, and which of them are learned.
 
-All of a conversation goes to the chat template. A turn of the assistant is learnt as it stands in the
+All of a conversation goes to the chat template. A turn of the assistant is learned as it stands in the
 rendered text, from the end of its generation prompt to its end-of-turn token.
 """
 
@@ -25,7 +25,7 @@ from orchestrator.tasks.spans import Locator, Turn, ends_in_marker
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids, 1 for each that is learnt, and remarks on the row."""
+    """Token ids, 1 for each that is learned, and remarks on the row."""
 
     ids: list[int]
     targets: list[int]
@@ -33,9 +33,9 @@ class Encoded:
 
 
 def encode_conversation(conversation: Conversation, tokenizer: Any) -> Encoded:
-    """Render and tokenise a conversation, and mark the turns that are learnt.
+    """Render and tokenize a conversation, and mark the turns that are learned.
 
-    Raises Unusable where the template refuses it, or nothing of it can be learnt.
+    Raises Unusable where the template refuses it, or nothing of it can be learned.
     """
     masked, hidden = mask_control_text(conversation, tokenizer)
     render = renderer(tokenizer, masked.tools)
@@ -44,22 +44,22 @@ def encode_conversation(conversation: Conversation, tokenizer: Any) -> Encoded:
         notes.append("text of special tokens inside messages is encoded as plain text")
     masked = best_shape(masked, render)
     locator = Locator(masked.messages, render)
-    wanted = [i for i, on in enumerate(masked.learnt) if on]
+    wanted = [i for i, on in enumerate(masked.learned) if on]
     turns = locator.turns(wanted)
     text = locator.text
     notes += left_out(masked, text, render)
     if len(turns) < len(wanted):
         notes.append(
-            "some assistant turns cannot be told apart in the chat template's text: not learnt"
+            "some assistant turns cannot be told apart in the chat template's text: not learned"
         )
     last = masked.last_assistant
     if last in turns:
         text, turns[last] = _as_written(locator, turns[last], masked.messages[last])
     spans = [t for _, t in sorted(turns.items()) if t.body(text, locator.closing).strip()]
     if len(spans) < len(turns):
-        notes.append("some assistant turns are empty in the chat template's text: not learnt")
+        notes.append("some assistant turns are empty in the chat template's text: not learned")
     if spans and not any(ends_in_marker(text[t.start : t.stop], locator.markers) for t in spans):
-        notes.append("the chat template ends no assistant turn with a token: no end is learnt")
+        notes.append("the chat template ends no assistant turn with a token: no end is learned")
     if not spans:
         raise Unusable("the chat template renders no assistant turn to learn from")
     ids, targets = tokens_of(text, spans, hidden, tokenizer)

@@ -94,8 +94,8 @@ def _probed(processor: Any) -> Scaling:
 
     name = type(processor).__name__.removesuffix("Pil").removesuffix("Fast")
     try:
-        colours = ((0, 0, 0), (255, 255, 255), (255, 0, 0))
-        wide = [_processed(processor, Image.new("RGB", (97, 64), c)) for c in colours]
+        colors = ((0, 0, 0), (255, 255, 255), (255, 0, 0))
+        wide = [_processed(processor, Image.new("RGB", (97, 64), c)) for c in colors]
         noise = [_noise(wide[0].shape[1:], turned) for turned in (False, True)]
         found = [_processed(processor, image) for image in noise]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:

@@ -157,7 +157,7 @@ def _python_list(text: str) -> list[Any] | None:
         texts = [token.string for token in tokens if token.type == tokenize.STRING]
     except (tokenize.TokenError, SyntaxError):
         return items
-    # Without commas Python reads two neighbouring texts as one.
+    # Without commas Python reads two neighboring texts as one.
     return [ast.literal_eval(one) for one in texts] if len(texts) > len(items) else items
 
 

@@ -16,7 +16,7 @@ TrainOn = Literal["all", "last"]
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Names under which data and templates know what a model thinks before it answers."""
 TRAIN_KEYS = ("weight", "train")
-"""Keys by which a message says whether it is learnt; templates never see them."""
+"""Keys by which a message says whether it is learned; templates never see them."""
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -43,11 +43,11 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for a template, which of them are learnt, and the tools on offer."""
+    """Messages for a template, which of them are learned, and the tools on offer."""
 
     messages: tuple[Message, ...]
-    learnt: tuple[bool, ...]
-    """For each message; only an assistant's turn is ever learnt."""
+    learned: tuple[bool, ...]
+    """For each message; only an assistant's turn is ever learned."""
     tools: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     """Remarks on the row that do not keep it from being used."""
@@ -69,10 +69,10 @@ def read_conversation(
         column: Its name, for error messages.
         tools: What the tools column holds, None without tools.
         train_on: Learn every assistant turn, or only the last.
-        given: Number of messages at the beginning that are a prompt and never learnt.
+        given: Number of messages at the beginning that are a prompt and never learned.
 
     Raises:
-        Unusable: The messages or the tools cannot be used, or nothing in them is learnt.
+        Unusable: The messages or the tools cannot be used, or nothing in them is learned.
     """
     if value is None:
         raise Unusable(f"column {column!r} is missing or null")
@@ -83,16 +83,16 @@ def read_conversation(
         )
     notes: list[str] = []
     messages = [read_message(turn, column) for turn in raw]
-    learnt = [
+    learned = [
         message["role"] == "assistant" and i >= given and _is_trained(turn, column, notes)
         for i, (message, turn) in enumerate(zip(messages, raw, strict=True))
     ]
-    found = Conversation(tuple(messages), tuple(learnt), read_tools(tools), tuple(notes))
+    found = Conversation(tuple(messages), tuple(learned), read_tools(tools), tuple(notes))
     if train_on == "last":
         last = found.last_assistant
-        learnt = [on and i == last for i, on in enumerate(learnt)]
-        found = Conversation(found.messages, tuple(learnt), found.tools, found.notes)
-    if not any(learnt):
+        learned = [on and i == last for i, on in enumerate(learned)]
+        found = Conversation(found.messages, tuple(learned), found.tools, found.notes)
+    if not any(learned):
         roles = ", ".join(sorted({repr(m["role"]) for m in messages}))
         raise Unusable(f"column {column!r} holds no assistant turn to learn from (roles: {roles})")
     return found
@@ -208,7 +208,7 @@ def _joined(parts: Sequence[Any], message: Message, column: str) -> str:
         else:
             raise Unusable(
                 f"column {column!r}: a content part of type {kind!r} is no text; "
-                "only text parts can be learnt from here"
+                "only text parts can be learned from here"
             )
     return "".join(texts)
 
@@ -276,7 +276,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _is_trained(turn: Mapping[str, Any], column: str, notes: list[str]) -> bool:
-    """Read a message's `weight` or `train`; without them it is learnt."""
+    """Read a message's `weight` or `train`; without them it is learned."""
     for key in TRAIN_KEYS:
         value: Any = turn.get(key)
         if value is None:

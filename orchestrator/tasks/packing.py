@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.tasks.base import EncodedRow, pad
+from orchestrator.tasks.base import EncodedRow
+from orchestrator.tasks.batches import pad
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,4 +1,4 @@
-"""Two answers to one prompt → token ids of both, the answers learnt."""
+"""Two answers to one prompt → token ids of both, the answers learned."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _messages(value: Any, role: str, column: str) -> list[Message]:
 
 
 def _checked(turn: Any, column: str) -> Message:
-    """Return a message, its marks of what is learnt kept."""
+    """Return a message, its marks of what is learned kept."""
     marks = {key: turn[key] for key in ("weight", "train") if turn.get(key) is not None}
     return {**read_message(turn, column), **marks}
 
@@ -145,7 +145,7 @@ def _answered(answers: Sequence[Sequence[Message]], beginning: Sequence[Message]
 
 
 def _texts(chosen: Any, rejected: Any, columns: Sequence[str], tokenizer: Any) -> Sides | BadRow:
-    """Encode two whole texts; learnt are the tokens from the first word on which they differ."""
+    """Encode two whole texts; learned are the tokens from the first word on which they differ."""
     texts = (chosen, rejected)
     for text, column in zip(texts, columns, strict=True):
         if why := text_problem(text, column):

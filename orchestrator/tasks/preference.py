@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from orchestrator.effects import Affects, Effect
 from orchestrator.tasks.answer_pairs import SIDES, AnswerPairs, ids_of_both, measured
-from orchestrator.tasks.base import IGNORED, RawRow, pad
+from orchestrator.tasks.base import IGNORED, RawRow
+from orchestrator.tasks.batches import pad
 from orchestrator.tasks.generation import complete
 from orchestrator.tasks.packing import model_inputs, row_inputs
 from orchestrator.tasks.preference_losses import DPO, Likelihoods, PreferenceLossSpec

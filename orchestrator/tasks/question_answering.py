@@ -12,17 +12,8 @@ from pydantic import Field
 
 from orchestrator.effects import Affects, Effect
 from orchestrator.errors import OrchestratorError
-from orchestrator.tasks.base import (
-    BadRow,
-    EncodedRow,
-    FeatureKind,
-    RawRow,
-    Task,
-    pad,
-    ragged,
-    text_problem,
-    tokens_and_mask,
-)
+from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, Task, text_problem
+from orchestrator.tasks.batches import pad, ragged, tokens_and_mask
 from orchestrator.tasks.tokenizing import of_tokens
 from orchestrator.tasks.windows import NO_ANSWER, tokens_of, windows_of
 
@@ -86,7 +77,7 @@ class QuestionAnswering(Task):
     answers_column: str = "answers"
     """Column with `{text: [...], answer_start: [...]}`, or a list of `{text, answer_start}`, as in SQuAD, or
     either as text: the right answers, and the character of the context where each begins. The first one is
-    learnt, an evaluation takes any of them."""
+    learned, an evaluation takes any of them."""
     stride_tokens: Annotated[int, Field(ge=0)] = 64
     """Tokens of the context that consecutive windows share. At least as long as the longest answer."""
     max_answer_tokens: Annotated[int, Field(ge=1), Affects(Effect.PREDICTION)] = 30

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TextRegression(SequenceTask):
-    """One number per text, learnt by its squared error.
+    """One number per text, learned by its squared error.
 
     The head starts near 0: bring targets to a spread of about 1 for a quick start.
     """

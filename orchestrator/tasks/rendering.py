@@ -93,7 +93,7 @@ class Shape:
     """One form of the fields on which templates differ."""
 
     arguments: Arguments = "object"
-    """Arguments of tool calls: most templates serialise an object, some join a text."""
+    """Arguments of tool calls: most templates serialize an object, some join a text."""
     no_content: NoContent = "absent"
     """Content of a turn that has only tool calls."""
     parts: bool = False
@@ -106,13 +106,13 @@ def shaped(conversation: Conversation, shape: Shape) -> Conversation:
     """Return the conversation with its fields in one form."""
     pairs = [
         (_shaped(message, shape), on)
-        for message, on in zip(conversation.messages, conversation.learnt, strict=True)
+        for message, on in zip(conversation.messages, conversation.learned, strict=True)
         if shape.empty_system or message["role"] != "system" or message["content"].strip()
     ]
     return replace(
         conversation,
         messages=tuple(message for message, _ in pairs),
-        learnt=tuple(on for _, on in pairs),
+        learned=tuple(on for _, on in pairs),
     )
 
 

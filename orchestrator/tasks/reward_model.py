@@ -11,14 +11,8 @@ from pydantic import Field
 from orchestrator.effects import Affects, Effect
 from orchestrator.errors import DataError
 from orchestrator.tasks.answer_pairs import SIDES, AnswerPairs, ids_of_both, measured
-from orchestrator.tasks.base import (
-    BadRow,
-    EncodedRow,
-    FeatureKind,
-    RawRow,
-    text_problem,
-    tokens_and_mask,
-)
+from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, text_problem
+from orchestrator.tasks.batches import tokens_and_mask
 from orchestrator.tasks.labels import shown
 from orchestrator.tasks.messages import is_messages
 from orchestrator.tasks.pairs import encode_answer
@@ -50,7 +44,7 @@ class RewardModel(AnswerPairs):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline_tag: ClassVar[str] = "text-classification"
     peft_task: ClassVar[str] = "SEQ_CLS"
-    labelled_head: ClassVar[bool] = True
+    labeled_head: ClassVar[bool] = True
     pools: ClassVar[bool] = True
     prompt_required: ClassVar[bool] = False
     usual_global_rows: ClassVar[int] = 64

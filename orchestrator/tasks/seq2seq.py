@@ -1,4 +1,4 @@
-"""Text to text by an encoder and a decoder: translation, summarisation."""
+"""Text to text by an encoder and a decoder: translation, summarization."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from orchestrator.tasks.base import (
     Scores,
     SoftTargets,
     Task,
-    pad,
-    ragged,
     text_problem,
     token_scores,
-    tokens_and_mask,
 )
+from orchestrator.tasks.batches import pad, ragged, tokens_and_mask
 from orchestrator.tasks.generation import in_step_with_others
 from orchestrator.tasks.tokenizing import set_languages
 from orchestrator.tasks.usual import BY_SIZE, SEQ2SEQ_NEW, SEQ2SEQ_TUNED, Rate
@@ -88,7 +86,7 @@ class Seq2Seq(Task):
     tuned_rates: ClassVar[Mapping[str, Rate]] = SEQ2SEQ_TUNED
     new_rates: ClassVar[BY_SIZE] = SEQ2SEQ_NEW
     sources: ClassVar[Mapping[str, str]] = {
-        "max_target_tokens": "as in transformers' examples of translation and summarisation",
+        "max_target_tokens": "as in transformers' examples of translation and summarization",
         "num_beams": "greedy, which is fastest; Vaswani et al., arXiv 1706.03762, 6.1, write with 4 beams",
         "bleu_tokenize": "sacrebleu's default: Post, arXiv 1804.08771",
     }

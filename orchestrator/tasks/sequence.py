@@ -13,10 +13,9 @@ from orchestrator.tasks.base import (
     RawRow,
     Scores,
     Task,
-    pad,
     text_problem,
-    tokens_and_mask,
 )
+from orchestrator.tasks.batches import pad, tokens_and_mask
 from orchestrator.tasks.tokenizing import ends_with
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class SequenceTask(Task):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline_tag: ClassVar[str] = "text-classification"
     peft_task: ClassVar[str] = "SEQ_CLS"
-    labelled_head: ClassVar[bool] = True
+    labeled_head: ClassVar[bool] = True
     pools: ClassVar[bool] = True
     target_kind: ClassVar[FeatureKind]
     """What the feature `label` holds."""

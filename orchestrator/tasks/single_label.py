@@ -41,7 +41,7 @@ class SingleLabel(Task):
         "loss",
     )
     default_metric: ClassVar[str] = "accuracy"
-    labelled_head: ClassVar[bool] = True
+    labeled_head: ClassVar[bool] = True
     target_kind: ClassVar[FeatureKind] = "int"
     has_scores: ClassVar[bool] = True
     one_label: ClassVar[bool] = True

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.errors import Problem
-from orchestrator.tasks.base import (
-    BadRow,
-    EncodedRow,
-    FeatureKind,
-    RawRow,
-    Task,
-    ragged,
-    text_problem,
-)
+from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, Task, text_problem
+from orchestrator.tasks.batches import ragged
 from orchestrator.tasks.ctc import (
     DELIMITER,
     likeliest,

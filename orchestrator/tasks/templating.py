@@ -1,4 +1,4 @@
-"""Rows of text → token ids, and which of them are learnt: documents, and prompts with answers."""
+"""Rows of text → token ids, and which of them are learned: documents, and prompts with answers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     import torch
 
 
-NO_END = "the tokenizer has no end-of-text token (eos_token): no end is learnt"
+NO_END = "the tokenizer has no end-of-text token (eos_token): no end is learned"
 
 
 def plain(texts: Sequence[Any], column: str, tokenizer: Any) -> list[Encoded | BadRow]:
-    """Encode documents, every token learnt, in one call, which fast tokenizers spread over idle cores."""
+    """Encode documents, every token learned, in one call, which fast tokenizers spread over idle cores."""
     whys = [text_problem(text, column) for text in texts]
     good = [text for text, why in zip(texts, whys, strict=True) if why is None]
     encoded = tokenizer(good, add_special_tokens=True, verbose=False)["input_ids"] if good else []
     left, head = iter(encoded), beginning(tokenizer)
-    return [BadRow(why) if why else _all_learnt(next(left), head, tokenizer) for why in whys]
+    return [BadRow(why) if why else _all_learned(next(left), head, tokenizer) for why in whys]
 
 
-def _all_learnt(ids: list[int], head: list[int], tokenizer: Any) -> Encoded:
+def _all_learned(ids: list[int], head: list[int], tokenizer: Any) -> Encoded:
     if head and ids[len(head) : 2 * len(head)] == head:  # the text begins with it already
         ids = ids[len(head) :]
     ids = ended(ids, tokenizer)
@@ -35,7 +35,7 @@ def _all_learnt(ids: list[int], head: list[int], tokenizer: Any) -> Encoded:
 def instruction(
     prompt: Any, answer: Any, columns: tuple[str, str], tokenizer: Any
 ) -> Encoded | BadRow:
-    """Encode a prompt and its answer, the answer learnt; as a chat where the tokenizer has a template."""
+    """Encode a prompt and its answer, the answer learned; as a chat where the tokenizer has a template."""
     why = text_problem(prompt, columns[0]) or text_problem(answer, columns[1])
     if why:
         return BadRow(why)
@@ -56,7 +56,7 @@ def chat(
     train_on: TrainOn = "all",
     given: int = 0,
 ) -> Encoded | BadRow:
-    """Encode messages through the chat template, the assistant's turns learnt.
+    """Encode messages through the chat template, the assistant's turns learned.
 
     Args:
         messages: A list of messages, or its JSON text.

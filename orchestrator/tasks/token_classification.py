@@ -16,12 +16,10 @@ from orchestrator.tasks.base import (
     Scores,
     SoftTargets,
     Task,
-    pad,
-    ragged,
     text_problem,
     token_scores,
-    tokens_and_mask,
 )
+from orchestrator.tasks.batches import pad, ragged, tokens_and_mask
 from orchestrator.tasks.labels import label_name, label_number, label_problems, list_in, shown
 from orchestrator.tasks.tags import OUTSIDE, Scheme, entities_in, entity_scores, scheme_of
 from orchestrator.tasks.tokenizing import of_tokens, words_have_leading_space
@@ -41,14 +39,14 @@ def _is_ignored(tag: Any) -> bool:
 
 
 class TokenClassification(Task):
-    """One tag per word, learnt and predicted at the word's first token."""
+    """One tag per word, learned and predicted at the word's first token."""
 
     type: Literal["token_classification"]
     tokens_column: str = "tokens"
     """Column with the words of a text, as a list or a list written as text."""
     tags_column: str = "tags"
     """Column with the tags, one per word, as a list or a list written as text. A word tagged -100 is neither
-    learnt nor counted."""
+    learned nor counted."""
     entities: bool = True
     """Count whole entities, by the scheme that the tag set shows: IOB1 and IOB2 as conlleval does, IOBES and
     BILOU where an entity is complete, names without a prefix (`PER`, `O`) as runs of one name. Words are
@@ -74,7 +72,7 @@ class TokenClassification(Task):
     soft_targets: ClassVar[SoftTargets | None] = "classes"
     pipeline_tag: ClassVar[str] = "token-classification"
     peft_task: ClassVar[str] = "TOKEN_CLS"
-    labelled_head: ClassVar[bool] = True
+    labeled_head: ClassVar[bool] = True
     kept_features: ClassVar[tuple[str, ...]] = ("positions", "tags")
 
     def broken_rules(self, has_eval: bool) -> Iterator[Problem]:

@@ -165,5 +165,5 @@ def target_start(tokenizer: Any) -> dict[str, int]:
 
 
 def of_tokens(outputs: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Outputs (rows, tokens, …) at the batch's own tokens; learnt ones in front have outputs too."""
+    """Outputs (rows, tokens, …) at the batch's own tokens; learned ones in front have outputs too."""
     return outputs[:, -batch["input_ids"].shape[1] :]

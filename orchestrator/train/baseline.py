@@ -14,7 +14,7 @@ from orchestrator.model.config import load_config
 from orchestrator.model.embeddings import resize_embeddings
 from orchestrator.plan.data import DataFacts
 from orchestrator.plan.plan import Plan
-from orchestrator.tasks.base import pad
+from orchestrator.tasks.batches import pad
 from orchestrator.tasks.sequence import token_types
 from orchestrator.train.sample import rows_by_length
 

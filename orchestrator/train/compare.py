@@ -14,7 +14,7 @@ from orchestrator.model.causal import teacher_job
 from orchestrator.model.teacher import load_teacher, teacher_source
 from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan.plan import Plan
-from orchestrator.tasks.base import ragged
+from orchestrator.tasks.batches import ragged
 from orchestrator.train.export import load_exported
 from orchestrator.train.sample import rows_by_length
 

@@ -53,7 +53,7 @@ class Distiller:
     def __call__(
         self, own: torch.Tensor, scores: Scores, rows: Rows, weights: np.ndarray
     ) -> torch.Tensor:
-        """What is minimised, summed over targets, where `own` is the task's own loss of the batch.
+        """What is minimized, summed over targets, where `own` is the task's own loss of the batch.
 
         `weights` (rows,) is 0 for rows that only fill it.
         """

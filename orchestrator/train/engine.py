@@ -95,7 +95,7 @@ def train_step(
 ) -> tuple[float, float]:
     """Forward and backward over this rank's rows, then the update.
 
-    Returns this rank's sums of what is minimised and of the task's own loss.
+    Returns this rank's sums of what is minimized and of the task's own loss.
 
     Each micro-batch's loss sum is divided by the targets of the *global* batch. DeepSpeed divides by
     accumulation and averages over ranks, so both are multiplied back: the gradient is that of the
@@ -108,8 +108,8 @@ def train_step(
         engine.backward(loss * scale)
         totals += torch.stack([loss.detach(), task_loss]).double()
         engine.step()
-    minimised, own = totals.tolist()
-    return minimised, own
+    minimized, own = totals.tolist()
+    return minimized, own
 
 
 def show_masters(engine: Any) -> None:

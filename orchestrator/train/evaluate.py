@@ -17,7 +17,7 @@ from orchestrator.data.stream import StepRows
 from orchestrator.errors import DataError
 from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan.plan import Plan
-from orchestrator.tasks.base import ragged
+from orchestrator.tasks.batches import ragged
 from orchestrator.train.feed import StepStream, open_source
 from orchestrator.train.reference import Reference
 

@@ -330,6 +330,6 @@ def _teacher_lines(spec: JobSpec) -> list[str]:
         return []
     hints = ", and its hidden states" if taught.hidden else ""
     return [
-        f"- learnt from the outputs of `{taught.teacher}`{hints}: alpha {taught.alpha:g}, "
+        f"- learned from the outputs of `{taught.teacher}`{hints}: alpha {taught.alpha:g}, "
         f"temperature {taught.temperature:g}"
     ]

@@ -1,4 +1,4 @@
-"""What is minimised: the task's loss, and what regularization makes of it."""
+"""What is minimized: the task's loss, and what regularization makes of it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Objective:
     def __call__(
         self, engine: Any, rows: list[dict[str, np.ndarray]], weights: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what is minimised, the task's own loss), both summed over the targets of `rows`.
+        """(what is minimized, the task's own loss), both summed over the targets of `rows`.
 
         `weights` (rows,) is 0 for rows that only fill the batch.
         """
@@ -68,7 +68,7 @@ class Objective:
         return total, own
 
     def _from_scores(self, engine: Any, batch: Batch) -> tuple[Scores, torch.Tensor, torch.Tensor]:
-        """(scores, what is minimised but for a teacher's part, the task's own loss)."""
+        """(scores, what is minimized but for a teacher's part, the task's own loss)."""
         alpha = self.settings.r_drop_alpha
         if alpha is not None:
             batch = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}

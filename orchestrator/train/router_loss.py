@@ -47,7 +47,7 @@ class RouterLoss:
         collected, self.logits = torch.cat(self.logits).float(), []
         real = _real_tokens(rows, weights, batch).to(collected.device)
         count = real.sum().clamp(min=1) * (len(collected) // len(real) or 1)
-        if len(collected) % len(real):  # learnt tokens stand in front of each row
+        if len(collected) % len(real):  # learned tokens stand in front of each row
             real, count = collected.new_ones(len(collected)), collected.new_tensor(len(collected))
         real = real.repeat(len(collected) // len(real)).unsqueeze(-1)
         shares = collected.softmax(-1)

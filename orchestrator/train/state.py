@@ -62,7 +62,7 @@ class Pulse:
 
     loss_sum: float
     task_loss_sum: float
-    """The task's own loss, where regularization adds to what is minimised."""
+    """The task's own loss, where regularization adds to what is minimized."""
     tokens: int
     elapsed_s: float
     """By rank 0's clock, so that all ranks call it time at the same step."""

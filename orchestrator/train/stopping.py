@@ -19,7 +19,7 @@ def reason_to_stop(
 ) -> str:
     """Why training ends after the evaluations in `history`, in words; empty where it goes on.
 
-    `first_loss`: the training loss of the first step, before anything was learnt.
+    `first_loss`: the training loss of the first step, before anything was learned.
     """
     if not history:
         return ""

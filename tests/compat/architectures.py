@@ -234,7 +234,7 @@ LED = _seq2seq(
 
 SIDE = 32
 """Height and width of the images in pixels."""
-NORMALISED = {
+NORMALIZED = {
     "do_resize": True,
     "size": {"height": SIDE, "width": SIDE},
     "do_rescale": True,
@@ -249,10 +249,10 @@ NORMALISED = {
 def _image(
     name: str, model_type: str, kind: str, config: Mapping[str, Any], **processor: Any
 ) -> Architecture:
-    """`kind`: class of the image processor. `processor`: its fields where they differ from NORMALISED."""
+    """`kind`: class of the image processor. `processor`: its fields where they differ from NORMALIZED."""
     return Architecture(
         name, "image", model_type, config, auto=IMAGE,
-        processor={"image_processor_type": kind, **NORMALISED, **processor},
+        processor={"image_processor_type": kind, **NORMALIZED, **processor},
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from compat.architectures import Architecture
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = sorted(
-    {word for row in tiny.labelled(200) for word in row["text"].split()} | {"good", "bad"}
+    {word for row in tiny.labeled(200) for word in row["text"].split()} | {"good", "bad"}
 )
 
 
@@ -68,7 +68,7 @@ def largest_id(tokenizer: Any) -> int:
 def redraw(model: torch.nn.Module) -> None:
     """Draw all matrices with outputs of about the size of their inputs.
 
-    Fresh models are nearly flat: attention over padding, or over a neighbour, would change nothing.
+    Fresh models are nearly flat: attention over padding, or over a neighbor, would change nothing.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():

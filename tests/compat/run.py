@@ -40,7 +40,7 @@ from orchestrator.plan import Plan, make_plan, this_machine
 from orchestrator.plan.data import DataFacts
 from orchestrator.run_folder import RunFolder, write_json
 from orchestrator.spec import JobSpec
-from orchestrator.tasks.base import ragged
+from orchestrator.tasks.batches import ragged
 from orchestrator.train.export import build_base, export_run, load_exported
 from orchestrator.train.trial import Trial
 
@@ -115,7 +115,7 @@ def rows_of(cell: Cell, folder: Path, count: int, seed: int) -> list[dict[str, A
     """Rows of the cell's task; pictures and recordings are written below `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     make = CASES[cell.task].row
-    return [make({**row, "folder": folder}) for row in tiny.labelled(count, seed)]
+    return [make({**row, "folder": folder}) for row in tiny.labeled(count, seed)]
 
 
 def spec_of(cell: Cell, model: Path, folder: Path, **changes: Any) -> JobSpec:
@@ -278,7 +278,7 @@ def check_packing(plan: Plan) -> None:
 
 
 def _documents(packed: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(the sequence with only this document learnt, the document in a row of its own), for each."""
+    """(the sequence with only this document learned, the document in a row of its own), for each."""
     edges = np.cumsum([0, *packed["doc_lengths"]])
     for start, stop in pairwise(edges):
         inside = (np.arange(edges[-1]) >= start) & (np.arange(edges[-1]) < stop)

@@ -38,7 +38,7 @@ class Case:
 
     fields: Row
     row: Callable[[Row], Row]
-    """A sentence with its label (see `tiny.labelled`) as a row of the task."""
+    """A sentence with its label (see `tiny.labeled`) as a row of the task."""
     plain: Callable[[Exported, Sequence[Row]], Answers]
     ours: Callable[[Row], Any]
     job: Row = field(default_factory=dict)

@@ -56,7 +56,7 @@ class AdamW(_AdamFamily):
 
     decoupled = True
     sources: ClassVar[Mapping[str, str]] = {
-        "type": "decoupled decay generalises better than Adam's: Loshchilov & Hutter, arXiv 1711.05101",
+        "type": "decoupled decay generalizes better than Adam's: Loshchilov & Hutter, arXiv 1711.05101",
         "betas": "Kingma & Ba, arXiv 1412.6980",
         "weight_decay": "Devlin et al., arXiv 1810.04805, A.2, pre-trained BERT with 0.01",
         "eps": "Kingma & Ba, arXiv 1412.6980",

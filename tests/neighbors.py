@@ -20,7 +20,7 @@ from pods import Pods, command_line, environment_of_nodes
 STORE = {"object_store_memory": 100_000_000}
 
 
-class Neighbour:
+class Neighbor:
     """One Ray node beside the others. Its `address` is its node's id, which is all that tells it apart."""
 
     def __init__(self, number: int, node: Any, identity: dict[str, str]) -> None:
@@ -58,8 +58,8 @@ class Neighbour:
         found[0].kill()
 
 
-class Neighbours(Pods):
-    """A cluster of neighbours."""
+class Neighbors(Pods):
+    """A cluster of neighbors."""
 
     kinds = ("worker", "raylet", "pod")
     key = 1
@@ -98,10 +98,10 @@ class Neighbours(Pods):
         return self._start(number, num_cpus=0, resources={"driver": 100})
 
     def _start(self, number: int, **wanted: Any) -> Any:
-        identity = {"RAY_CLOUD_INSTANCE_ID": f"neighbour-{number}"}
+        identity = {"RAY_CLOUD_INSTANCE_ID": f"neighbor-{number}"}
         with _environment({**self.environment, **identity}):
             node = self.clusters[-1].add_node(**STORE, **wanted)
-        self.all[number] = Neighbour(number, node, identity)
+        self.all[number] = Neighbor(number, node, identity)
         return self.all[number]
 
     def output(self) -> str:
