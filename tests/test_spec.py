@@ -47,7 +47,7 @@ stop: {max_epochs: 1.5}
 
 @pytest.fixture
 def train(tmp_path: Path) -> Path:
-    return tiny.write_jsonl(tmp_path / "train.jsonl", tiny.labelled(4))
+    return tiny.write_jsonl(tmp_path / "train.jsonl", tiny.labeled(4))
 
 
 @pytest.fixture
