@@ -32,7 +32,7 @@ class RewardModel(AnswerPairs):
     """
 
     type: Literal["reward_model"]
-    answer_column: str = "completion"
+    answer_column: Annotated[str, Affects(Effect.PREDICTION)] = "completion"
     """Column with the answer to score in predictions: a text, or a list of messages."""
     margin_column: str = "margin"
     """Column with the difference of the two rewards that is asked for (Touvron et al., arXiv 2307.09288,
