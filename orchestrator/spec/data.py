@@ -49,7 +49,7 @@ class DataSpec(Frozen):
     max_length_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Longest row in tokens. `auto`: the model's own limit, at most 512."""
     truncation: Literal["truncate", "error"] = "truncate"
-    """What happens to longer rows; truncations are counted in the manifest."""
+    """Treatment of longer rows; truncations are counted in the manifest."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` names file and row and stops; `skip` counts them in the manifest and lists
     them all in `bad_rows.jsonl` beside it."""

@@ -38,7 +38,7 @@ class StopSpec(Frozen):
     """Optimizer steps."""
     max_time_s: Annotated[float | None, Field(gt=0), Affects(Effect.LENGTH)] = None
     """Seconds of training, restarts included; of a population-based trial, its parents' too. A run that
-    reaches it is measured, saved and exported; with a larger value the same command goes on."""
+    reaches it is measured, saved and exported; with a larger value the same command resumes it."""
     target: Annotated[float | None, BY_METRIC] = None
     """Stop once `evaluation.metric` reaches this value."""
     patience: Annotated[int | None, Field(ge=1), BY_METRIC] = None
@@ -60,11 +60,11 @@ class WorkerRange(Frozen):
     """
 
     min: Annotated[int, Field(ge=1)]
-    """Training waits while there is room for fewer than this. Each one's share of the batch must fit."""
+    """Minimum number of workers; training waits for capacity below it. Each worker's part of the batch must fit."""
     max: Annotated[int, Field(ge=1)]
     """The most there ever are."""
     elastic_resize_monitor_interval_s: Annotated[float, Field(gt=0)] = 60
-    """Seconds between looks for room. Before it uses some, the run commits a checkpoint."""
+    """Seconds between checks for free capacity. The run commits a checkpoint before it grows."""
 
 
 def _count_or_range(value: Any) -> str:
@@ -115,7 +115,7 @@ class CheckpointSpec(Frozen):
     num_to_keep: Annotated[int, Field(ge=1)] = 2
     """Committed checkpoints kept, newest first; the best evaluated one is kept beside them."""
     mode: Literal["async", "sync"] = "async"
-    """`async` hashes and uploads while training goes on; `sync` waits for the commit."""
+    """`async` hashes and uploads while training continues; `sync` waits for the commit."""
 
 
 class FaultToleranceSpec(Frozen):
@@ -144,21 +144,21 @@ class JobSpec(Frozen):
     name: Annotated[str, Affects(), Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
     """Run name: lower-case letters, digits, `.`, `_`, `-`. Running the same name again resumes it."""
     task: Annotated[TaskSpec, EVERYTHING]
-    """What is learned."""
+    """The task: input columns, loss, metrics and predictions."""
     model: Annotated[ModelSpec, EVERYTHING]
-    """What is tuned."""
+    """The model to fine-tune."""
     data: Annotated[DataSpec, Affects(Effect.ROWS, Effect.CHECKPOINT, Effect.TRAINING)]
-    """What it learns from."""
+    """Training and evaluation data."""
     tuning: Annotated[TuningSpec, Affects(Effect.MODEL, Effect.CHECKPOINT, Effect.TRAINING)] = (
         FullTuning()
     )
-    """Which weights move."""
+    """Full fine-tuning or an adapter, and what stays frozen."""
     optimizer: Annotated[OptimizerSpec, Affects(Effect.TRAINING)] = AdamW()
-    """How they move."""
+    """The optimizer and its settings."""
     schedule: Annotated[ScheduleSpec, Affects(Effect.TRAINING)] = LinearSchedule()
-    """How the learning rate changes."""
+    """Schedule of the learning rate."""
     regularization: Annotated[RegularizationSpec, Affects(Effect.TRAINING)] = RegularizationSpec()
-    """What keeps the model from learning its rows by heart."""
+    """Regularization: dropout, penalties, noise, label smoothing, averaged weights."""
     distillation: Annotated[DistillationSpec | None, Affects(Effect.ROWS, Effect.TRAINING)] = None
     """A larger model to learn from, beside the labels."""
     batch: Annotated[BatchSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = BatchSpec()
@@ -175,23 +175,23 @@ class JobSpec(Frozen):
     zero: Annotated[ZeroSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = ZeroSpec()
     """DeepSpeed ZeRO."""
     stop: Annotated[StopSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = StopSpec()
-    """When to stop."""
+    """Limits on steps, epochs and time, and early stopping."""
     evaluation: Annotated[EvaluationSpec, Affects(Effect.DECISIONS)] = EvaluationSpec()
-    """When to measure."""
+    """Evaluation: frequency, metric and baseline."""
     checkpoint: Annotated[CheckpointSpec, Affects()] = CheckpointSpec()
-    """When to save."""
+    """Checkpoints: frequency, number and mode."""
     resources: Annotated[ResourcesSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = (
         ResourcesSpec()
     )
-    """What to run on."""
+    """Workers and their CPUs, GPUs and memory."""
     runtime: Annotated[RuntimeSpec, Affects()] = RuntimeSpec()
-    """What to bring along to a cluster."""
+    """Environment of a submitted job: packages, variables, files."""
     fault_tolerance: Annotated[FaultToleranceSpec, Affects()] = FaultToleranceSpec()
-    """How to survive."""
+    """Restarts after failures, and time limits."""
     tracking: Annotated[TrackingSpec, Affects()] = TrackingSpec()
-    """Whom to tell."""
+    """Experiment trackers that receive the metrics."""
     kubernetes: Annotated[KubernetesSpec, Affects()] = KubernetesSpec()
-    """Where on Kubernetes."""
+    """Settings of the manifests that `render` writes for KubeRay."""
     sweep: Annotated[SweepSpec | None, Affects(Effect.SEARCH)] = None
     """Search over fields of this job; `orchestrator sweep` runs it, `train` leaves it alone."""
     seed: Annotated[int, Field(ge=0, lt=2**32), EVERYTHING] = 42

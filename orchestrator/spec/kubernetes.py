@@ -63,7 +63,7 @@ class WorkerPod(Frozen):
     tolerations: tuple[Toleration, ...] = ()
     """Taints that are tolerated, beside those of GPU and spot nodes."""
     gpu_resource: str = "nvidia.com/gpu"
-    """What the cluster calls a GPU."""
+    """Kubernetes resource name of a GPU."""
     pod: dict[str, Any] = {}
     """Merged into the pod template, as in `head.pod`. The Ray container is `ray-worker`."""
 
@@ -83,7 +83,7 @@ class StorageClaim(Frozen):
     mount_path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_][A-Za-z0-9._-]*)+$")] = (
         "/mnt/orchestrator"
     )
-    """Where it is mounted in every pod. The job's relative paths start here."""
+    """Mount path in every pod. The job's relative paths start here."""
 
 
 class S3Access(Frozen):
@@ -98,14 +98,14 @@ class S3Access(Frozen):
 
 
 class GcsFaultTolerance(Frozen):
-    """Ray's control state in Redis, so that a lost head comes back with it and training goes on meanwhile. The
-    driver gets a pod of its own, as large as the head and placed as it is, with the Ray resource `driver`: a job
-    that is submitted to such a cluster runs there with `runtime.driver_resources: {driver: 1}`."""
+    """Ray's control state in Redis: training continues while a lost head is replaced. The driver gets a pod of
+    its own, as large as the head and placed as it is, with the Ray resource `driver`: a job that is submitted
+    to such a cluster runs there with `runtime.driver_resources: {driver: 1}`."""
 
     redis: str
     """`redis://host:port` or `rediss://host:port`, without a password."""
     password: SecretKey | None = None
-    """Where the password is kept."""
+    """Secret and key that hold the password."""
     driver_pod: dict[str, Any] = {}
     """Merged into the driver's pod, as in `head.pod`. Its Ray container is `ray-worker`."""
 
@@ -137,9 +137,9 @@ class DeletionRule(Frozen):
     """One of KubeRay's deletion rules."""
 
     on: Literal["SUCCEEDED", "FAILED"]
-    """How the job ended."""
+    """Final status of the job that triggers the rule."""
     policy: Literal["DeleteWorkers", "DeleteCluster", "DeleteSelf", "DeleteNone"]
-    """What goes: the worker pods, the whole cluster, the RayJob too, or nothing."""
+    """Resources to delete: the worker pods, the whole cluster, the RayJob too, or nothing."""
     after_s: Seconds = 0
     """Seconds after the end."""
 
@@ -168,7 +168,7 @@ class KubernetesSpec(Frozen):
     image: Annotated[str, Field(pattern=r"^[\w][\w./:@-]*$")] | None = None
     """Container image with this package in it (`cluster/Dockerfile`). Needed to render."""
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
-    """When nodes fetch the image."""
+    """Kubernetes' pull policy of the image."""
     image_pull_secrets: tuple[Name, ...] = ()
     """Secrets with registry credentials."""
     namespace: Name | None = None
@@ -212,7 +212,7 @@ class KubernetesSpec(Frozen):
     kueue: Kueue | None = None
     """Queueing."""
     submission_mode: Literal["K8sJobMode", "HTTPMode", "SidecarMode"] = "K8sJobMode"
-    """Who hands the job to Ray: a Kubernetes Job, the operator itself, or a container beside the head."""
+    """Submitter of the job to Ray: a Kubernetes Job, the operator itself, or a container beside the head."""
     backoff_limit: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Times that KubeRay starts over with a new cluster; each resumes from the newest checkpoint."""
     active_deadline_s: PositiveSeconds | None = None
@@ -220,4 +220,4 @@ class KubernetesSpec(Frozen):
     pre_running_deadline_s: PositiveSeconds | None = None
     """Most seconds until the job runs (KubeRay 1.7)."""
     cleanup: CleanupSpec = Shutdown()
-    """What is deleted when the job has ended."""
+    """Resources that KubeRay deletes after the job."""

@@ -22,7 +22,7 @@ class ZeroSpec(Frozen):
     """DeepSpeed ZeRO (Rajbhandari et al., arXiv 1910.02054)."""
 
     stage: Literal[0, 1, 2, 3, "auto"] = "auto"
-    """What is sharded: 0 nothing, 1 optimizer, 2 gradients too, 3 parameters too. `auto`: the lowest that fits."""
+    """Sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too. `auto`: the lowest stage that fits."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """`cpu` keeps optimizer state in host memory (GPU workers, stage 1 to 3)."""
     offload_param: Literal["none", "cpu"] = "none"

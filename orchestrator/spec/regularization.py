@@ -35,11 +35,11 @@ class RegularizationSpec(Frozen):
     """Run every row twice with other dropout and pull the two predictions together by so much (R-Drop:
     Liang et al., arXiv 2106.14448, who use 1 to 5). Needs dropout; doubles activations and time."""
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the tokens that the model does not get to see: the mask token stands for them, or the
-    unknown token where there is no mask token. Special tokens and what is predicted stay."""
+    """Share of the tokens that are replaced by the mask token, or by the unknown token where there is none.
+    Special tokens and targets stay."""
     mixup_alpha: Annotated[float, Field(gt=0)] | None = None
     """Tasks with one label per row: mix pixels, or the embeddings of words, and labels of pairs of rows by a
     share drawn from Beta(alpha, alpha) (mixup: Zhang et al., arXiv 1710.09412; on words: Guo et al.,
     arXiv 1905.08941). Partners are of one micro-batch, which needs two rows or more."""
     averaging: Annotated[AveragingSpec, Affects(Effect.CHECKPOINT, Effect.TRAINING)] = NoAveraging()
-    """Which weights are evaluated and exported."""
+    """Average of the weights that is evaluated and exported instead of the last ones."""

@@ -36,4 +36,4 @@ class RuntimeSpec(Frozen):
     driver_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
     """Custom Ray resources that the driver's node must have."""
     stop_wait_s: Annotated[int, Field(ge=1)] = 120
-    """How long a stopped job may take to commit its checkpoint before Ray kills it (Ray's default: 3)."""
+    """Seconds that a stopped job has to commit its checkpoint before Ray kills it (Ray's default: 3)."""

@@ -251,7 +251,7 @@ class WSDSchedule(Falling):
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
     """The decay as a share of all steps."""
     shape: Literal["linear", "cosine", "sqrt"] = "linear"
-    """How it decays; `sqrt` is 1 − √progress (Hägele et al., arXiv 2405.18392)."""
+    """Shape of the decay; `sqrt` is 1 − √progress (Hägele et al., arXiv 2405.18392)."""
 
     def factor_after_warmup(self, step: int, warm: int, total_steps: int) -> float:
         """Return 1, and a decay at the end."""
@@ -299,7 +299,7 @@ class PlateauSchedule(Schedule):
     metric: str | None = None
     """The evaluation metric that is watched. Default: `evaluation.metric`."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """What the rate is multiplied by."""
+    """Factor of the learning rate at each reduction."""
     patience: Annotated[int, Field(ge=1)] | None = 2
     """Evaluations in a row without a better value before the rate drops; null: `thresholds` alone count."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0

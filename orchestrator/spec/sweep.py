@@ -83,7 +83,7 @@ class TPESearch(Frozen):
 
     type: Literal["tpe"]
     startup_trials: Annotated[int, Field(ge=1)] = 10
-    """Random draws before the estimator has enough to go by."""
+    """Random draws before the estimator proposes values."""
 
 
 SearcherSpec = Annotated[
@@ -98,18 +98,18 @@ class Rungs(Frozen):
     """Steps at which trials are compared, counted in a unit that survives a resume."""
 
     unit: Literal["steps", "rows", "tokens"] = "steps"
-    """What `grace_period` counts: optimizer steps, training rows or training tokens."""
+    """Unit of `grace_period`: optimizer steps, training rows or training tokens."""
     grace_period: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """The first rung. `auto`: the last one divided by reduction_factor², at least one step."""
 
 
 class AshaScheduler(Rungs):
-    """Asynchronous successive halving (Li et al., MLSys 2020): at rung grace_period · factorᵏ a trial goes on
-    while it is among the best 1/factor of those that came there before."""
+    """Asynchronous successive halving (Li et al., MLSys 2020): at rung grace_period · factorᵏ a trial
+    continues if it is among the best 1/factor of the trials that have reached the rung."""
 
     type: Literal["asha"] = "asha"
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """One in this many goes on, and the next rung is this many times as far."""
+    """One trial in this many continues after a rung, and the next rung is this many times as far."""
 
 
 class MedianScheduler(Rungs):
@@ -131,7 +131,7 @@ class PbtScheduler(Frozen):
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
     """Share of the population that is replaced, and share that it is replaced from."""
     resample_probability: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """How often a field is drawn anew instead of changed by a factor of 0.8 or 1.2."""
+    """Probability that a field is sampled again instead of changed by a factor of 0.8 or 1.2."""
 
 
 class NoScheduler(Frozen):
@@ -174,15 +174,15 @@ class SweepSpec(Frozen):
     num_trials: Annotated[int | None, Field(ge=1), Affects()] = None
     """Trials to run. Default: 20, or the size of the grid."""
     searcher: SearcherSpec = RandomSearch()
-    """Who proposes values."""
+    """Search algorithm that proposes values."""
     scheduler: SchedulerSpec = AshaScheduler()
-    """Who stops trials early."""
+    """Scheduler that stops trials early."""
     max_concurrent_trials: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], Affects()] = (
         "auto"
     )
     """Trials in flight, each in a worker group of `resources.num_workers`. `auto`: as many as the cluster holds."""
     budget: Annotated[BudgetSpec, Affects()] = BudgetSpec()
-    """When to stop early."""
+    """Limits on the whole sweep."""
     max_trial_failures: Annotated[int, Field(ge=0), Affects()] = 3
     """Lost workers that one trial may cost before it counts as failed."""
     keep_trials: Annotated[int, Field(ge=1), Affects()] = 1

@@ -74,7 +74,7 @@ class PromptTuning(Frozen):
 
     type: Literal["prompt"]
     num_virtual_tokens: Count = 20
-    """How many; every row is so much longer."""
+    """Number of virtual tokens; each row becomes longer by it."""
     init_text: str | None = None
     """They begin as the embeddings of this text, repeated or cut to fit. Default: of random tokens."""
     merge_on_export: bool = False
@@ -87,7 +87,7 @@ class PrefixTuning(Frozen):
 
     type: Literal["prefix"]
     num_virtual_tokens: Count = 20
-    """How many; rows have so many positions less."""
+    """Number of virtual tokens; rows can be shorter by it at most."""
     prefix_projection: bool = False
     """Make them by two linear layers from smaller ones while training, as the paper does; the export holds
     what these give."""

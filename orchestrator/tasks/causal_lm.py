@@ -84,7 +84,7 @@ class CausalLM(Task):
 
     type: Literal["causal_lm"]
     rows: RowsSpec = PlainRows()
-    """What an input row looks like."""
+    """Layout of the input rows: plain text, instructions or chats."""
     packing: Packing = True
     """Put several documents into one sequence. Positions restart and attention stays inside each: by position ids
     where the model's code keeps documents apart by them, else by a mask (`mask`), else packing is off. The plan

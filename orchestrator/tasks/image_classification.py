@@ -55,9 +55,9 @@ class ImageClassification(SingleLabel):
     channel_order: Annotated[Literal["auto", "rgb", "bgr"], Affects(Effect.TRAINING)] = "auto"
     """Order of three channels. `auto`: the model's own."""
     mean: Annotated[tuple[float, ...] | Literal["auto"], Affects(Effect.TRAINING)] = "auto"
-    """Taken off values of 0 to 1, per channel or one for all. `auto`: the model's own."""
+    """Mean that is subtracted from pixels of 0 to 1, per channel or one for all. `auto`: the model's own."""
     std: Annotated[tuple[float, ...] | Literal["auto"], Affects(Effect.TRAINING)] = "auto"
-    """What remains is divided by it. `auto`: the model's own."""
+    """Standard deviation by which pixels are divided after `mean` is subtracted. `auto`: the model's own."""
 
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     pipeline_tag: ClassVar[str] = "image-classification"

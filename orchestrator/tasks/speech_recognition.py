@@ -46,7 +46,7 @@ class SpeechRecognition(Task):
     """Column with the audio: a file's path (WAV, FLAC, OGG, MP3), its bytes, `{bytes, path}`, or
     `{array, sampling_rate}`."""
     text_column: str = "text"
-    """Column with what is said."""
+    """Column with the transcript."""
     lower_case: bool | Literal["auto"] = "auto"
     """Learn and compare in lower case. `auto`: in upper case for a `vocabulary` that has only upper case."""
     sampling_rate_hz: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -63,7 +63,7 @@ class SpeechRecognition(Task):
     """Token of each output, a blank between words as " ". `auto`: that of a pretrained CTC head, which is then kept.
     `null`: a new head for `labels`."""
     blank: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """The output that stands for no character. `auto`: `pad_token_id` of a pretrained CTC head, else 0."""
+    """Index of CTC's blank output. `auto`: `pad_token_id` of a pretrained CTC head, else 0."""
 
     metric_names: ClassVar[tuple[str, ...]] = ("wer", "cer", "loss")
     default_metric: ClassVar[str] = "wer"
