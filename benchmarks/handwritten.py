@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, get_linear_schedule_w
 
 from orchestrator.data.stream import unpack_rows
 from orchestrator.plan.plan import Plan
-from orchestrator.train.feed import open_source
+from orchestrator.train.data_loader import open_source
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):

@@ -1,4 +1,4 @@
-"""Thousands of simulated trials: the real Tune controller, director, referee and log; curves instead of training.
+"""Thousands of simulated trials: the real Tune controller, controller, decisions and log; curves instead of training.
 
 Slots are coroutines in the broker's process: they take trials, and report points of a learning-curve model
 at the rungs. Everything else is what a sweep runs. Shown: trials per second, CPU and memory of the driver, and
@@ -86,7 +86,7 @@ def simulate(folder: Path, trials: int, slots: int) -> dict[str, Any]:
     """One sweep; seconds, and driver's CPU and memory at every tenth of it."""
     import ray
 
-    from orchestrator.sweep.director import Director
+    from orchestrator.sweep.controller import SweepController
     from orchestrator.sweep.tuning import make_tuner
 
     folder.mkdir()
@@ -99,7 +99,7 @@ def simulate(folder: Path, trials: int, slots: int) -> dict[str, Any]:
     broker = actor.options(name=name, num_cpus=0, max_concurrency=10_000).remote(0)
     ray.get(broker.start.remote(slots, list(plan.rungs)))
 
-    class Simulated(Director):
+    class Simulated(SweepController):
         """Hands over the values alone: planning a trial is measured elsewhere, and costs 0.1 s."""
 
         def _prepare(self, trial: Any) -> None:
@@ -111,9 +111,9 @@ def simulate(folder: Path, trials: int, slots: int) -> dict[str, Any]:
             marks.take()
 
     marks = Marks(trials)
-    director = Simulated(plan, log, broker, sweep, lambda *_: plan.base)
+    controller = Simulated(plan, log, broker, sweep, lambda *_: plan.base)
     started = time.monotonic()
-    make_tuner(director, name, folder / "ray", slots + 1).fit()
+    make_tuner(controller, name, folder / "ray", slots + 1).fit()
     seconds = time.monotonic() - started
     ray.get(broker.close.remote())
     ray.kill(broker)
@@ -181,7 +181,7 @@ def show(found: list[dict[str, Any]], given: Any) -> None:
             "trials",
             "seconds",
             "trials/s",
-            "verdicts/s",
+            "decisions/s",
             "driver ms CPU a trial, first → last tenth",
             "driver RSS, MiB",
         )

@@ -76,7 +76,7 @@ def require_disk(megabytes: int) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """A prepared data set, opened as train/feed.py opens it."""
+    """A prepared data set, opened as train/data_loader.py opens it."""
 
     reader: ShardReader
     order: Order
@@ -121,7 +121,7 @@ def make_consumers(ray: Any, count: int) -> list[Any]:
             return marks
 
     def started(told: list[Any], i: int) -> Any:
-        """A segment on its way, as train/feed.py starts it."""
+        """A segment on its way, as train/data_loader.py starts it."""
         if i == len(told):
             return iter(())
         _, reader, blocks = told[i]

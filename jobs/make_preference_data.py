@@ -23,8 +23,8 @@ def main() -> None:
     for split, count in JUDGED.items():
         with open(DATA / "movie_reviews" / f"{split}.csv", encoding="utf-8", newline="") as source:
             reviews = list(csv.DictReader(source))
-        write("preferences", split, judgments(reviews[:count]))
-        write("review_pairs", split, pairs(reviews))
+        write(DATA / "preferences" / f"{split}.jsonl", judgments(reviews[:count]))
+        write(DATA / "review_pairs" / f"{split}.jsonl", pairs(reviews))
 
 
 def judgments(reviews: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
@@ -47,10 +47,10 @@ def pairs(reviews: list[dict[str, str]]) -> Iterator[dict[str, str]]:
         yield {"prompt": REQUEST, "chosen": chosen, "rejected": rejected}
 
 
-def write(name: str, split: str, rows: Iterable[dict[str, str]]) -> None:
+def write(path: Path, rows: Iterable[dict[str, str]]) -> None:
     """Write rows as JSON lines."""
-    (DATA / name).mkdir(parents=True, exist_ok=True)
-    with open(DATA / name / f"{split}.jsonl", "w", encoding="utf-8") as target:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as target:
         for row in rows:
             target.write(json.dumps(row) + "\n")
 

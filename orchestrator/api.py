@@ -18,7 +18,7 @@ from orchestrator.report.runs import write_report_on
 from orchestrator.run_folder import RunFolder, SweepFolder, find_run, read_object, read_outcome
 from orchestrator.spec import JobSpec
 from orchestrator.spec.secret_rules import refuse_secrets
-from orchestrator.sweep.ending import SweepOutcome
+from orchestrator.sweep.finalize import SweepOutcome
 from orchestrator.sweep.run import make_sweep_plan, sweep
 from orchestrator.train.export import export_run, load_exported, load_plan
 from orchestrator.train.predict import predictions

@@ -249,7 +249,7 @@ class SweepFolder(_Folder):
 
     @property
     def log(self) -> Path:
-        """Trials, reports, verdicts and ends: the truth of the sweep."""
+        """Trials, reports, decisions and ends: the truth of the sweep."""
         return self.root / "trials.jsonl"
 
     @property

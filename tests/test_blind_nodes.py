@@ -17,7 +17,7 @@ from orchestrator.launch import workers
 from orchestrator.plan import make_plan, this_machine
 from orchestrator.plan.resources import Workers
 from orchestrator.sweep.broker import Broker
-from orchestrator.sweep.fleet import RESTARTS_WITHOUT_WORK, Fleet, serve
+from orchestrator.sweep.pool import RESTARTS_WITHOUT_WORK, WorkerGroupPool, serve
 from orchestrator.sweep.run import sweep
 
 
@@ -78,13 +78,13 @@ def test_a_slot_on_such_a_node_takes_no_trial_and_is_given_up_with_the_reason(
             groups.append(1)
             serve(config)
 
-    fleet = Fleet(Workers(1, 0, 1), 1, root, broker, "broker", health_timeout_s=60)
-    monkeypatch.setattr(fleet, "_trainer", lambda slot, workers: Group())
-    fleet.start()
-    fleet.join(30)
-    assert not fleet.alive()
+    pool = WorkerGroupPool(Workers(1, 0, 1), 1, root, broker, "broker", health_timeout_s=60)
+    monkeypatch.setattr(pool, "_trainer", lambda slot, workers: Group())
+    pool.start()
+    pool.join(30)
+    assert not pool.alive()
     assert len(groups) == RESTARTS_WITHOUT_WORK
-    (error,) = fleet.errors
+    (error,) = pool.errors
     assert "is not there on node" in str(error)
     assert not (tmp_path / "elsewhere").exists()
     assert len(broker.one._queue) == 1, "the trial is for another slot"

@@ -8,12 +8,12 @@ from typing import Any
 
 from orchestrator.sweep.broker import Broker
 
-PATIENCE_S = 10
+RETRY_S = 10
 
 
 def play(story: Coroutine[Any, Any, None]) -> None:
     """Run to the end, or fail: what waits for ever is what these tests are about."""
-    asyncio.run(asyncio.wait_for(story, PATIENCE_S))
+    asyncio.run(asyncio.wait_for(story, RETRY_S))
 
 
 def a_broker(max_failures: int = 0) -> Broker:
@@ -26,7 +26,7 @@ async def begin(broker: Broker, slot: int, trial: str = "t0") -> dict[str, Any]:
     return await broker.next_task(slot, 1)
 
 
-def test_what_a_lost_light_trial_had_taken_is_handed_out_again_until_it_is_answered() -> None:
+def test_the_report_of_a_lost_trial_proxy_is_handed_out_again_until_it_is_answered() -> None:
     async def story() -> None:
         broker = a_broker()
         slot = asyncio.create_task(broker.report("t0", 4, {"loss": 1.0}, False))
@@ -35,12 +35,12 @@ def test_what_a_lost_light_trial_had_taken_is_handed_out_again_until_it_is_answe
         lost = asyncio.create_task(broker.next_report("t0", heard))  # its process dies here
         again, said = await broker.next_report("t0", 0)
         assert (again, said["step"]) == (1, 4), "nobody has answered it"
-        await broker.verdict("t0", 4, True, False)
+        await broker.decision("t0", 4, True, False)
         assert await slot == (True, False)
         slot = asyncio.create_task(broker.report("t0", 8, {"loss": 0.9}, True))
         heard, said = await broker.next_report("t0", 0)
         assert (heard, said["step"]) == (2, 8), "step 4 has its answer"
-        await broker.verdict("t0", 8, True, True)
+        await broker.decision("t0", 8, True, True)
         assert await slot == (True, True)
         await broker.ended(0, "t0", "finished", 8, "")
         for after in (0, heard):
@@ -150,15 +150,15 @@ def test_a_slot_leaves_to_come_back_with_as_many_workers_as_are_wanted() -> None
 def test_the_controller_gives_a_lost_group_s_trial_back_before_it_asks_for_another_one(
     ray: Any,
 ) -> None:
-    from orchestrator.sweep.hand_back import HandBack
+    from orchestrator.sweep.requeue import RequeueCallback
 
     actor: Any = ray.remote(Broker)
     broker = actor.options(name="hand-back", num_cpus=0, max_concurrency=10).remote(1)
     ray.get(broker.enqueue.remote("t0", "{}", 1))
     assert ray.get(broker.next_task.remote(0, 1))["trial"] == "t0"
-    HandBack("hand-back", 0).after_worker_group_abort(None)
+    RequeueCallback("hand-back", 0).after_worker_group_abort(None)
     assert ray.get(broker.next_task.remote(1, 1))["trial"] == "t0", "another slot goes on with it"
     ray.kill(broker)
-    HandBack("hand-back", 1).after_worker_group_shutdown(
+    RequeueCallback("hand-back", 1).after_worker_group_shutdown(
         None
     )  # the sweep has ended: nobody to tell

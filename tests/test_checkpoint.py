@@ -24,7 +24,7 @@ from orchestrator.train.checkpoint import (
     put_aside_newer,
     remove_uncommitted,
 )
-from orchestrator.train.opening import progress_in
+from orchestrator.train.setup import progress_in
 
 
 def save(folder: Path, step: int, writers: list[CheckpointWriter], size: int = 1000) -> None:

@@ -22,7 +22,7 @@ from orchestrator.launch.session import DATA_LOGGING, TRAIN_SETTINGS, for_worker
 from orchestrator.metric import Metric
 from orchestrator.report import gauges
 from orchestrator.report.sweep_view import SweepView
-from orchestrator.report.trial_log import SweepLog, Verdict
+from orchestrator.report.trial_log import Decision, SweepLog
 from orchestrator.run_folder import SweepFolder
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +155,7 @@ def test_a_cluster_is_told_how_a_sweep_stands(
     with SweepView(folder, 3, 2, log, Console(quiet=True), on_cluster=True) as view:
         for index in range(3):
             log.trial(f"t{index}", index, {"optimizer.lr": 1.0}, None)
-        log.report("t0", 4, 4, {"accuracy": 0.75}, Verdict(True, True))
+        log.report("t0", 4, 4, {"accuracy": 0.75}, Decision(True, True))
         log.end("t0", "finished", 4, "")
         log.end("t1", "failed", 0, "its workers were lost")
         view.update()
@@ -182,7 +182,7 @@ def test_dashboards_and_alerts_name_metrics_that_exist() -> None:
 def test_what_a_step_records_is_what_the_gauges_read() -> None:
     """The records' fields are written in one place, by the trial."""
     written = (ROOT / "orchestrator" / "train" / "trial.py").read_text(encoding="utf-8")
-    call = written.split("self.journal.step(")[1].split("\n        )")[0]
+    call = written.split("self.metrics_logger.step(")[1].split("\n        )")[0]
     assert set(gauges.STEP_GAUGES) | {"tokens"} <= set(re.findall(r"^\s+(\w+)=", call, re.M))
 
 

@@ -27,9 +27,9 @@ from orchestrator.errors import (
     StorageError,
     TrainingError,
 )
-from orchestrator.launch import claim
-from orchestrator.launch.claim import at_saved_stage, claimed
+from orchestrator.launch import run_lock
 from orchestrator.launch.run import _is_over, _safe_to_repeat
+from orchestrator.launch.run_lock import at_saved_stage, locked
 from orchestrator.launch.session import LogFile
 from orchestrator.model.build import build_model
 from orchestrator.plan import Plan, make_plan
@@ -121,7 +121,7 @@ def never_raw(call: Callable[[], Any], path: Path) -> None:
 def resume(plan: Plan, folder: RunFolder) -> None:
     """What a launch reads before it starts workers."""
     here = plan.model_copy(update={"run_dir": str(folder.root)})
-    with claimed(at_saved_stage(here), fresh=False) as found:
+    with locked(at_saved_stage(here), fresh=False) as found:
         _is_over(read_outcome(found), plan.spec)
 
 
@@ -328,7 +328,7 @@ def test_a_claim_on_a_full_disk_is_refused_and_takes_no_space(plan: Plan, tmp_pa
     with (
         files_limited_to(2**19),
         pytest.raises(OrchestratorError, match="cannot be written"),
-        claimed(here, fresh=False),
+        locked(here, fresh=False),
     ):
         pass
     assert not RunFolder(tmp_path / "run").reserve.exists()
@@ -344,10 +344,10 @@ def test_a_claim_gives_back_its_reserve_and_removes_what_killed_processes_left(
     half.mkdir(parents=True)
     for path in (old, new, half / "model.safetensors"):
         path.write_bytes(b"half")
-    long_ago = time.time() - 2 * claim.STALE_S
+    long_ago = time.time() - 2 * run_lock.STALE_S
     for path in (old, half):
         os.utime(path, (long_ago, long_ago))
-    with claimed(here, fresh=False):
+    with locked(here, fresh=False):
         assert folder.reserve.exists()
         assert not old.exists()
         assert not half.exists()

@@ -18,34 +18,34 @@ from orchestrator.train.trial import Trial
 
 
 def trial(max_skipped_steps: int = 3) -> Any:
-    """A trial that has done seven steps, as far as the verdict on the next one needs it."""
+    """A trial that has done seven steps, as far as the decision on the next one needs it."""
     fault_tolerance = SimpleNamespace(max_skipped_steps=max_skipped_steps)
     said: list[str] = []
     return SimpleNamespace(
         plan=SimpleNamespace(spec=SimpleNamespace(fault_tolerance=fault_tolerance)),
         progress=Progress(step=7),
-        journal=SimpleNamespace(event=lambda kind, text: said.append(text)),
+        metrics_logger=SimpleNamespace(event=lambda kind, text: said.append(text)),
         said=said,
     )
 
 
-def verdict(one: Any, loss: float, norm: float | None, skipped: bool = False) -> bool:
+def decision(one: Any, loss: float, norm: float | None, skipped: bool = False) -> bool:
     return Trial._diverged(cast(Trial, one), loss, norm, skipped)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_loss_or_a_gradient_that_is_no_number_is_divergence(bad: float) -> None:
-    assert verdict(trial(), bad, 1.0)
-    assert verdict(trial(), 0.5, bad)
-    assert not verdict(trial(), 0.5, 1.0)
-    assert not verdict(trial(), 0.5, None), "DeepSpeed does not always know the norm"
+    assert decision(trial(), bad, 1.0)
+    assert decision(trial(), 0.5, bad)
+    assert not decision(trial(), 0.5, 1.0)
+    assert not decision(trial(), 0.5, None), "DeepSpeed does not always know the norm"
 
 
 def test_updates_skipped_in_a_row_are_named_and_the_last_one_too_many_is_divergence() -> None:
     one = trial(max_skipped_steps=3)
     for skipped in (True, True, False, True, True):
-        assert not verdict(one, 0.5, math.inf if skipped else 1.0, skipped)
-    assert verdict(one, 0.5, math.inf, skipped=True)
+        assert not decision(one, 0.5, math.inf if skipped else 1.0, skipped)
+    assert decision(one, 0.5, math.inf, skipped=True)
     assert len(one.said) == 5
     assert "update skipped, gradient not finite" in one.said[0]
 

@@ -15,7 +15,7 @@ import torch
 from group import losses, named, plan_of, run_trials
 
 from orchestrator.errors import RunExistsError
-from orchestrator.launch.claim import at_saved_stage, claimed
+from orchestrator.launch.run_lock import at_saved_stage, locked
 from orchestrator.plan import Plan
 from orchestrator.plan.plan import at_workers
 from orchestrator.report.records import read_records
@@ -155,10 +155,10 @@ def test_a_change_of_size_waits_for_the_commit_but_not_for_ever(
 
 
 def made(plan: Plan, **changes: Any) -> Plan:
-    """The plan with other settings, claimed and let go again."""
+    """The plan with other settings, locked and released."""
     spec = plan.spec.model_copy(update=changes)
     plan = plan.model_copy(update={"spec": spec})
-    with claimed(plan, fresh=False):
+    with locked(plan, fresh=False):
         return plan
 
 

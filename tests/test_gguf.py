@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from orchestrator.model.build import build_model
-from orchestrator.plan.facts import model_facts
+from orchestrator.plan.model_stats import model_stats
 from orchestrator.spec import JobSpec
 
 gguf = pytest.importorskip("gguf")
@@ -81,7 +81,7 @@ def test_a_gguf_is_loaded_in_fp32_and_trains(
         assert tensor.dtype == torch.float32
         largest = float(theirs[name].abs().max())
         assert float((tensor - theirs[name]).abs().max()) <= off * largest, name
-    assert model_facts(spec, ()).parameters == sum(p.numel() for p in written.parameters())
+    assert model_stats(spec, ()).parameters == sum(p.numel() for p in written.parameters())
     batch = torch.arange(8, 20)[None]
     model(input_ids=batch, labels=batch).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -15,8 +15,8 @@ import transformers
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.build import build_model
 from orchestrator.model.causal import settled
-from orchestrator.plan.facts import model_facts
 from orchestrator.plan.memory import MemorySetup, activation_bytes
+from orchestrator.plan.model_stats import model_stats
 
 SIDE, LABELS, ROWS = batch_norm.SIDE, batch_norm.LABELS, 4
 PATCHES: dict[str, Any] = {
@@ -81,7 +81,7 @@ def test_rows_stay_apart_and_memory_is_planned_as_measured(
     tmp_path: Path, kind: str, tuning: str
 ) -> None:
     spec = batch_norm.job(source(kind, tmp_path), tmp_path / "job", tuning={"type": tuning})
-    facts = model_facts(spec, LABELS)
+    facts = model_stats(spec, LABELS)
     model: Any = without_noise(build_model(spec, LABELS))
     batch = batch_norm.batch_of(spec.task, ROWS)
     saved, alive = {}, []

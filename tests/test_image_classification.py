@@ -18,8 +18,8 @@ from transformers import ViTForImageClassification as ViT
 from orchestrator.data.stream import StepRows
 from orchestrator.errors import SpecError
 from orchestrator.model.build import build_model
-from orchestrator.plan.facts import facts_of
 from orchestrator.plan.memory import MemorySetup, activation_bytes
+from orchestrator.plan.model_stats import stats_of
 from orchestrator.tasks import BadRow, ImageClassification
 from orchestrator.train import evaluate
 from orchestrator.train.evaluate import CACHE_BYTES
@@ -148,7 +148,7 @@ def test_memory_of_image_models_is_about_what_autograd_keeps(kind: str) -> None:
         model.train()(pixel_values=torch.zeros(rows, 3, 64, 64))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     measured = sum(size for pointer, size in kept.items() if pointer not in weights)
-    facts = facts_of(model)
+    facts = stats_of(model)
     assert facts.layers == (3 if kind == "vit" else 4)
     setup = MemorySetup(
         world_size=1, stage=0, bf16=False, optimizer_states=2, offload_optimizer=False,

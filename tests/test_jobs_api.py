@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import yaml
@@ -26,7 +28,7 @@ from orchestrator.run_folder import RunFolder, read_json
 from orchestrator.spec import load_spec
 from orchestrator.train.checkpoint import committed
 
-STEPS = 400
+STEPS = 800
 WAIT_S = 120
 PLANTED = "s3cr3t-PLANTED-55d"
 SLOW_TO_LEAVE = (
@@ -120,6 +122,19 @@ def until(reached: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def suspended(processes: list[psutil.Process]) -> Iterator[None]:
+    """Suspend processes for a while."""
+    assert processes
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 def step(run: RunFolder) -> int:
     """The last step that was recorded."""
     records = read_steps(run.steps)
@@ -152,11 +167,16 @@ def test_a_stopped_job_commits_and_the_next_submission_goes_on_from_there(
     name = shell.submit("checkpoint.every_steps=1000")
     follower = shell.start("logs", name, "--follow")
     until(lambda: step(run) >= 5, "the first steps")
-    driver = shell.head.processes("-m orchestrator train job.yaml")[-1].environ()
+    with suspended(
+        shell.head.processes("RayTrainWorker")
+    ):  # else a slow machine stops a finished run
+        driver = shell.head.processes("-m orchestrator train job.yaml")[-1].environ()
+        stopping = shell.start("stop", name)
+        until(run.stop_request.exists, "the request to stop")
     assert driver["NCCL_DEBUG"] == "WARN", "from runtime.env_vars"
     assert driver["HUB_KEY"] == PLANTED, "from the head's own environment"
-    status, out = shell.run("stop", name)
-    assert status == 0, out
+    out, _ = stopping.communicate(timeout=WAIT_S)
+    assert stopping.returncode == 0, out
     assert out.strip() == f"{name}: STOPPED"
     (checkpoint,) = committed(run.checkpoints)
     assert checkpoint.step >= 5, "SIGTERM came, and there was time to commit"

@@ -12,7 +12,7 @@ import transformers
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.config import own_config
-from orchestrator.plan.facts import facts_of
+from orchestrator.plan.model_stats import stats_of
 from orchestrator.spec import parse_spec
 
 STAGED = {"swin": (96, 12), "swinv2": (96, 12), "segformer": (32, 8), "pvt": (64, 8), "hiera": (96, 24),
@@ -22,7 +22,7 @@ STAGED = {"swin": (96, 12), "swinv2": (96, 12), "segformer": (32, 8), "pvt": (64
 def facts(kind: str, auto: str = "AutoModelForImageClassification") -> Any:
     config = transformers.AutoConfig.for_model(kind)
     with torch.device("meta"):
-        return facts_of(getattr(transformers, auto).from_config(config))
+        return stats_of(getattr(transformers, auto).from_config(config))
 
 
 @pytest.mark.parametrize("kind", STAGED)
@@ -57,7 +57,7 @@ def test_no_architecture_ends_in_a_traceback(auto: str) -> None:
                 model = getattr(transformers, auto).from_config(config_class())
         except Exception:  # noqa: BLE001, a default config that transformers itself refuses
             continue
-        assert facts_of(model).parameters > 0
+        assert stats_of(model).parameters > 0
         measured += 1
     assert measured > 8
 

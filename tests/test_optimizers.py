@@ -17,8 +17,8 @@ from orchestrator.model.build import build_model
 from orchestrator.model.parts import groups, hidden_matrices
 from orchestrator.plan import describe_cluster, make_plan
 from orchestrator.plan.defaults import SOURCES, learning_rate
-from orchestrator.plan.facts import facts_of
 from orchestrator.plan.fit import optimizer_states
+from orchestrator.plan.model_stats import stats_of
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.averaging import AveragingSpec
 from orchestrator.spec.optimizers import OptimizerSpec
@@ -74,7 +74,7 @@ def test_the_plan_counts_the_state_that_each_optimizer_keeps(spec: JobSpec, kind
         if torch.is_tensor(value) and value.numel() > 1
     )
     elements = sum(p.numel() for p in model.parameters())
-    assert kept / elements == pytest.approx(optimizer_states(job, facts_of(model)), abs=0.25)
+    assert kept / elements == pytest.approx(optimizer_states(job, stats_of(model)), abs=0.25)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -348,7 +348,7 @@ def test_rows_per_step_that_are_left_open_name_a_source_of_the_task(spec: JobSpe
     reason = make_plan(spec, LAPTOP, prepared()).reasons["global_batch_size"]
     assert "1810.04805" in reason
     tasks: list[Any] = model_members(TaskSpec)
-    words = {t.__name__: t.usual_global_rows_source for t in tasks}
+    words = {t.__name__: t.default_global_batch_size_source for t in tasks}
     assert "BERT" not in words["PreferenceTuning"] + words["SpeechRecognition"] + words["CausalLM"]
 
 

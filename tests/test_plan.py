@@ -23,9 +23,9 @@ from orchestrator.model.parts import parameter_groups
 from orchestrator.plan import Cluster, Plan, describe_cluster, make_plan
 from orchestrator.plan import plan as plan_module
 from orchestrator.plan.cluster import GIB, GPU_MEMORY_GIB, Node, ray_cluster, this_machine
-from orchestrator.plan.facts import model_facts
 from orchestrator.plan.fit import MEMORY_SHARE
-from orchestrator.plan.memory import ModelFacts
+from orchestrator.plan.memory import ModelStats
+from orchestrator.plan.model_stats import model_stats
 from orchestrator.plan.plan import at_workers
 from orchestrator.plan.show import show_plan
 from orchestrator.spec import JobSpec, apply_overrides, parse_spec
@@ -71,9 +71,9 @@ def changed(spec: JobSpec, *overrides: str) -> JobSpec:
     return parse_spec(apply_overrides(data, list(overrides)))
 
 
-def large(parameters: int) -> ModelFacts:
+def large(parameters: int) -> ModelStats:
     """Figures of a Llama-shaped model of about that size."""
-    return ModelFacts(
+    return ModelStats(
         model_type="llama",
         parameters=parameters,
         trainable=parameters,
@@ -91,11 +91,11 @@ def sized(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Give the planner a model of any size without building one; adapters train 1 % of it."""
 
     def set_size(parameters: int) -> None:
-        def facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
+        def facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelStats:
             share = 0.01 if spec.tuning.type == "lora" else 1
             return large(parameters).model_copy(update={"trainable": int(parameters * share)})
 
-        monkeypatch.setattr(plan_module, "model_facts", facts)
+        monkeypatch.setattr(plan_module, "model_stats", facts)
 
     return set_size
 
@@ -661,7 +661,7 @@ def counted(spec: JobSpec) -> tuple[int, int]:
 )
 def test_the_plan_counts_what_will_be_trained(spec: JobSpec, overrides: list[str]) -> None:
     job = changed(spec, *overrides)
-    facts = model_facts(job, LABELS)
+    facts = model_stats(job, LABELS)
     assert (facts.parameters, facts.trainable) == counted(job)
     assert (facts.hidden_size, facts.layers, facts.heads) == (tiny.HIDDEN, tiny.LAYERS, tiny.HEADS)
 
@@ -679,7 +679,7 @@ def test_adapters_of_rank_r_train_r_numbers_per_row_and_column(spec: JobSpec) ->
     job = changed(spec, "tuning={type: lora, r: 3, target_modules: [query]}")
     head = (tiny.HIDDEN + 1) * len(LABELS)
     adapters = tiny.LAYERS * 3 * (tiny.HIDDEN + tiny.HIDDEN)
-    assert model_facts(job, LABELS).trainable == adapters + head
+    assert model_stats(job, LABELS).trainable == adapters + head
 
 
 @pytest.mark.parametrize(
@@ -728,7 +728,7 @@ def test_a_classifier_for_other_labels_keeps_its_body_and_gets_a_new_head(
     assert model.classifier.weight.equal(build_model(spec, three).classifier.weight)
     body = dict(fitting.bert.named_parameters())
     assert all(p.equal(body[name]) for name, p in model.bert.named_parameters())
-    assert model_facts(spec, three).parameters == sum(p.numel() for p in model.parameters())
+    assert model_stats(spec, three).parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])

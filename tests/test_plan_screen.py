@@ -14,7 +14,7 @@ from orchestrator.plan import Plan, make_plan
 from orchestrator.plan.settings import SECTIONS, settings
 from orchestrator.plan.show import show_plan
 from orchestrator.spec import JobSpec
-from orchestrator.spec.explain import first_sentence
+from orchestrator.spec.validation_errors import first_sentence
 
 RICH: dict[str, list[str]] = {
     "full": [

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.report import progress
-from orchestrator.report.progress import PATIENCE_S, PLAIN_EVERY_S, ProgressView
+from orchestrator.report.progress import PLAIN_EVERY_S, RETRY_S, ProgressView
 from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.run_folder import RunFolder
 
@@ -93,8 +93,8 @@ def test_what_happens_to_a_run_is_said_once(log: Screen) -> None:
 
 def test_a_group_that_waits_for_room_is_not_silent(log: Screen) -> None:
     assert log.shown() == ""
-    assert "no worker has started yet" in log.shown(PATIENCE_S + 1)
-    assert log.shown(PATIENCE_S) == "", "once"
+    assert "no worker has started yet" in log.shown(RETRY_S + 1)
+    assert log.shown(RETRY_S) == "", "once"
 
 
 def test_a_loss_that_is_no_number_is_not_carried_on(log: Screen) -> None:

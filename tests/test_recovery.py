@@ -22,8 +22,8 @@ from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from orchestrator.errors import RunExistsError, TrainingError
-from orchestrator.launch.claim import claimed_folder
 from orchestrator.launch.run import train
+from orchestrator.launch.run_lock import locked_folder
 from orchestrator.report.records import read_steps
 from orchestrator.run_folder import RunFolder, read_json
 from orchestrator.spec import JobSpec
@@ -173,8 +173,8 @@ def test_a_second_driver_of_the_same_run_is_refused(
     spec = job(models, tmp_path, 1)
     root = Path(spec.storage_path) / spec.name
     hold = (
-        "import sys, pathlib\nfrom orchestrator.launch.claim import claimed_folder\n"
-        "with claimed_folder(pathlib.Path(sys.argv[1]), fresh=False): print('held', flush=True); input()"
+        "import sys, pathlib\nfrom orchestrator.launch.run_lock import locked_folder\n"
+        "with locked_folder(pathlib.Path(sys.argv[1]), fresh=False): print('held', flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", hold, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -185,7 +185,7 @@ def test_a_second_driver_of_the_same_run_is_refused(
             train(spec)
         assert not (root / "plan.json").exists()
         first.kill()
-    with claimed_folder(root, fresh=False):
+    with locked_folder(root, fresh=False):
         pass  # a killed driver leaves nothing to clean up
 
 

@@ -16,8 +16,8 @@ from orchestrator.report.figures import loss_chart
 from orchestrator.report.html import headline, write_report
 from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.report.run import best_eval, read_run
-from orchestrator.report.story import starts, time_spent, timeline
-from orchestrator.report.words import bytes_text, duration
+from orchestrator.report.text import bytes_text, duration
+from orchestrator.report.timeline import starts, time_spent, timeline
 from orchestrator.run_folder import RunFolder, write_atomically, write_json
 
 PLAN: dict[str, Any] = {
@@ -131,12 +131,12 @@ def test_headline_shows_result_and_baseline(folder: RunFolder) -> None:
     assert "against the baseline +0.1250 better" in words
 
 
-@pytest.mark.parametrize(("baseline", "verdict"), [(0.5, "better"), (0.3, "worse")])
-def test_a_lower_loss_is_called_better(folder: RunFolder, baseline: float, verdict: str) -> None:
+@pytest.mark.parametrize(("baseline", "decision"), [(0.5, "better"), (0.3, "worse")])
+def test_a_lower_loss_is_called_better(folder: RunFolder, baseline: float, decision: str) -> None:
     write_run(folder, {"spec": {"evaluation": {"metric": "loss"}}})
     write_json(folder.baseline, {"name": "b", "metrics": {"loss": baseline}})
     shown = {figure.label: figure for figure in headline(read_run(folder))}
-    assert shown["against the baseline"].detail == verdict
+    assert shown["against the baseline"].detail == decision
 
 
 def test_best_evaluation_is_found_while_the_run_has_no_outcome(folder: RunFolder) -> None:

@@ -16,7 +16,7 @@ from test_plan import LAPTOP, changed, prepared
 
 from orchestrator.effects import decided_by
 from orchestrator.errors import OrchestratorError, RunExistsError
-from orchestrator.launch.claim import claimed, compare_content
+from orchestrator.launch.run_lock import compare_content, locked
 from orchestrator.model import identity
 from orchestrator.model.identity import ModelIdentity, check_base, identity_of, source_identity
 from orchestrator.plan import Plan, make_plan
@@ -43,7 +43,7 @@ def plan_of(spec: JobSpec) -> Plan:
 
 def launch(spec: JobSpec, plan: Plan | None = None) -> None:
     """Claim the run folder as a launch does."""
-    with claimed(plan or plan_of(spec), fresh=False):
+    with locked(plan or plan_of(spec), fresh=False):
         pass
 
 

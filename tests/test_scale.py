@@ -1,4 +1,4 @@
-"""The simulation that growth is measured with: Tune's controller, director and log are those of a sweep."""
+"""The simulation that growth is measured with: Tune's controller, controller and log are those of a sweep."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def test_simulated_slots_run_every_trial_and_asha_prunes(
     assert (found["trials"], found["slots"]) == (12, 3)
     assert len(found["tenths"]) == 12, "a mark at each end"
     assert found["best"] > 0.5
-    verdicts = found["decisions_per_s"] * found["seconds"]
-    assert 12 <= verdicts < 3 * 12, "some were pruned"
+    decisions = found["decisions_per_s"] * found["seconds"]
+    assert 12 <= decisions < 3 * 12, "some were pruned"

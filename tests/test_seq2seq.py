@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.build import build_model
 from orchestrator.model.tokenizer import check_tokens, largest_id
-from orchestrator.plan.facts import facts_of, model_facts
 from orchestrator.plan.memory import MemorySetup, memory_bytes
+from orchestrator.plan.model_stats import model_stats, stats_of
 from orchestrator.tasks import BadRow, Seq2Seq
 from orchestrator.tasks.base import IGNORED
 from orchestrator.tasks.batches import ragged
@@ -151,7 +151,7 @@ def test_a_model_from_a_config_begins_to_write_with_padding(
     check_tokens(spec, (), tokenizer, largest_id(tokenizer))
     model: Any = build_model(spec, ())
     assert model.config.decoder_start_token_id == model.config.pad_token_id == 0
-    facts = model_facts(spec, ())
+    facts = model_stats(spec, ())
     assert (facts.layers, facts.decoder_layers, facts.hidden_size) == (3, 2, 32)
     assert facts.intermediate_size == 48
     assert facts.parameters == sum(p.numel() for p in model.parameters())
@@ -219,6 +219,6 @@ def test_memory_of_an_encoder_decoder_is_what_autograd_keeps(kind: str) -> None:
         offload_param=False, bucket_elements=1, gradient_checkpointing=False, on_gpu=False,
         all_logits=True,
     )  # fmt: skip
-    estimate = memory_bytes(facts_of(model), setup, rows, source, target)
+    estimate = memory_bytes(stats_of(model), setup, rows, source, target)
     saved_logits = estimate["logits"] / 3  # the copy and the gradient come later
     assert measured == pytest.approx(estimate["activations"] + saved_logits, rel=0.1)

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import JobSpec, apply_overrides, dump_spec, load_spec, parse_spec, read_yaml
-from orchestrator.spec.explain import OTHER_NAMES
-from orchestrator.spec.meanings import meanings
+from orchestrator.spec.field_docs import field_docs
 from orchestrator.spec.optimizers import SGD
 from orchestrator.spec.reference import json_schema, reference_page
 from orchestrator.spec.schedule import CosineSchedule
+from orchestrator.spec.validation_errors import OTHER_NAMES
 from orchestrator.tasks import TextClassification
 from orchestrator.values import model_members
 
@@ -366,7 +366,7 @@ def test_the_reference_page_explains_every_field() -> None:
             row = re.search(rf"^\| `{name}` \|(.+)\|$", text, re.M)
             assert row, f"{title}.{name} is not on the page"
             if name != "type":
-                meaning = meanings(model).get(name, "")
+                meaning = field_docs(model).get(name, "")
                 assert meaning, f"{title}.{name} is not documented"
                 assert " ".join(meaning.split())[:30].replace("|", "\\|") in row[1]
             seen += 1

@@ -15,8 +15,8 @@ from transformers import AutoModelForCTC, Wav2Vec2Config
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.build import build_model
-from orchestrator.plan.facts import facts_of
 from orchestrator.plan.memory import MemorySetup, activation_bytes
+from orchestrator.plan.model_stats import stats_of
 from orchestrator.tasks import BadRow, SpeechRecognition
 from orchestrator.tasks.batches import ragged
 from orchestrator.tasks.ctc import likeliest
@@ -165,7 +165,7 @@ def test_memory_of_speech_models_is_about_what_autograd_keeps() -> None:
         model.train()(input_values=torch.randn(2, samples))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     measured = sum(size for pointer, size in kept.items() if pointer not in weights)
-    facts = facts_of(model)
+    facts = stats_of(model)
     setup = MemorySetup(
         world_size=1, stage=0, bf16=False, optimizer_states=2, offload_optimizer=False,
         offload_param=False, bucket_elements=1, gradient_checkpointing=False, on_gpu=False,

@@ -13,9 +13,9 @@ import pytest
 import tiny
 from test_render import containers
 
-from orchestrator.data import patience
-from orchestrator.data.patience import patiently
-from orchestrator.data.prepare import _patiently
+from orchestrator.data import retry
+from orchestrator.data.prepare import _with_retries
+from orchestrator.data.retry import with_retries
 from orchestrator.data.sources import find_files, split_into_pieces
 from orchestrator.data.write import PieceWork, prepare_piece
 from orchestrator.errors import DataError
@@ -95,7 +95,7 @@ def test_an_outage_is_waited_out_at_every_step_of_preparing(
     (piece,) = split_into_pieces([file])
     work = PieceWork(spec, (piece,), None, ("good", "bad"), str(tmp_path))
     endpoint.fail(OUTAGE_S)
-    done = _patiently(prepare_piece, work)
+    done = _with_retries(prepare_piece, work)
     assert endpoint.refused > 0
     assert done["rows"] == 40
     local = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.labeled(40))
@@ -123,7 +123,7 @@ def test_pods_reach_the_store_that_their_manifest_names(
             monkeypatch.setenv(one["name"], one["value"])
     (file,) = find_files(url, "auto")
     (piece,) = split_into_pieces([file])
-    done = _patiently(
+    done = _with_retries(
         prepare_piece, PieceWork(spec, (piece,), None, ("good", "bad"), str(tmp_path))
     )
     assert done["rows"] == 40
@@ -133,7 +133,7 @@ def test_what_does_not_pass_is_said_at_once_and_an_outage_without_end_in_the_end
     endpoint: Endpoint, rows: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(patience.time, "sleep", waits.append)
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
     with pytest.raises(DataError, match="no such file"):
         find_files(endpoint.url("gone.jsonl"), "auto")
     local = tmp_path / "flaky.jsonl"
@@ -144,11 +144,11 @@ def test_what_does_not_pass_is_said_at_once_and_an_outage_without_end_in_the_end
         raise OSError("HTTP status 503")
 
     with pytest.raises(OSError, match="503"):
-        patiently(str(local), broken)
+        with_retries(str(local), broken)
     assert len(calls) == 1, "a local disk that fails is not S3"
     assert waits == [], "neither is tried again"
     monkeypatch.undo()
-    monkeypatch.setattr(patience, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(retry, "RETRY_S", 1.0)
     endpoint.fail(60)
     with pytest.raises(OSError, match="HTTP status 50"):
         find_files(rows, "auto")

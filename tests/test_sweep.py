@@ -20,7 +20,7 @@ from orchestrator.report.records import read_records, read_steps
 from orchestrator.report.trial_log import SweepLog, open_log
 from orchestrator.run_folder import SweepFolder, read_json
 from orchestrator.spec import JobSpec, load_spec
-from orchestrator.sweep.ending import SweepOutcome
+from orchestrator.sweep.finalize import SweepOutcome
 from orchestrator.sweep.run import sweep
 from orchestrator.train.checkpoint import committed, newest_valid
 from orchestrator.train.export import load_exported, load_plan
@@ -280,7 +280,7 @@ def test_killed_at_random_moments_a_sweep_decides_what_it_would_have_decided(
     again = faults.LiveRun(spec, "sweep")
     if before < len(want) - 2:
         again.wait_until(lambda: ended(folder) > before)
-        lost = again.processes("LightTrial")
+        lost = again.processes("TrialProxy")
         assert lost, "nobody follows the trials"
         for process in lost:
             process.kill()

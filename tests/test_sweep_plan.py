@@ -1,4 +1,4 @@
-"""What a sweep will do, and what its referee says: numbers with reasons, the same after a resume."""
+"""The plan of a sweep and the scheduler's decisions: numbers with reasons, the same after a resume."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from orchestrator.errors import PlanError, RunExistsError, SpecError
 from orchestrator.metric import Metric
 from orchestrator.plan import Cluster
 from orchestrator.plan.cluster import GIB, Node
-from orchestrator.report.trial_log import SweepLog, Verdict
+from orchestrator.report.trial_log import Decision, SweepLog
 from orchestrator.run_folder import SweepFolder, write_json
 from orchestrator.spec import JobSpec
-from orchestrator.sweep.director import MOST_LOST, NO_MORE, Director
+from orchestrator.sweep.controller import MOST_LOST, NO_MORE, SweepController
+from orchestrator.sweep.decisions import SchedulerDecisions
 from orchestrator.sweep.plan import SweepPlan, expected_at, plan_sweep, plan_trial
-from orchestrator.sweep.referee import Referee
-from orchestrator.sweep.run import _claimed
+from orchestrator.sweep.run import _locked_sweep
 
 SPACE = {"optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3}}
 FOUR_CPUS = Cluster(source="described", nodes=(Node(cpus=4, memory_bytes=32 * GIB),))
@@ -170,32 +170,32 @@ def test_a_comparison_before_warm_up_has_ended_is_warned_of(
     assert [f"until step {until:,}:" in text for text in said] == ([] if until is None else [True])
 
 
-# --- the referee
+# --- the scheduler's decisions
 
 
 def told(
     plan: SweepPlan, path: Path, curves: list[list[float]], resume_after: int | None = None
-) -> list[tuple[str, int, Verdict]]:
-    """Every verdict where trials take turns at their rungs; a new referee takes over after some of them."""
+) -> list[tuple[str, int, Decision]]:
+    """Every decision where trials take turns at their rungs; a new instance takes over after some of them."""
     log, out = SweepLog(path, Metric("accuracy", maximize=True)), []
-    referee = Referee(plan, log)
+    decisions = SchedulerDecisions(plan, log)
     for index, (trial, step, value) in enumerate(_turns(plan, curves)):
         if index == resume_after:
             log = SweepLog(path, Metric("accuracy", maximize=True))
-            referee = Referee(plan, log)
+            decisions = SchedulerDecisions(plan, log)
         if trial not in log.trials:
             log.trial(trial, int(trial[1:]), {"optimizer.lr": 1e-4}, None)
-            referee.proposed(log.trials[trial])
+            decisions.proposed(log.trials[trial])
         state = log.trials[trial]
         if state.status is not None:
             continue
         last = step == plan.rungs[-1]
-        verdict = referee.judge(state, step, float(step), value, last)
-        log.report(trial, step, float(step), {"accuracy": value}, verdict)
-        out.append((trial, step, verdict))
-        if last or not verdict.go_on:
+        decision = decisions.decide(state, step, float(step), value, last)
+        log.report(trial, step, float(step), {"accuracy": value}, decision)
+        out.append((trial, step, decision))
+        if last or not decision.go_on:
             log.end(trial, "finished" if last else "pruned", step)
-            referee.ended(state)
+            decisions.ended(state)
     return out
 
 
@@ -235,51 +235,53 @@ def test_asha_keeps_the_best_third_of_those_that_came(job: Any, tmp_path: Path) 
 
 def test_a_value_that_is_not_a_number_is_stopped_by_asha(job: Any, tmp_path: Path) -> None:
     plan = planned(job(num_trials=9))
-    verdicts = told(plan, tmp_path / "log", [[float("nan")] * 3])
-    assert verdicts == [("t0", 10, Verdict(False, False))]
+    decisions = told(plan, tmp_path / "log", [[float("nan")] * 3])
+    assert decisions == [("t0", 10, Decision(False, False))]
 
 
 def test_the_last_step_is_never_a_stop(job: Any, tmp_path: Path) -> None:
     for name in ("asha", "median", "pbt", "none"):
         plan = planned(job(num_trials=8, scheduler={"type": name}))
         log = SweepLog(tmp_path / name, Metric("accuracy", maximize=True))
-        referee = Referee(plan, log)
+        decisions = SchedulerDecisions(plan, log)
         log.trial("a", 0, {}, None)
-        referee.proposed(log.trials["a"])
-        assert referee.judge(log.trials["a"], 90, 90.0, 0.0, True).go_on
+        decisions.proposed(log.trials["a"])
+        assert decisions.decide(log.trials["a"], 90, 90.0, 0.0, True).go_on
 
 
 def test_median_stopping_compares_with_running_means(job: Any, tmp_path: Path) -> None:
     plan = planned(job(num_trials=9, scheduler={"type": "median", "min_trials": 2}))
     log = SweepLog(tmp_path / "log", Metric("accuracy", maximize=True))
-    referee = Referee(plan, log)
+    decisions = SchedulerDecisions(plan, log)
     for index, values in enumerate([(0.4, 0.6), (0.6, 0.8)]):  # running means 0.5 and 0.7
         log.trial(f"t{index}", index, {}, None)
         for step, value in zip((10, 20), values, strict=True):
-            log.report(f"t{index}", step, float(step), {"accuracy": value}, Verdict(True, False))
+            log.report(f"t{index}", step, float(step), {"accuracy": value}, Decision(True, False))
     log.trial("new", 2, {}, None)
     new = log.trials["new"]
-    assert referee.judge(new, 5, 5.0, 0.0, False).go_on, "before the first rung nobody is stopped"
-    assert referee.judge(new, 20, 20.0, 0.61, False).go_on
-    assert not referee.judge(new, 20, 20.0, 0.59, False).go_on
+    assert decisions.decide(new, 5, 5.0, 0.0, False).go_on, (
+        "before the first rung nobody is stopped"
+    )
+    assert decisions.decide(new, 20, 20.0, 0.61, False).go_on
+    assert not decisions.decide(new, 20, 20.0, 0.59, False).go_on
 
 
 def test_a_new_best_is_worth_a_checkpoint(job: Any, tmp_path: Path) -> None:
     plan = planned(job(num_trials=9))
-    verdicts = told(plan, tmp_path / "log", [[0.5, 0.6, 0.55], [0.4, 0.7, 0.9]])
-    saved = {(trial, step) for trial, step, v in verdicts if v.save}
+    decisions = told(plan, tmp_path / "log", [[0.5, 0.6, 0.55], [0.4, 0.7, 0.9]])
+    saved = {(trial, step) for trial, step, v in decisions if v.save}
     assert saved == {("t0", 10), ("t0", 30)}
 
 
 def test_a_generation_ends_with_a_checkpoint_of_every_member(job: Any, tmp_path: Path) -> None:
     plan = planned(job(num_trials=8, scheduler={"type": "pbt", "generations": 3}))
     log = SweepLog(tmp_path / "log", Metric("accuracy", maximize=True))
-    referee = Referee(plan, log)
+    decisions = SchedulerDecisions(plan, log)
     log.trial("m", 0, {}, None)
     member = log.trials["m"]
-    assert referee.judge(member, 30, 30.0, 0.1, False) == Verdict(False, True)
-    assert referee.judge(member, 40, 40.0, 0.1, False) == Verdict(True, True)
-    assert referee.judge(member, 90, 90.0, 0.1, True) == Verdict(True, True)
+    assert decisions.decide(member, 30, 30.0, 0.1, False) == Decision(False, True)
+    assert decisions.decide(member, 40, 40.0, 0.1, False) == Decision(True, True)
+    assert decisions.decide(member, 90, 90.0, 0.1, True) == Decision(True, True)
 
 
 @pytest.mark.parametrize("ended", [(), (1,), (0, 1, 2, 3)])
@@ -291,24 +293,24 @@ def test_members_that_a_rule_of_the_job_ended_leave_the_population(
     for m in range(4):
         log.trial(f"m{m:03d}g00", m, {"optimizer.lr": 1e-4}, None)
         step = 7 if m in ended else 30
-        log.report(f"m{m:03d}g00", step, step, {"accuracy": 0.9 - m / 10}, Verdict(True, True))
+        log.report(f"m{m:03d}g00", step, step, {"accuracy": 0.9 - m / 10}, Decision(True, True))
         log.end(f"m{m:03d}g00", "finished" if m in ended else "pruned", step)
-    director = Director(plan, log, Asked(), SweepFolder(tmp_path), lambda *_: plan.base)
+    controller = SweepController(plan, log, Asked(), SweepFolder(tmp_path), lambda *_: plan.base)
     parents = []
-    while (heir := director._propose()) not in (None, NO_MORE):
+    while (heir := controller._propose()) not in (None, NO_MORE):
         assert heir is not None
         log.trial(heir.id, heir.index, heir.values, heir.parent)
         parents.append(heir.parent)
-    director.close()
+    controller.close()
     if len(ended) == 4:
         assert parents == []
-        assert director.stopping is None, "that is no failure"
+        assert controller.stopping is None, "that is no failure"
     else:
         assert len(parents) == 4
         assert all(step == 30 for _, step in parents), "none goes on from one that has ended"
 
 
-# --- the director
+# --- the controller
 
 
 class Asked:
@@ -322,43 +324,45 @@ class Asked:
 
 
 @pytest.fixture
-def directed(job: Any, tmp_path: Path) -> Iterator[tuple[Director, Asked]]:
-    """A director of one trial, and the broker that it speaks to."""
+def directed(job: Any, tmp_path: Path) -> Iterator[tuple[SweepController, Asked]]:
+    """A controller of one trial, and the broker that it speaks to."""
     plan, broker = planned(job(num_trials=1)), Asked()
     log = SweepLog(tmp_path / "log.jsonl", Metric("accuracy", maximize=True))
     log.trial("t00000", 0, {"optimizer.lr": 1e-4}, None)
-    director = Director(plan, log, broker, SweepFolder(tmp_path / "sweep"), lambda *_: plan.base)
-    yield director, broker
-    director.close()
+    controller = SweepController(
+        plan, log, broker, SweepFolder(tmp_path / "sweep"), lambda *_: plan.base
+    )
+    yield controller, broker
+    controller.close()
 
 
 def test_a_trial_whose_follower_is_lost_is_offered_again_but_not_for_ever(
-    directed: tuple[Director, Asked],
+    directed: tuple[SweepController, Asked],
 ) -> None:
-    director, broker = directed
-    director.live.add("t00000")
-    director._unfinished.clear()
-    assert director.next_trial() is None, "nothing to run, but its follower may be lost yet"
+    controller, broker = directed
+    controller.live.add("t00000")
+    controller._unfinished.clear()
+    assert controller.next_trial() is None, "nothing to run, but its follower may be lost yet"
     for _ in range(MOST_LOST):
-        director.orphaned("t00000")
-        assert director.next_trial() is director.log.trials["t00000"]
-        assert not director.broken
-    director.orphaned("t00000")
-    assert director.broken
+        controller.proxy_lost("t00000")
+        assert controller.next_trial() is controller.log.trials["t00000"]
+        assert not controller.broken
+    controller.proxy_lost("t00000")
+    assert controller.broken
     assert ("give_up", "t00000") in broker.calls
-    assert director.next_trial() is NO_MORE
+    assert controller.next_trial() is NO_MORE
 
 
 def test_a_report_that_comes_twice_is_judged_once_and_answered_twice(
-    directed: tuple[Director, Asked],
+    directed: tuple[SweepController, Asked],
 ) -> None:
-    director, broker = directed
-    director.per_step["t00000"] = 1.0
+    controller, broker = directed
+    controller.per_step["t00000"] = 1.0
     said = {"trial": "t00000", "step": 10, "metrics": {"accuracy": 0.5}, "last": False}
-    director.reported(said)
-    director.reported(said)
-    assert [kind for kind, _, _ in director.log.order] == ["trial", "report"]
-    first, second = (call for call in broker.calls if call[0] == "verdict")
+    controller.reported(said)
+    controller.reported(said)
+    assert [kind for kind, _, _ in controller.log.order] == ["trial", "report"]
+    first, second = (call for call in broker.calls if call[0] == "decision")
     assert first == second
 
 
@@ -367,11 +371,11 @@ def test_a_folder_of_another_sweep_is_refused_before_anything_is_written_into_it
 ) -> None:
     folder = SweepFolder(tmp_path / "sweep")
     write_json(folder.plan, planned(job(num_trials=3)).model_dump(mode="json"))
-    with _claimed(job(num_trials=5), folder, fresh=False):
+    with _locked_sweep(job(num_trials=5), folder, fresh=False):
         pass
     with (
         pytest.raises(RunExistsError, match=r"sweep\.space"),
-        _claimed(job(space={"optimizer.lr": [1e-5, 1e-4]}), folder, fresh=False),
+        _locked_sweep(job(space={"optimizer.lr": [1e-5, 1e-4]}), folder, fresh=False),
     ):
         pytest.fail("it was let in")
     assert not folder.events.exists()

@@ -81,7 +81,7 @@ def strike(cluster: Pods, kind: str, rng: random.Random) -> bool:
         cluster.all.pop(number).kill()
         cluster.start_worker(max(*cluster.all, number) + 1, NODE_CPUS)
         return True
-    titles = {"worker": "RayTrainWorker", "slot": "TrainController", "light trial": "LightTrial"}
+    titles = {"worker": "RayTrainWorker", "slot": "TrainController", "trial proxy": "TrialProxy"}
     found = [p for pod in cluster.all.values() for p in pod.processes(titles[kind])]
     if found:
         rng.choice(found).kill()
@@ -96,7 +96,7 @@ def test_every_trial_of_a_sweep_under_chaos_ends_as_it_does_without(
     run.wait_until(lambda: ended(folder) >= 1, START_S)
     rng, struck, began = random.Random(SEED), Counter[str](), time.monotonic()
     while run.process.poll() is None:
-        kind = rng.choice(["worker", "slot", "light trial", "node"])
+        kind = rng.choice(["worker", "slot", "trial proxy", "node"])
         if strike(cluster, kind, rng):
             struck[kind] += 1
             print(f"{time.monotonic() - began:5.0f} s {kind}, {ended(folder)} ended", flush=True)

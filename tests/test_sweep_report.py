@@ -33,10 +33,10 @@ from orchestrator.report.space_figures import (
     field_charts,
     parallel_chart,
 )
-from orchestrator.report.sweep_facts import read_sweep
 from orchestrator.report.sweep_figures import best_chart, curves_chart, slots_chart
 from orchestrator.report.sweep_html import comparisons, saved_steps, write_sweep_report
-from orchestrator.report.trial_log import SweepLog, Verdict, open_log
+from orchestrator.report.sweep_stats import read_sweep
+from orchestrator.report.trial_log import Decision, SweepLog, open_log
 from orchestrator.run_folder import (
     SweepFolder,
     find_run,
@@ -316,11 +316,11 @@ def test_what_users_wrote_is_escaped(tmp_path: Path) -> None:
 def test_a_log_read_back_says_what_was_written(tmp_path: Path) -> None:
     log = SweepLog(tmp_path / "trials.jsonl", Metric("loss", maximize=False))
     log.trial("a", 0, {"x": 1}, None)
-    log.report("a", 5, 160.0, {"loss": 0.7}, Verdict(True, True))
-    log.report("a", 15, 480.0, {"loss": 0.9}, Verdict(False, False))
+    log.report("a", 5, 160.0, {"loss": 0.7}, Decision(True, True))
+    log.report("a", 15, 480.0, {"loss": 0.9}, Decision(False, False))
     log.end("a", "pruned", 15)
     log.trial("b", 1, {"x": 2}, ("a", 5))
-    log.report("b", 9, 288.0, {"loss": 0.6}, Verdict(True, True))
+    log.report("b", 9, 288.0, {"loss": 0.6}, Decision(True, True))
     again = SweepLog(log.path, Metric("loss", maximize=False))
     assert again.trials == log.trials
     assert again.order == log.order
@@ -339,7 +339,7 @@ def test_a_torn_last_line_is_passed_over_and_harms_no_later_one(tmp_path: Path) 
     before = log.path.read_bytes()
     again = SweepLog(log.path, Metric("loss", maximize=False))
     assert log.path.read_bytes() == before, "reading changes nothing"
-    again.report("a", 5, 5.0, {"loss": 0.5}, Verdict(True, False))
+    again.report("a", 5, 5.0, {"loss": 0.5}, Decision(True, False))
     assert SweepLog(log.path, Metric("loss", maximize=False)).trials["a"].reports == {
         5: {"loss": 0.5}
     }
@@ -368,8 +368,8 @@ def test_records_that_make_no_sense_are_counted_and_leave_no_trace(tmp_path: Pat
 def test_what_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
     log = SweepLog(tmp_path / "trials.jsonl", Metric("loss", maximize=False))
     log.trial("a", 0, {}, None)
-    log.report("a", 1, 1.0, {"loss": math.nan}, Verdict(True, False))
-    log.report("a", 2, 2.0, {}, Verdict(True, False))
+    log.report("a", 1, 1.0, {"loss": math.nan}, Decision(True, False))
+    log.report("a", 2, 2.0, {}, Decision(True, False))
     assert log.best() is None
     assert math.isnan(log.value(log.trials["a"], 2)), "a report without the metric"
 

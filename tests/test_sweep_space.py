@@ -16,7 +16,7 @@ from test_spec import refused
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.metric import Metric
-from orchestrator.report.trial_log import SweepLog, Verdict
+from orchestrator.report.trial_log import Decision, SweepLog
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.spec.expression import Expression, ExpressionError
 from orchestrator.spec.search_space import default_trials, grid, keeps
@@ -132,14 +132,14 @@ def test_a_searcher_learns_from_what_ended_well_as_it_ends_and_never_twice(tmp_p
 
     for index, name in enumerate("abcd"):
         log.trial(name, index, {LR: 1e-4}, None)
-    log.report("a", 15, 15.0, {"loss": 0.2}, Verdict(False, True))
-    log.report("b", 5, 5.0, {"loss": 0.5}, Verdict(True, True))
+    log.report("a", 15, 15.0, {"loss": 0.2}, Decision(False, True))
+    log.report("b", 5, 5.0, {"loss": 0.5}, Decision(True, True))
     log.end("c", "diverged", 2)
     assert learned() == []
     log.end("a", "pruned", 15)
     assert learned() == [0.2]
-    log.report("b", 15, 15.0, {"loss": 0.4}, Verdict(True, True))
-    log.report("d", 5, 5.0, {"loss": 9.0}, Verdict(True, True))
+    log.report("b", 15, 15.0, {"loss": 0.4}, Decision(True, True))
+    log.report("d", 5, 5.0, {"loss": 9.0}, Decision(True, True))
     log.end("d", "failed", 7)
     log.end("b", "finished", 15)
     assert learned() == [0.2, 0.4]

@@ -25,7 +25,7 @@ from orchestrator.model.parts import distances, no_decay
 from orchestrator.model.positions import max_length_tokens
 from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan import Plan, describe_cluster, make_plan
-from orchestrator.plan.facts import model_facts
+from orchestrator.plan.model_stats import model_stats
 from orchestrator.plan.show import show_plan
 from orchestrator.spec import JobSpec, parse_spec
 from orchestrator.train.engine import set_learning_rate
@@ -96,7 +96,7 @@ def test_an_adapter_trains_what_its_paper_says_and_the_head(
     spec: JobSpec, kind: str, trained: int
 ) -> None:
     job = changed(spec, *ADAPTERS[kind])
-    facts, model = model_facts(job, LABELS), build_model(job, LABELS)
+    facts, model = model_stats(job, LABELS), build_model(job, LABELS)
     head = (H + 1) * len(LABELS)
     assert facts.trainable == trained + head
     assert facts.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -158,7 +158,7 @@ def test_adapters_on_images_and_sound_train_the_head_and_merge(kind: str, tmp_pa
     }  # fmt: skip
     trained_whole = {n for n in moving(model) if "lora_" not in n}
     assert all(f"{head}.modules_to_save" in n for n in trained_whole)
-    assert head not in model_facts(job, LABELS).adapted_modules
+    assert head not in model_stats(job, LABELS).adapted_modules
     with torch.no_grad():
         adapted = model(values).logits
         merged: Any = model.merge_and_unload()
@@ -320,7 +320,7 @@ def test_a_model_that_cannot_be_tuned_like_that_is_refused(
     folders = {"llama": models.llama, "gpt2": models.gpt2, "t5": models.t5}
     filled = [o.format(**folders) if "pretrained" in o else o for o in overrides]
     with pytest.raises(OrchestratorError, match=why):
-        model_facts(changed(spec, *filled), LABELS)
+        model_stats(changed(spec, *filled), LABELS)
 
 
 def test_factors_that_begin_at_one_are_not_decayed_to_zero(spec: JobSpec) -> None:
@@ -407,7 +407,7 @@ def test_only_the_last_layers_and_the_head_move(
         or any(f"layer.{layer}." in name for layer in moved)
     }
     assert moving(model) == wanted
-    assert model_facts(job, LABELS).trainable == sum(
+    assert model_stats(job, LABELS).trainable == sum(
         p.numel() for n, p in model.named_parameters() if n in wanted
     )
 

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from orchestrator.data.json_rows import HEAD_BYTES, is_document
-from orchestrator.data.patience import patiently
+from orchestrator.data.retry import with_retries
 from orchestrator.errors import DataError
 from orchestrator.spec.paths import has_wildcards, is_hidden, local_files, no_such_file, plain_path
 
@@ -101,7 +101,7 @@ def find_files(
     """
     urls = [paths] if isinstance(paths, str) else paths
     find = partial(_find, file_format=file_format, delimiter=delimiter)
-    return [file for url in urls for file in patiently(url, partial(find, url))]
+    return [file for url in urls for file in with_retries(url, partial(find, url))]
 
 
 def _find(url: str, file_format: str, delimiter: str | None) -> list[SourceFile]:

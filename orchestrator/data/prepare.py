@@ -22,8 +22,8 @@ from orchestrator.data.manifest import (
     read_manifest,
     verify_shards,
 )
-from orchestrator.data.patience import patiently
 from orchestrator.data.readers import Notes
+from orchestrator.data.retry import with_retries
 from orchestrator.data.sources import SourceFile, find_files, grouped, split_into_pieces
 from orchestrator.data.teacher import ask_teacher, teacher_folder
 from orchestrator.data.write import (
@@ -242,11 +242,11 @@ def _join(folder: Path, parts: str, name: str) -> None:
 
 def _run(work: Sequence[PieceWork], function: Any) -> list[dict[str, Any]]:
     """Apply `function` to each item of work, results in their order."""
-    return run_all(work, lambda item: {"out": json.dumps(_patiently(function, work_of(item)))})
+    return run_all(work, lambda item: {"out": json.dumps(_with_retries(function, work_of(item)))})
 
 
-def _patiently(function: Any, work: PieceWork) -> dict[str, Any]:
-    done: dict[str, Any] = patiently(work.pieces[0].file.url, partial(function, work))
+def _with_retries(function: Any, work: PieceWork) -> dict[str, Any]:
+    done: dict[str, Any] = with_retries(work.pieces[0].file.url, partial(function, work))
     return done
 
 

@@ -14,7 +14,7 @@ from orchestrator.data.files import (
     open_filesystem,
     unreadable,
 )
-from orchestrator.data.patience import patiently
+from orchestrator.data.retry import with_retries
 
 __all__ = ["Piece", "SourceFile", "find_files", "grouped", "split_into_pieces"]
 
@@ -51,7 +51,7 @@ def split_into_pieces(files: Sequence[SourceFile]) -> list[Piece]:
     pieces: list[Piece] = []
     for i, file in enumerate(files):
         try:
-            ranges = patiently(file.url, partial(_ranges, file))
+            ranges = with_retries(file.url, partial(_ranges, file))
         except UNREADABLE as error:
             raise unreadable(file, error) from error
         for start, stop in ranges:

@@ -35,7 +35,7 @@ SEGMENT_BYTES = 64 * 2**20
 """Most bytes of one rank's segment. All of it may wait in the object store, and the next one's beside it."""
 READ_CPUS = 0.5
 """CPUs a read task asks Ray for; the plan keeps room for them beside the workers."""
-PATIENCE_S = 2.0
+RETRY_S = 2.0
 """How long a rank waits for a block of Ray Data's before it reads it itself."""
 READ_TASKS = 1
 """Read tasks of one rank at a time. A second process would cost a start more than it reads."""
@@ -168,7 +168,7 @@ def read_by_ray(reader: ShardReader, blocks: Sequence[Block]) -> Iterator[pa.Tab
     """The blocks' rows, read by Ray Data from now on and to the end, whatever is taken of them.
 
     Its executor then ends, and takes no more of this process' time; the blocks wait in the object store.
-    A block that does not come for PATIENCE_S is read here, and so are the next ones until Ray Data has caught up:
+    A block that does not come for RETRY_S is read here, and so are the next ones until Ray Data has caught up:
     it waits for a process on another node where its own is drained, and for the head where that is lost.
     """
     import ray
@@ -208,7 +208,7 @@ def take_or_read(
         taken, rows = 0, len(block[0])
         while taken < rows:
             # No piece of a block is read here: it is all or nothing.
-            table = come(None if taken else 0.001 if late else PATIENCE_S)
+            table = come(None if taken else 0.001 if late else RETRY_S)
             if table is None:
                 late += rows
                 yield from _read_block(reader, *block)

@@ -1,4 +1,4 @@
-"""Notice that the Ray of a run is lost, before Ray's library ends this process without a word to the user.
+"""PreemptionMonitor that the Ray of a run is lost, before Ray's library ends this process without a word to the user.
 
 Without its GCS, Ray's C++ code exits the driver after a time-out; without its raylet, at once. The driver
 has to write the run's outcome before that. Process handles are those of Ray 2.60.

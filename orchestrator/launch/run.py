@@ -18,8 +18,8 @@ from rich.console import Console
 
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
 from orchestrator.errors import OrchestratorError, TrainingError
-from orchestrator.launch.claim import at_saved_stage, claimed
 from orchestrator.launch.ray_watch import RayWatch
+from orchestrator.launch.run_lock import at_saved_stage, locked
 from orchestrator.launch.session import attached_address, ray_session, send_chatter_to
 from orchestrator.launch.signals import stop_on_signals
 from orchestrator.launch.workers import make_trainer
@@ -73,7 +73,7 @@ def cluster_here() -> Cluster:
 def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) -> Outcome:
     """Run a job to its end, or on from where it stopped.
 
-    `fresh` puts an earlier run of that name aside. Raises what prepare, make_plan and claimed raise,
+    `fresh` puts an earlier run of that name aside. Raises what prepare, make_plan and locked raise,
     and TrainingError where training diverged, storage failed or restarts ran out.
     """
     console = console or Terminal(quiet=True)
@@ -83,7 +83,7 @@ def train(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
         plan = make_plan(spec, cluster_here(), prepared)
         if not fresh:
             plan = at_saved_stage(plan)
-        with claimed(plan, fresh) as folder:
+        with locked(plan, fresh) as folder:
             send_chatter_to(folder.logs / "driver.log")
             outcome = read_outcome(folder)
             over = _is_over(outcome, spec)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError, StorageError
-from orchestrator.launch.crashes import came_again, note_crash
+from orchestrator.launch.repeated_failures import record_failure, repeated_failure
 from orchestrator.launch.session import LogFile, keep_ray_data_quiet
 from orchestrator.plan.plan import Plan
 from orchestrator.report.records import append_event
@@ -76,9 +76,9 @@ def work(config: dict[str, Any]) -> None:
     import_ahead()
     try:
         together(lambda: must_see(folder.plan))
-        hopeless = broadcast(came_again(folder) if rank == 0 else None)
-        if hopeless:
-            result = Result("failed", 0, None, None, hopeless)
+        repeated = broadcast(repeated_failure(folder) if rank == 0 else None)
+        if repeated:
+            result = Result("failed", 0, None, None, repeated)
         else:
             result = run_trial(plan, folder, ask=node_taken_away_at_s)
     except CheckpointError as error:
@@ -86,7 +86,7 @@ def work(config: dict[str, Any]) -> None:
             raise
         result = Result("failed", 0, None, None, str(error))
     except Exception as error:
-        note_crash(error, folder)
+        record_failure(error, folder)
         raise
     if rank == 0:
         if result.status == "storage_failed":

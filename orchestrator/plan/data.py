@@ -12,7 +12,7 @@ from orchestrator.spec import JobSpec
 from orchestrator.values import Frozen
 
 
-class DataFacts(Frozen):
+class DataStats(Frozen):
     """One prepared split, as the plan needs it."""
 
     folder: str
@@ -30,12 +30,12 @@ class DataFacts(Frozen):
     teacher_bytes: int = 0
 
 
-def data_facts(prepared: Prepared) -> DataFacts:
+def data_facts(prepared: Prepared) -> DataStats:
     """A prepared split in the words of the plan."""
     manifest, teacher = prepared.manifest, prepared.teacher
     derived = {"folder", "teacher_folder", "teacher_bytes"}
-    names = [name for name in DataFacts.model_fields if name not in derived]
-    return DataFacts(
+    names = [name for name in DataStats.model_fields if name not in derived]
+    return DataStats(
         folder=str(prepared.folder),
         teacher_folder=str(teacher.folder) if teacher else None,
         teacher_bytes=teacher.manifest.size_bytes if teacher else 0,

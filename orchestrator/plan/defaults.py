@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from orchestrator.plan.memory import ModelFacts
-from orchestrator.plan.settings import Knob, shown
+from orchestrator.plan.memory import ModelStats
+from orchestrator.plan.settings import Setting, shown
 from orchestrator.spec import JobSpec
 from orchestrator.spec.optimizers.base import DefaultLr
 from orchestrator.spec.tuning import IA3Tuning, LoraTuning, PrefixTuning, PromptTuning
-from orchestrator.tasks.usual import nearest
+from orchestrator.tasks.default_lr import nearest
 
 
-def learning_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
+def learning_rate(spec: JobSpec, model: ModelStats) -> tuple[float, str]:
     """(peak learning rate, its source); the source is empty for one that the job sets."""
     optimizer = spec.optimizer
     if optimizer.lr != "auto":
@@ -22,14 +22,14 @@ def learning_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
     return optimizer.default_lr(adam, spec.tuning.type)
 
 
-def _adam_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
+def _adam_rate(spec: JobSpec, model: ModelStats) -> tuple[float, str]:
     task = spec.task
     if spec.model.pretrained is None:
-        new = nearest(task.new_rates, model.parameters)
+        new = nearest(task.new_lrs, model.parameters)
         return new.lr, new.why
     match spec.tuning:
-        case LoraTuning() if task.adapted_rate is not None:
-            return task.adapted_rate.lr, task.adapted_rate.why
+        case LoraTuning() if task.adapter_lr is not None:
+            return task.adapter_lr.lr, task.adapter_lr.why
         case LoraTuning(quantization="nf4"):
             rate, sizes = (2e-4, "7B and 13B") if model.parameters < 20e9 else (1e-4, "33B and 65B")
             return rate, f"Dettmers et al., arXiv 2305.14314, tuned {sizes} with QLoRA at {rate:g}"
@@ -46,17 +46,17 @@ def _adam_rate(spec: JobSpec, model: ModelFacts) -> tuple[float, str]:
             )
         case PrefixTuning():
             return 1e-2, "peft's guide to prefix tuning"
-    tuned = task.tuned_rate(model.model_type)
+    tuned = task.default_tuned_lr(model.model_type)
     return tuned.lr, tuned.why
 
 
-def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Knob, ...]:
+def defaults(spec: JobSpec, lr: float, lr_source: str) -> tuple[Setting, ...]:
     """Every value of how training goes that the job leaves open, with its source."""
-    rows = [Knob(field="optimizer.lr", value=f"{lr:.3g}", why=lr_source)] if lr_source else []
+    rows = [Setting(field="optimizer.lr", value=f"{lr:.3g}", why=lr_source)] if lr_source else []
     return tuple(rows + list(_listed(spec)))
 
 
-def _listed(spec: JobSpec) -> Iterator[Knob]:
+def _listed(spec: JobSpec) -> Iterator[Setting]:
     averaging = spec.regularization.averaging
     kinds = [
         ("optimizer", spec.optimizer, spec.optimizer.sources),
@@ -78,7 +78,7 @@ def _listed(spec: JobSpec) -> Iterator[Knob]:
             and not {name, INSTEAD.get(name)} & owner.model_fields_set
         ):
             field = f"{section}.{name}".lstrip(".")
-            yield Knob(field=field, value=shown(getattr(owner, name)), why=why)
+            yield Setting(field=field, value=shown(getattr(owner, name)), why=why)
 
 
 def _named(kinds: Sequence[tuple[str, Any, Mapping[str, str]]]) -> dict[str, str]:

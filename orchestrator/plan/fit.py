@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.errors import PlanError
 from orchestrator.plan.cluster import GIB
-from orchestrator.plan.memory import MemorySetup, ModelFacts, Stage, memory_bytes
+from orchestrator.plan.memory import MemorySetup, ModelStats, Stage, memory_bytes
 from orchestrator.plan.regularization import passes_per_row
 from orchestrator.plan.resources import Workers
 from orchestrator.plan.zero import bucket_elements
@@ -28,7 +28,7 @@ class Load:
     """What a worker must hold, and the memory it has."""
 
     spec: JobSpec
-    model: ModelFacts
+    model: ModelStats
     workers: Workers
     bf16: bool
     rows: int
@@ -65,7 +65,7 @@ class Load:
         """Tell whether micro-batches of `rows` rows do at a ZeRO stage."""
         return sum(self.need(self.model, self.setup(stage), rows).values()) <= self.room_bytes
 
-    def need(self, model: ModelFacts, setup: MemorySetup, rows: int) -> dict[str, int]:
+    def need(self, model: ModelStats, setup: MemorySetup, rows: int) -> dict[str, int]:
         """Bytes of a worker, for micro-batches of `rows` of the longest rows."""
         rows *= passes_per_row(self.spec)
         tokens = self.tokens_per_row + virtual_tokens(self.spec.tuning)
@@ -119,7 +119,7 @@ def _lowest_stage(spec: JobSpec) -> Stage:
     return 1 if spec.zero.offload_optimizer == "cpu" else 0
 
 
-def optimizer_states(spec: JobSpec, model: ModelFacts) -> float:
+def optimizer_states(spec: JobSpec, model: ModelStats) -> float:
     """Return the fp32 values the optimizer keeps per trained element, a mean over all of them."""
     share = model.hidden_matrices / max(model.moving, 1)
     inside, others = (spec.optimizer.states_per_element(hidden) for hidden in (True, False))

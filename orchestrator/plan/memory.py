@@ -23,7 +23,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 those (Dettmers et al., arXiv 2305.14314, section 3)."""
 
 
-class ModelFacts(Frozen):
+class ModelStats(Frozen):
     """Sizes of a model for memory arithmetic. Counts are elements, not bytes."""
 
     model_type: str
@@ -67,6 +67,11 @@ class ModelFacts(Frozen):
         """Return the elements that the optimizer steps."""
         return self.trainable + self.projection
 
+    @property
+    def deepest(self) -> int:
+        """Return the number of layers of the encoder or of the decoder, whichever has more."""
+        return max(self.layers, self.decoder_layers)
+
 
 class MemorySetup(Frozen):
     """Precision and sharding with which the model is held."""
@@ -91,7 +96,7 @@ class MemorySetup(Frozen):
 
 
 def memory_bytes(
-    model: ModelFacts,
+    model: ModelStats,
     setup: MemorySetup,
     micro_batch_size: int,
     tokens_per_row: int,
@@ -134,7 +139,7 @@ def memory_bytes(
 
 
 def activation_bytes(
-    model: ModelFacts,
+    model: ModelStats,
     setup: MemorySetup,
     micro_batch_size: int,
     tokens_per_row: int,
@@ -168,7 +173,7 @@ def activation_bytes(
 
 
 def _logit_bytes(
-    model: ModelFacts,
+    model: ModelStats,
     setup: MemorySetup,
     micro_batch_size: int,
     tokens_per_row: int,
@@ -183,7 +188,7 @@ def _logit_bytes(
     return copies * 4 * micro_batch_size * predicting * model.vocab_size
 
 
-def checkpoint_bytes(model: ModelFacts, setup: MemorySetup) -> int:
+def checkpoint_bytes(model: ModelStats, setup: MemorySetup) -> int:
     """One checkpoint on disk, all ranks together; frozen weights are not in it."""
     word = 2 if setup.bf16 else 4
     master = 4 if setup.stage >= 1 or setup.bf16 else 0

@@ -17,12 +17,12 @@ from orchestrator.model.identity import ModelIdentity, identity_of
 from orchestrator.model.padding import Side, padded_on, padding_id, padding_side
 from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan.cluster import Cluster
-from orchestrator.plan.data import DataFacts, check_rows, data_facts
+from orchestrator.plan.data import DataStats, check_rows, data_facts
 from orchestrator.plan.defaults import defaults, learning_rate
 from orchestrator.plan.disk import check_disk
-from orchestrator.plan.facts import model_facts, part_rates
 from orchestrator.plan.fit import Load
-from orchestrator.plan.memory import ModelFacts, Stage, checkpoint_bytes
+from orchestrator.plan.memory import ModelStats, Stage, checkpoint_bytes
+from orchestrator.plan.model_stats import model_stats, part_rates
 from orchestrator.plan.regularization import (
     check_dropout,
     class_weights,
@@ -39,8 +39,7 @@ from orchestrator.plan.resources import (
     worker_limits,
 )
 from orchestrator.plan.schedule import planned_rates
-from orchestrator.plan.settings import Knob, settings
-from orchestrator.plan.shares import shares_of, stage_of_fewest
+from orchestrator.plan.settings import Setting, settings
 from orchestrator.plan.steps import (
     checkpoint_every_steps,
     eval_every_steps,
@@ -57,6 +56,7 @@ from orchestrator.plan.warnings import (
     start_warnings,
     weight_warnings,
 )
+from orchestrator.plan.worker_plan import stage_of_min_workers, worker_plan
 from orchestrator.renames import PLAN_FORMAT
 from orchestrator.spec import JobSpec
 from orchestrator.tasks.tokenizing import target_start
@@ -77,7 +77,7 @@ class Plan(Frozen):
     work_dir: str
     """Where the job's relative paths start."""
     run_dir: str
-    model: ModelFacts
+    model: ModelStats
     base: ModelIdentity | None = None
     """The weights that the model begins with; None in plans of earlier versions."""
     labels: tuple[str, ...]
@@ -88,8 +88,8 @@ class Plan(Frozen):
     """Side of a row on which padding changes no result of the model."""
     target_start: dict[str, int] = Field(default={})
     """Settings of generation by which a target begins with its language; empty for most tokenizers."""
-    train_data: DataFacts
-    eval_data: DataFacts | None
+    train_data: DataStats
+    eval_data: DataStats | None
     num_workers: int
     gpus_per_worker: float
     cpus_per_worker: int
@@ -116,9 +116,9 @@ class Plan(Frozen):
     optimizer_class: str
     learning_rate: float
     """At its peak; a head with a rate of its own has another."""
-    settings: tuple[Knob, ...] = ()
+    settings: tuple[Setting, ...] = ()
     """What the job sets, and what that means."""
-    defaults: tuple[Knob, ...]
+    defaults: tuple[Setting, ...]
     """What it leaves open, and why it is what it is."""
     unfreezing: tuple[tuple[int, int], ...] = ()
     """(step, counted from 1, layers that move from then on beside the head); empty where nothing waits."""
@@ -205,7 +205,7 @@ def make_plan(
     train = prepared["train"]
     labels = train.manifest.labels
     asked, spec = spec, _settled(spec, reasons)
-    model, tokenizer = model_facts(spec, labels), load_tokenizer(spec)
+    model, tokenizer = model_stats(spec, labels), load_tokenizer(spec)
     check_rows(spec, labels, prepared)
     side, padding_warning = padding_side(spec, labels)
     workers = share_out(spec, cluster, reasons)
@@ -216,7 +216,8 @@ def make_plan(
     tokens = model.image_tokens or train.manifest.longest_tokens
     target_tokens = train.manifest.longest_target_tokens
     load = Load(spec, model, workers, bf16, per_worker, tokens, limit, target_tokens)
-    setup, shares = shares_of(load, reasons, stage_of_fewest(load, global_batch_size, reasons))
+    stage = stage_of_min_workers(load, global_batch_size, reasons)
+    setup, shares = worker_plan(load, reasons, stage)
     steps_per_epoch = -(-train.manifest.rows // global_batch_size)
     total = total_steps(spec, steps_per_epoch, reasons)
     metric = spec.evaluation.metric or spec.task.default_metric
@@ -261,9 +262,7 @@ def make_plan(
         learning_rate=lr,
         settings=settings(spec),
         defaults=defaults(spec, lr, lr_source),
-        unfreezing=unfreezing_steps(
-            spec.tuning, max(model.layers, model.decoder_layers), steps_per_epoch, total
-        ),
+        unfreezing=unfreezing_steps(spec.tuning, model.deepest, steps_per_epoch, total),
         part_rates=part_rates(spec, labels, lr),
         memory_limit_bytes=limit,
         reasons=reasons,
@@ -307,5 +306,5 @@ def at_workers(plan: Plan, num_workers: int, stage: Stage | None = None) -> Plan
         limit_bytes=plan.memory_limit_bytes,
         target_tokens_per_row=plan.train_data.longest_target_tokens,
     )
-    _, shares = shares_of(load, reasons, stage)
+    _, shares = worker_plan(load, reasons, stage)
     return plan.model_copy(update={**shares, "reasons": reasons})

@@ -1,4 +1,4 @@
-"""Every setting of how training goes that the job makes, in the words of the job file."""
+"""List every training setting that the job makes, with its name in the job file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator.spec import JobSpec
-from orchestrator.spec.explain import first_sentence
-from orchestrator.spec.meanings import meanings
+from orchestrator.spec.field_docs import field_docs
+from orchestrator.spec.validation_errors import first_sentence
 from orchestrator.values import Frozen
 
 SECTIONS = (
@@ -19,7 +19,7 @@ SECTIONS = (
 """Other sections have rows of their own: what follows from them is more than what they say."""
 
 
-class Knob(Frozen):
+class Setting(Frozen):
     """A field of the job, its value, and why it is that or what it does."""
 
     field: str
@@ -27,12 +27,12 @@ class Knob(Frozen):
     why: str
 
 
-def settings(spec: JobSpec) -> tuple[Knob, ...]:
+def settings(spec: JobSpec) -> tuple[Setting, ...]:
     """Return the fields that the job sets, in the order of the job file, each with its meaning."""
     return tuple(_set_fields(spec, "", SECTIONS))
 
 
-def _set_fields(model: BaseModel, path: str, only: tuple[str, ...] = ()) -> Iterator[Knob]:
+def _set_fields(model: BaseModel, path: str, only: tuple[str, ...] = ()) -> Iterator[Setting]:
     for name in type(model).model_fields:
         if name not in model.model_fields_set or (only and name not in only):
             continue
@@ -40,8 +40,8 @@ def _set_fields(model: BaseModel, path: str, only: tuple[str, ...] = ()) -> Iter
         if isinstance(value, BaseModel):
             yield from _set_fields(value, f"{field}.")
             continue
-        meaning = type(model).__doc__ if name == "type" else meanings(type(model)).get(name)
-        yield Knob(field=field, value=shown(value), why=first_sentence(meaning))
+        meaning = type(model).__doc__ if name == "type" else field_docs(type(model)).get(name)
+        yield Setting(field=field, value=shown(value), why=first_sentence(meaning))
 
 
 def shown(value: Any) -> str:

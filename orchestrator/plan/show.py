@@ -11,7 +11,7 @@ from rich.table import Table
 
 from orchestrator.data.order import rows_per_rank
 from orchestrator.plan.cluster import GIB
-from orchestrator.plan.data import DataFacts
+from orchestrator.plan.data import DataStats
 from orchestrator.plan.plan import Plan, at_workers
 from orchestrator.plan.show_learning import (
     default_rows,
@@ -82,7 +82,7 @@ def _what(plan: Plan) -> Iterator[Row]:
         yield "evaluation rows", _rows(plan.eval_data), plan.eval_data.folder
 
 
-def _rows(data: DataFacts) -> str:
+def _rows(data: DataStats) -> str:
     return f"{data.rows:,} rows, {data.tokens:,} tokens, longest {data.longest_tokens}"
 
 

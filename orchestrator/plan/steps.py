@@ -12,9 +12,9 @@ def global_rows_of(spec: JobSpec, rows: int, reasons: dict[str, str]) -> int:
     """Rows of one optimizer step."""
     if spec.batch.global_batch_size != "auto":
         return spec.batch.global_batch_size
-    usual = spec.task.usual_global_rows
+    usual = spec.task.default_global_batch_size
     reasons["global_batch_size"] = (
-        f"default: {usual} ({spec.task.usual_global_rows_source})"
+        f"default: {usual} ({spec.task.default_global_batch_size_source})"
         if rows >= usual
         else f"the data has {rows} rows"
     )

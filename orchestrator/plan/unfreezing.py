@@ -53,5 +53,5 @@ def all_move_at_step(plan: Plan) -> int:
     every, tuning = interval_steps(plan), plan.spec.tuning
     if every is None or not isinstance(tuning, FullTuning):
         return 1
-    below = max(plan.model.layers, plan.model.decoder_layers) + 1
+    below = plan.model.deepest + 1
     return 1 + every * max(0, below - (tuning.last_layers or 0))

@@ -12,7 +12,7 @@ from orchestrator.model.config import layer_drops, own_config
 from orchestrator.model.generation import checkpoint_settings, keeps
 from orchestrator.model.parts import LAYER
 from orchestrator.plan.cluster import GIB, Cluster
-from orchestrator.plan.memory import ModelFacts
+from orchestrator.plan.memory import ModelStats
 from orchestrator.spec import JobSpec
 from orchestrator.spec.tuning import FullTuning
 
@@ -96,7 +96,7 @@ def _of_a_head(name: str, body: str) -> bool:
     return layered is None and "embed" not in inside
 
 
-def start_warnings(cluster: Cluster, model: ModelFacts, shares: dict[str, Any]) -> Iterator[str]:
+def start_warnings(cluster: Cluster, model: ModelStats, shares: dict[str, Any]) -> Iterator[str]:
     """At stage 3 every worker holds the whole model in host memory until DeepSpeed has cut it up."""
     if shares["stage"] < 3:
         return

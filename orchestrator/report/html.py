@@ -28,8 +28,8 @@ from orchestrator.report.run import (
     read_run,
     steps_done,
 )
-from orchestrator.report.story import starts, time_spent, timeline
-from orchestrator.report.words import bytes_text, duration, metric_text, number
+from orchestrator.report.text import bytes_text, duration, metric_text, number
+from orchestrator.report.timeline import starts, time_spent, timeline
 from orchestrator.run_folder import RunFolder, write_atomically
 
 STATUS_WORDS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.report.records import finite
 from orchestrator.report.run import Facts
-from orchestrator.report.sweep_facts import Sweep, TrialRun
+from orchestrator.report.sweep_stats import Sweep, TrialRun
 
 FEWEST_TRIALS = 20
 """Trials below which nothing is said. In a simulation with one field that mattered among four, and noise of

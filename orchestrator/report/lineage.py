@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from orchestrator.report.drawing import Chart, built
 from orchestrator.report.records import finite
 from orchestrator.report.space_figures import trial_words
-from orchestrator.report.sweep_facts import Sweep, TrialRun
 from orchestrator.report.sweep_figures import BEST
+from orchestrator.report.sweep_stats import Sweep, TrialRun
 
 
 def lineage_chart(sweep: Sweep) -> Chart | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from orchestrator.report.drawing import Chart
 from orchestrator.report.records import finite
-from orchestrator.report.story import Row
-from orchestrator.report.words import bytes_text, clock, duration, metric_text, number, pretty
+from orchestrator.report.text import bytes_text, clock, duration, metric_text, number, pretty
+from orchestrator.report.timeline import Row
 
 
 @dataclass(frozen=True)

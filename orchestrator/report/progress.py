@@ -19,7 +19,7 @@ from orchestrator.run_folder import RunFolder
 
 PLAIN_EVERY_S = 10.0
 """Seconds between lines where the output is no terminal."""
-PATIENCE_S = 45.0
+RETRY_S = 45.0
 """Seconds after which it is said that no worker has started."""
 NO_WORKERS = joined(
     styled("no worker has started yet:", "yellow"),
@@ -41,7 +41,7 @@ class ProgressView:
         self._loss = self._step_s = self._tokens = math.nan
         self._plain_at = time.monotonic()
         self._starts, self._resizing = 0, False
-        self._wait_until = time.monotonic() + PATIENCE_S
+        self._wait_until = time.monotonic() + RETRY_S
         self._bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),

@@ -11,12 +11,12 @@ from typing import Literal
 
 from orchestrator.report.page import Share
 from orchestrator.report.records import finite
-from orchestrator.report.sweep_facts import Sweep
+from orchestrator.report.sweep_stats import Sweep
 
 STARTING, BETWEEN, AFTER = "slots starting up", "between trials", "nothing left to run"
 COLORS = {
     "training": "#2563eb", "waiting for data": "#7c3aed", "evaluation": "#d97706",
-    "models, saves, verdicts": "#0891b2", STARTING: "#94a3b8", BETWEEN: "#dc2626", AFTER: "#cbd5e1",
+    "models, saves, decisions": "#0891b2", STARTING: "#94a3b8", BETWEEN: "#dc2626", AFTER: "#cbd5e1",
 }  # fmt: skip
 
 
@@ -123,6 +123,6 @@ def slot_shares(sweep: Sweep, runs: Sequence[Launch], taken: Sequence[Span]) -> 
         "waiting for data": sum(t.wait_s for t in sweep.trials),
         "evaluation": sum(t.eval_s for t in sweep.trials),
     }
-    parts["models, saves, verdicts"] = busy_s(taken) - sum(parts.values())
+    parts["models, saves, decisions"] = busy_s(taken) - sum(parts.values())
     parts |= idle(runs, taken)
     return [Share(what, s, COLORS[what]) for what, s in parts.items() if s > 1e-9]

@@ -10,9 +10,9 @@ from typing import Any
 from orchestrator.report.drawing import MEASURED, Chart, built, named_axis, tall
 from orchestrator.report.records import finite
 from orchestrator.report.run import Facts
-from orchestrator.report.sweep_facts import Sweep, TrialRun
 from orchestrator.report.sweep_figures import BEST, LOOKS, look, spread
-from orchestrator.report.words import metric_text, shown
+from orchestrator.report.sweep_stats import Sweep, TrialRun
+from orchestrator.report.text import metric_text, shown
 
 MOST_LINES = 400
 """Trials drawn in parallel coordinates: the best of them."""

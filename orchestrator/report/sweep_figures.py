@@ -9,8 +9,8 @@ from typing import Any
 from orchestrator.report.drawing import EVALUATED, INK, Chart, Numbers, built, chart_of, star
 from orchestrator.report.records import finite
 from orchestrator.report.slot_time import COLORS, Launch, Span, running_s
-from orchestrator.report.sweep_facts import Sweep, TrialRun
-from orchestrator.report.words import duration, metric_text
+from orchestrator.report.sweep_stats import Sweep, TrialRun
+from orchestrator.report.text import duration, metric_text
 
 LOOKS = {
     "finished": "#2563eb", "pruned": "#94a3b8", "generation ended": "#64748b", "failed": "#dc2626",
@@ -21,7 +21,7 @@ BEST = EVALUATED
 IDLE = "#fde2e2"
 MOST_BAR_SLOTS = 40
 """Slots whose bars get a full line each."""
-COMPUTE = ("training", "waiting for data", "evaluation", "models, saves, verdicts")
+COMPUTE = ("training", "waiting for data", "evaluation", "models, saves, decisions")
 
 
 def look(sweep: Sweep, trial: TrialRun) -> str:

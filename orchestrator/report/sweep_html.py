@@ -22,10 +22,10 @@ from orchestrator.report.slot_time import (
     slot_shares,
     spans,
 )
-from orchestrator.report.story import Row
-from orchestrator.report.sweep_facts import Sweep, TrialRun, read_sweep
 from orchestrator.report.sweep_figures import look
-from orchestrator.report.words import duration, metric_text, number, shown
+from orchestrator.report.sweep_stats import Sweep, TrialRun, read_sweep
+from orchestrator.report.text import duration, metric_text, number, shown
+from orchestrator.report.timeline import Row
 from orchestrator.run_folder import SweepFolder, write_atomically
 
 STATUS_WORDS = {

@@ -13,8 +13,8 @@ from rich.text import Text
 from orchestrator.report.gauges import SweepGauges
 from orchestrator.report.records import read_records
 from orchestrator.report.terminal import cells, joined, styled
+from orchestrator.report.text import shown
 from orchestrator.report.trial_log import SweepLog, TrialState
-from orchestrator.report.words import shown
 from orchestrator.run_folder import SweepFolder, in_use, read_json
 
 SHOWN_TRIALS = 12
@@ -117,7 +117,7 @@ def _line(log: SweepLog, trial: TrialState, kind: str, step: int) -> str:
     if kind == "end":
         why = f": {trial.message.splitlines()[0]}" if trial.message else ""
         return f"{trial.id} {trial.status} at step {max(trial.step, step)}{why}"
-    going = "" if trial.verdicts[step].go_on else ", stopped here"
+    going = "" if trial.decisions[step].go_on else ", stopped here"
     return f"{trial.id} step {step}  {log.metric.name} {log.value(trial, step):.4f}{going}"
 
 

@@ -1,4 +1,4 @@
-"""The truth of a sweep: an append-only log of trials, reports, verdicts and ends, on disk before it counts."""
+"""The truth of a sweep: an append-only log of trials, reports, decisions and ends, on disk before it counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Ended = Literal["finished", "pruned", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What becomes of a trial after a report. `save`: its state is worth a checkpoint now."""
 
     go_on: bool
@@ -37,7 +37,7 @@ class TrialState:
     parent: tuple[str, int] | None = None
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
     keys: dict[int, float] = field(default_factory=dict)
-    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    decisions: dict[int, Decision] = field(default_factory=dict)
     status: Ended | None = None
     message: str = ""
     best: float | None = None
@@ -79,12 +79,12 @@ class SweepLog:
         self._append(kind="trial", trial=trial, index=index, values=values, parent=parent)
 
     def report(
-        self, trial: str, step: int, key: float, metrics: dict[str, float], verdict: Verdict
+        self, trial: str, step: int, key: float, metrics: dict[str, float], decision: Decision
     ) -> None:
         """A trial reached a rung (`key`: how far, in the scheduler's unit) and was told what to do."""
         self._append(
             kind="report", trial=trial, step=step, key=key, metrics=metrics,
-            go_on=verdict.go_on, save=verdict.save,
+            go_on=decision.go_on, save=decision.save,
         )  # fmt: skip
 
     def end(self, trial: str, status: str, step: int, message: str = "") -> None:
@@ -136,9 +136,9 @@ class SweepLog:
                 raise ValueError(f"{trial} was proposed before")
             self.trials[trial] = TrialState(trial, int(record["index"]), values, parent)
         elif kind == "report":
-            verdict = Verdict(record["go_on"], record["save"])
+            decision = Decision(record["go_on"], record["save"])
             metrics = dict(record["metrics"])
-            self._reported(self.trials[trial], step, float(record["key"]), metrics, verdict)
+            self._reported(self.trials[trial], step, float(record["key"]), metrics, decision)
         elif kind == "end":
             state = self.trials[trial]
             state.status, state.message = record["status"], str(record["message"])
@@ -146,11 +146,11 @@ class SweepLog:
         self.order.append((kind, trial, step))
 
     def _reported(
-        self, trial: TrialState, step: int, key: float, metrics: dict[str, Any], verdict: Verdict
+        self, trial: TrialState, step: int, key: float, metrics: dict[str, Any], decision: Decision
     ) -> None:
         before = max(trial.step, trial.parent[1] if trial.parent else 0)
         self.steps_total += max(step - before, 0)
-        trial.reports[step], trial.keys[step], trial.verdicts[step] = metrics, key, verdict
+        trial.reports[step], trial.keys[step], trial.decisions[step] = metrics, key, decision
         value, best = self.value(trial, step), self._best.best if self._best else None
         if self.metric.is_better(value, trial.best):
             trial.best = value

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from orchestrator.errors import Problem, SpecError
 from orchestrator.renames import with_new_names
-from orchestrator.spec.explain import problems_from
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.paths import plain_path
 from orchestrator.spec.rules import Files, broken_rules
+from orchestrator.spec.validation_errors import problems_from
 from orchestrator.spec.yaml_text import Dumper, parse_yaml
 
 STAND_INS: dict[str, Any] = {

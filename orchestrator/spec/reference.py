@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
+from orchestrator.spec.field_docs import field_docs
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.meanings import meanings
 from orchestrator.values import model_members
 
 
@@ -27,7 +27,7 @@ class _Documented(GenerateJsonSchema):
 
     def model_schema(self, schema: Any) -> dict[str, Any]:
         made = super().model_schema(schema)
-        for name, text in meanings(schema["cls"]).items():
+        for name, text in field_docs(schema["cls"]).items():
             made["properties"][name]["description"] = text
         return made
 
@@ -44,7 +44,7 @@ def reference_page() -> str:
     for title, model in _sections("", JobSpec):
         lines += [f"## {title}", "", " ".join((model.__doc__ or "").split()), ""]
         lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
-        texts = meanings(model)
+        texts = field_docs(model)
         lines += [_row(name, i, texts.get(name, "")) for name, i in model.model_fields.items()]
         lines.append("")
     return "\n".join(lines)

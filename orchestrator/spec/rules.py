@@ -10,7 +10,6 @@ from typing import Literal
 from orchestrator.errors import Problem
 from orchestrator.spec.distillation_rules import distillation_rules
 from orchestrator.spec.job import JobSpec, WorkerRange
-from orchestrator.spec.knob_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, knob_rules
 from orchestrator.spec.kubernetes_rules import kubernetes_rules
 from orchestrator.spec.paths import (
     is_url,
@@ -22,6 +21,7 @@ from orchestrator.spec.paths import (
 from orchestrator.spec.runtime_rules import in_job_package, kept_folders, runtime_rules
 from orchestrator.spec.secret_rules import secret_rules
 from orchestrator.spec.sweep_rules import sweep_rules
+from orchestrator.spec.training_rules import GIVE_EVAL_ROWS, NO_EVAL_ROWS, training_rules
 from orchestrator.spec.tuning_rules import tuning_rules
 
 Files = Literal["here", "packed", "there"]
@@ -40,7 +40,7 @@ def broken_rules(spec: JobSpec, files: Files = "here") -> list[Problem]:
     if secrets := list(secret_rules(spec)):
         return secrets
     rules = (
-        _model, tuning_rules, _data, knob_rules, distillation_rules, _batch, _zero, _resources, _evaluation,
+        _model, tuning_rules, _data, training_rules, distillation_rules, _batch, _zero, _resources, _evaluation,
         _folders, runtime_rules, kubernetes_rules, sweep_rules,
     )  # fmt: skip
     problems = [problem for rule in rules for problem in rule(spec)]

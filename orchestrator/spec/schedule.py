@@ -34,12 +34,12 @@ class Schedule(Frozen, ABC):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps of warm-up. At most one of `warmup_steps` and `warmup_ratio`."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Warm-up as a share of all steps."""
+    """WorkerCache-up as a share of all steps."""
 
     def lr_factor(self, step: int, total_steps: int) -> float:
         """Return the share of the peak learning rate for optimizer step `step` (0-based) of `total_steps`.
 
-        Warm-up takes steps 0…w−1 through 1/w, 2/w, …, 1, so that no step is spent at rate 0.
+        WorkerCache-up takes steps 0…w−1 through 1/w, 2/w, …, 1, so that no step is spent at rate 0.
         """
         warm = self.total_warmup_steps(total_steps)
         if step < warm:
@@ -102,14 +102,14 @@ def _half_cosine(progress: float) -> float:
 
 
 class Falling(Schedule):
-    """Warm-up, then down to `min_lr_ratio` of the peak, reached as the last step ends."""
+    """WorkerCache-up, then down to `min_lr_ratio` of the peak, reached as the last step ends."""
 
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the peak rate that is left when the last step ends; no step is spent at rate 0."""
 
 
 class ConstantSchedule(Schedule):
-    """Warm-up, then the peak rate to the end."""
+    """WorkerCache-up, then the peak rate to the end."""
 
     type: Literal["constant"]
 
@@ -119,7 +119,7 @@ class ConstantSchedule(Schedule):
 
 
 class LinearSchedule(Falling):
-    """Warm-up, then a straight line down to `min_lr_ratio` of the peak, reached as the last step ends."""
+    """WorkerCache-up, then a straight line down to `min_lr_ratio` of the peak, reached as the last step ends."""
 
     sources: ClassVar[Mapping[str, str]] = {
         "type": "down to 0 in a straight line: Devlin et al., arXiv 1810.04805, A.2",
@@ -135,7 +135,7 @@ class LinearSchedule(Falling):
 
 
 class CosineSchedule(Falling):
-    """Warm-up, then half a cosine down to `min_lr_ratio` (Loshchilov & Hutter, arXiv 1608.03983)."""
+    """WorkerCache-up, then half a cosine down to `min_lr_ratio` (Loshchilov & Hutter, arXiv 1608.03983)."""
 
     sources: ClassVar[Mapping[str, str]] = {
         **Schedule.sources,
@@ -164,7 +164,7 @@ class CosineSchedule(Falling):
 
 
 class PolynomialSchedule(Falling):
-    """Warm-up, then (1 − progress)^power down to `min_lr_ratio`."""
+    """WorkerCache-up, then (1 − progress)^power down to `min_lr_ratio`."""
 
     sources: ClassVar[Mapping[str, str]] = {
         **Schedule.sources,
@@ -182,7 +182,7 @@ class PolynomialSchedule(Falling):
 
 
 class ExponentialSchedule(Schedule):
-    """Warm-up, then the same factor at every step, down to `min_lr_ratio` of the peak."""
+    """WorkerCache-up, then the same factor at every step, down to `min_lr_ratio` of the peak."""
 
     sources: ClassVar[Mapping[str, str]] = {
         **Schedule.sources,
@@ -199,7 +199,7 @@ class ExponentialSchedule(Schedule):
 
 
 class StepSchedule(Schedule):
-    """Warm-up, then times `gamma` at each milestone (He et al., arXiv 1512.03385)."""
+    """WorkerCache-up, then times `gamma` at each milestone (He et al., arXiv 1512.03385)."""
 
     sources: ClassVar[Mapping[str, str]] = {
         **Schedule.sources,
@@ -230,7 +230,7 @@ class StepSchedule(Schedule):
 
 
 class InverseSqrtSchedule(Schedule):
-    """Warm-up of w steps, then √(w / step) (Vaswani et al., arXiv 1706.03762); 1 / √step without one."""
+    """WorkerCache-up of w steps, then √(w / step) (Vaswani et al., arXiv 1706.03762); 1 / √step without one."""
 
     type: Literal["inverse_sqrt"]
 
@@ -240,7 +240,7 @@ class InverseSqrtSchedule(Schedule):
 
 
 class WSDSchedule(Falling):
-    """Warm-up, the peak rate, then a short decay (MiniCPM: Hu et al., arXiv 2404.06395)."""
+    """WorkerCache-up, the peak rate, then a short decay (MiniCPM: Hu et al., arXiv 2404.06395)."""
 
     sources: ClassVar[Mapping[str, str]] = {
         **Schedule.sources,
@@ -270,7 +270,7 @@ class WSDSchedule(Falling):
                 return 1 - math.sqrt(progress)
 
     def broken_rules(self, task: str, metrics: Sequence[str]) -> Iterator[Problem]:
-        """Warm-up and decay fit in one run."""
+        """WorkerCache-up and decay fit in one run."""
         warm = self.warmup_ratio or 0.0
         if self.decay_ratio + warm > 1:
             yield Problem(
@@ -282,7 +282,7 @@ class WSDSchedule(Falling):
 
 
 class PlateauSchedule(Schedule):
-    """Warm-up, then the peak rate, times `factor` whenever evaluation stops getting better."""
+    """WorkerCache-up, then the peak rate, times `factor` whenever evaluation stops getting better."""
 
     decided_by_evaluations = True
     sources: ClassVar[Mapping[str, str]] = {

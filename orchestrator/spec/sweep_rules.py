@@ -126,7 +126,7 @@ def _refused(spec: JobSpec, values: dict[str, Any]) -> str | None:
     try:
         type(spec).model_validate(data)
     except ValidationError as error:
-        from orchestrator.spec.explain import problems_from
+        from orchestrator.spec.validation_errors import problems_from
 
         problem = problems_from(error, data)[0]
         return f"{problem.why}" + (f" ({problem.fix})" if problem.fix else "")

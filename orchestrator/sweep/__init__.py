@@ -1,1 +1,1 @@
-"""Many trials of one job: Ray Tune decides, a fleet of warm worker groups executes."""
+"""Many trials of one job: Ray Tune decides, a pool of warm worker groups executes."""

@@ -1,4 +1,4 @@
-"""The one actor between Tune's light trials and the slots: who runs what, what was reported, what was said."""
+"""The one actor between Tune's trial proxies and the slots: who runs what, what was reported, what was said."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Broker:
         self._failures: dict[str, int] = defaultdict(int)
         self._last_words: dict[str, str] = {}
         self._crashed_at: dict[str, str] = {}
-        self._hopeless: set[str] = set()
+        self._non_retryable: set[str] = set()
         self._said: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._drained: set[int] = set()
         self._came: set[int] = set()
@@ -52,9 +52,9 @@ class Broker:
     async def remember(self, spoken: dict[str, dict[int, tuple[bool, bool]]]) -> None:
         """Verdicts of an earlier launch, by trial and step; a replayed step gets the same answer."""
         self._spoken |= {
-            (trial, step): verdict
+            (trial, step): decision
             for trial, by_step in spoken.items()
-            for step, verdict in by_step.items()
+            for step, decision in by_step.items()
         }
 
     async def enqueue(self, trial: str, plan: str, num_workers: int) -> None:
@@ -69,7 +69,7 @@ class Broker:
         """A trial cannot run at all."""
         self._say(_end(trial, "failed", 0, message))
 
-    async def verdict(self, trial: str, step: int, go_on: bool, save: bool) -> None:
+    async def decision(self, trial: str, step: int, go_on: bool, save: bool) -> None:
         """The answer to a report."""
         self._spoken[trial, step] = (go_on, save)
         waiting = self._waiting.pop((trial, step), None)
@@ -98,7 +98,7 @@ class Broker:
         """Nobody will judge this trial any more."""
         self._given_up.add(trial)
         for key in [key for key in self._waiting if key[0] == trial]:
-            await self.verdict(*key, go_on=False, save=False)
+            await self.decision(*key, go_on=False, save=False)
 
     async def lost(self, slot: int) -> None:
         """A slot's worker group is gone. What it held is for whichever slot is free first."""
@@ -115,7 +115,7 @@ class Broker:
         return self._refusals.pop(slot, None)
 
     async def release(self) -> None:
-        """Nobody will judge any more: those who wait for a verdict are let go."""
+        """Nobody will judge any more: those who wait for a decision are let go."""
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_result((False, False))
@@ -126,12 +126,12 @@ class Broker:
         self._closing = True
         self._wake()
 
-    # what a light trial calls
+    # what a trial proxy calls
 
     async def next_report(self, trial: str, heard: int) -> tuple[int, dict[str, Any]]:
-        """What a trial says after the first `heard` things: a report that has no verdict, or its end.
+        """What a trial says after the first `heard` things: a report that has no decision, or its end.
 
-        Also how many things have been heard with it. A light trial that was lost and started again
+        Also how many things have been heard with it. A trial proxy that was lost and started again
         begins at 0: what it had taken, and nobody has answered, is handed out again.
         """
         while True:
@@ -200,7 +200,7 @@ class Broker:
         what may go better next time) is not tried again."""
         self._last_words[trial] = message
         if where is not None and where == self._crashed_at.get(trial):
-            self._hopeless.add(trial)
+            self._non_retryable.add(trial)
         if where is not None:
             self._crashed_at[trial] = where
 
@@ -211,7 +211,7 @@ class Broker:
             return
         self._failures[task.trial] += slot not in self._drained
         self._drained.discard(slot)
-        if self._failures[task.trial] > self._max_failures or task.trial in self._hopeless:
+        if self._failures[task.trial] > self._max_failures or task.trial in self._non_retryable:
             self._say(_end(task.trial, "failed", 0, self._lost(task)))
         elif self._cancelled:
             self._say(_end(task.trial, "stopped", 0, ""))

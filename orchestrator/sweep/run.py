@@ -1,4 +1,4 @@
-"""A sweep from job to best model: prepare, plan, claim, fleet, Tune, export."""
+"""A sweep from job to best model: prepare, plan, lock, pool, Tune, export."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from rich.console import Console
 
 from orchestrator.data.prepare import Prepared, Split, find_prepared, prepare
 from orchestrator.effects import may_change_on_resume, names_content
-from orchestrator.launch.claim import (
-    another_job,
-    at_saved_stage,
-    claimed_folder,
-    compare_content,
-    differences,
-)
 from orchestrator.launch.ray_watch import RayWatch
 from orchestrator.launch.run import (
     cluster_here,
     must_have_secrets,
     prepared_data,
 )
+from orchestrator.launch.run_lock import (
+    another_job,
+    at_saved_stage,
+    compare_content,
+    differences,
+    locked_folder,
+)
 from orchestrator.launch.session import attached_address, ray_session, send_chatter_to
 from orchestrator.launch.signals import stop_on_signals
 from orchestrator.plan import Cluster, Plan, this_machine
 from orchestrator.plan.slots import Slots, slots_of
 from orchestrator.report.records import append_event, read_records
-from orchestrator.report.sweep_facts import attempts
+from orchestrator.report.sweep_stats import attempts
 from orchestrator.report.sweep_view import SweepView
 from orchestrator.report.terminal import Terminal
 from orchestrator.report.trial_log import SweepLog
@@ -41,12 +41,12 @@ from orchestrator.run_folder import SweepFolder, read_object, write_atomically, 
 from orchestrator.spec import JobSpec, dump_spec, parse_spec
 from orchestrator.spec.search_space import Values
 from orchestrator.spec.sweep_rules import with_values
-from orchestrator.sweep.ending import SweepOutcome, finish
+from orchestrator.sweep.finalize import SweepOutcome, finish
 from orchestrator.sweep.plan import SweepPlan, plan_sweep, plan_trial
 
 if TYPE_CHECKING:
-    from orchestrator.sweep.director import Director, MakePlan
-    from orchestrator.sweep.fleet import Fleet
+    from orchestrator.sweep.controller import MakePlan, SweepController
+    from orchestrator.sweep.pool import WorkerGroupPool
 
 POLL_S = 0.2
 LEAVE_S = 60.0
@@ -76,25 +76,25 @@ def sweep(spec: JobSpec, fresh: bool = False, console: Console | None = None) ->
         slots = slots_of(spec, cluster)
         if spec.distillation is not None:
             prepare(spec)  # its teacher takes what the slots would hold
-        with _claimed(spec, folder, fresh), _fleet(spec, slots, folder) as fleet:
+        with _locked_sweep(spec, folder, fresh), _pool(spec, slots, folder) as pool:
             prepared = prepared_data(spec, console)
             plan = plan_sweep(spec, cluster, prepared)
             _must_have_the_same_rows(folder, plan)
             write_json(folder.plan, plan.model_dump(mode="json"))
             folder.outcome.unlink(missing_ok=True)
             send_chatter_to(folder.logs / "driver.log")
-            status, message = _run(plan, folder, fleet, prepared, console)
+            status, message = _run(plan, folder, pool, prepared, console)
             return finish(plan, folder, status, message)
 
 
 @contextmanager
-def _claimed(spec: JobSpec, folder: SweepFolder, fresh: bool) -> Iterator[None]:
+def _locked_sweep(spec: JobSpec, folder: SweepFolder, fresh: bool) -> Iterator[None]:
     """The sweep's folder, for this process alone.
 
     Raises RunExistsError, before anything is started or written, for a folder of another job. The job is
     written first of all: by the sweep's name it goes on from there, however early it was killed.
     """
-    with claimed_folder(folder.root, fresh):
+    with locked_folder(folder.root, fresh):
         old = read_object(folder.plan, {"spec": dict, "base": dict})
         if old is not None:
             new = spec.model_dump(mode="json")
@@ -125,7 +125,7 @@ def _must_have_the_same_rows(folder: SweepFolder, plan: SweepPlan) -> None:
 
 
 @contextmanager
-def _fleet(spec: JobSpec, slots: Slots, folder: SweepFolder) -> Iterator[Fleet]:
+def _pool(spec: JobSpec, slots: Slots, folder: SweepFolder) -> Iterator[WorkerGroupPool]:
     """The slots, started before there is a plan: their workers import while it is made.
 
     At the end of the block they are waited for; an error in it does not wait.
@@ -133,7 +133,7 @@ def _fleet(spec: JobSpec, slots: Slots, folder: SweepFolder) -> Iterator[Fleet]:
     import ray
 
     from orchestrator.sweep.broker import Broker
-    from orchestrator.sweep.fleet import Fleet
+    from orchestrator.sweep.pool import WorkerGroupPool
 
     assert spec.sweep is not None
     append_event(folder.events, "launch", slots=slots.count, work_dir=str(Path.cwd()))
@@ -142,37 +142,41 @@ def _fleet(spec: JobSpec, slots: Slots, folder: SweepFolder) -> Iterator[Fleet]:
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # others may go
     options = {"name": name, "num_cpus": 0, "max_concurrency": 1000, "label_selector": here}
     broker: Any = actor.options(**options).remote(spec.sweep.max_trial_failures)
-    fleet = Fleet(
+    pool = WorkerGroupPool(
         slots.workers, slots.count, folder.root, broker, name, spec.fault_tolerance.health_timeout_s
     )
-    fleet.start()
+    pool.start()
     try:
-        yield fleet
+        yield pool
     except BaseException:
         broker.close.remote()
         raise
-    fleet.join(LEAVE_S)
+    pool.join(LEAVE_S)
 
 
 def _run(
     plan: SweepPlan,
     folder: SweepFolder,
-    fleet: Fleet,
+    pool: WorkerGroupPool,
     prepared: dict[Split, Prepared],
     console: Console,
 ) -> tuple[str, str]:
     """Trials until there are no more; returns (status, why it ended early)."""
     import ray
 
-    from orchestrator.sweep.director import Director  # imports Ray Tune, which ray_session prepares
+    from orchestrator.sweep.controller import (
+        SweepController,  # imports Ray Tune, which ray_session prepares
+    )
     from orchestrator.sweep.tuning import make_tuner
 
     log = SweepLog(folder.log, plan.base.selection_metric)
-    broker = fleet.broker
+    broker = pool.broker
     ray.get(broker.remember.remote(_spoken(log)))
-    director = Director(plan, log, broker, folder, _planner(plan, prepared), _spent_s(folder))
-    tuner = make_tuner(director, fleet.broker_name, folder.root / "ray", plan.slots + 1)
-    director.begin(plan.slots + 1)
+    controller = SweepController(
+        plan, log, broker, folder, _planner(plan, prepared), _spent_s(folder)
+    )
+    tuner = make_tuner(controller, pool.broker_name, folder.root / "ray", plan.slots + 1)
+    controller.begin(plan.slots + 1)
 
     def tune() -> None:
         # Tune's processes would take their time from the slots' start.
@@ -184,7 +188,7 @@ def _run(
         SweepView(
             folder, plan.planned_trials, plan.slots, log, console, attached_address() is not None
         ) as view,
-        stop_on_signals(lambda: _ask_to_stop(director), view.say),
+        stop_on_signals(lambda: _ask_to_stop(controller), view.say),
     ):
         watch = RayWatch()
         tuning.start()
@@ -192,23 +196,23 @@ def _run(
             if why := watch.lost():
                 return "failed", f"{why} The same command resumes the sweep."
             view.update()
-            director.check_budget()
-            if not fleet.alive() and director.live:
-                director.stop("no slot could be kept running", broken=True)
+            controller.check_budget()
+            if not pool.alive() and controller.live:
+                controller.stop("no slot could be kept running", broken=True)
             time.sleep(POLL_S)
         view.update()
     if tuning.error is not None:
-        director.stop(f"Ray Tune failed: {tuning.error}", broken=True)
+        controller.stop(f"Ray Tune failed: {tuning.error}", broken=True)
         ray.get(broker.release.remote())
-    director.close()
+    controller.close()
     ray.get(broker.close.remote())  # the slots leave while the best model is exported
     with suppress(OSError):  # a full disk must not hide what happened
         append_event(folder.events, "end", trials=len(log.trials))
-    if director.broken or (fleet.errors and not log.best()):
-        return "failed", _broken(director, fleet, folder)
-    if director.stopping is None:
+    if controller.broken or (pool.errors and not log.best()):
+        return "failed", _broken(controller, pool, folder)
+    if controller.stopping is None:
         return "finished", ""
-    return ("stopped" if director.stopping == STOPPED else "budget"), director.stopping
+    return ("stopped" if controller.stopping == STOPPED else "budget"), controller.stopping
 
 
 def _spent_s(folder: SweepFolder) -> float:
@@ -223,17 +227,17 @@ def _spent_s(folder: SweepFolder) -> float:
 STOPPED = "stopped on request; the same command goes on"
 
 
-def _ask_to_stop(director: Director) -> bool:
-    if director.stopping == STOPPED:
+def _ask_to_stop(controller: SweepController) -> bool:
+    if controller.stopping == STOPPED:
         return False
-    director.stop(STOPPED)
+    controller.stop(STOPPED)
     return True
 
 
 def _spoken(log: SweepLog) -> dict[str, dict[int, tuple[bool, bool]]]:
-    """Every verdict in the log."""
+    """Every decision in the log."""
     return {
-        t.id: {step: (v.go_on, v.save) for step, v in t.verdicts.items()}
+        t.id: {step: (v.go_on, v.save) for step, v in t.decisions.items()}
         for t in log.trials.values()
     }
 
@@ -275,8 +279,8 @@ class _Background(threading.Thread):
             self.error = error
 
 
-def _broken(director: Director, fleet: Fleet, folder: SweepFolder) -> str:
+def _broken(controller: SweepController, pool: WorkerGroupPool, folder: SweepFolder) -> str:
     """What ended a sweep that nobody stopped. What has been done stays."""
-    last = str(fleet.errors[-1]).strip().splitlines()[-12:] if fleet.errors else []
-    why = "\n  ".join([f"{director.stopping or 'slots failed'}:", *last])
+    last = str(pool.errors[-1]).strip().splitlines()[-12:] if pool.errors else []
+    why = "\n  ".join([f"{controller.stopping or 'slots failed'}:", *last])
     return f"{why}\nLogs: {folder.logs}\nThe same command goes on."

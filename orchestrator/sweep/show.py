@@ -12,8 +12,8 @@ from rich.text import Text
 from orchestrator.plan.show import Row, show_plan, table
 from orchestrator.report.records import read_records, read_steps
 from orchestrator.report.terminal import styled
+from orchestrator.report.text import duration
 from orchestrator.report.trial_log import open_log
-from orchestrator.report.words import duration
 from orchestrator.run_folder import SweepFolder
 from orchestrator.spec.sweep import Choice, DimensionSpec
 from orchestrator.sweep.plan import SweepPlan

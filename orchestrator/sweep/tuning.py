@@ -1,4 +1,4 @@
-"""Ray Tune's side in the driver: a searcher and a scheduler that ask the director."""
+"""Ray Tune's side in the driver: a searcher and a scheduler that ask the controller."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from orchestrator.sweep.director import NO_MORE, Director
-from orchestrator.sweep.light_trial import LightTrial
+from orchestrator.sweep.controller import NO_MORE, SweepController
+from orchestrator.sweep.trial_proxy import TrialProxy
 
 NODE_SHARE = 0.0001
-"""What a light trial asks of the driver's node: Tune refuses a request of nothing. No CPU, of which the
+"""What a trial proxy asks of the driver's node: Tune refuses a request of nothing. No CPU, of which the
 slots may need every one; and no other node, which may go while the driver stays."""
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -31,18 +31,18 @@ QUIET = {
 
 
 class LogSearcher(Searcher):
-    """Tune's searcher: the next trial is the director's."""
+    """Tune's searcher: the next trial is the controller's."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune saves its parts; these have nothing to save."""
         return {}
 
-    def __init__(self, director: Director, broker_name: str) -> None:
+    def __init__(self, controller: SweepController, broker_name: str) -> None:
         super().__init__()
-        self.director, self.broker_name = director, broker_name
+        self.controller, self.broker_name = controller, broker_name
 
     def suggest(self, trial_id: str) -> dict[str, Any] | Any:
-        trial = self.director.next_trial()
+        trial = self.controller.next_trial()
         if trial is None:
             return None
         if trial is NO_MORE:
@@ -68,31 +68,33 @@ class LogScheduler(FIFOScheduler):
         """Tune saves its parts; these have nothing to save."""
         return {}
 
-    def __init__(self, director: Director) -> None:
+    def __init__(self, controller: SweepController) -> None:
         super().__init__()
-        self.director = director
+        self.controller = controller
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Always CONTINUE: a pruned trial's slot reports its end when it has let go of it."""
-        self.director.reported(json.loads(result["said"]))
+        self.controller.reported(json.loads(result["said"]))
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self.director.ended(json.loads(result["said"]))
+        self.controller.ended(json.loads(result["said"]))
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """The light trial's own process died: the trial in its slot did not."""
-        self.director.orphaned(trial.config["trial"])
+        """The trial proxy's own process died: the trial in its slot did not."""
+        self.controller.proxy_lost(trial.config["trial"])
 
 
-def make_tuner(director: Director, broker_name: str, storage: Path, in_flight: int) -> tune.Tuner:
-    """Tune over the director's trials, `in_flight` at a time."""
+def make_tuner(
+    controller: SweepController, broker_name: str, storage: Path, in_flight: int
+) -> tune.Tuner:
+    """Tune over the controller's trials, `in_flight` at a time."""
     os.environ.update(QUIET)
     return tune.Tuner(
-        tune.with_resources(LightTrial, {_this_node(): NODE_SHARE}),
+        tune.with_resources(TrialProxy, {_this_node(): NODE_SHARE}),
         tune_config=tune.TuneConfig(
-            search_alg=LogSearcher(director, broker_name),
-            scheduler=LogScheduler(director),
+            search_alg=LogSearcher(controller, broker_name),
+            scheduler=LogScheduler(controller),
             num_samples=-1,
             max_concurrent_trials=in_flight,
             reuse_actors=True,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, Task
+from orchestrator.tasks.default_lr import BY_SIZE, LM_NEW
 from orchestrator.tasks.pairs import encode_pair
-from orchestrator.tasks.usual import BY_SIZE, LM_NEW
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ class AnswerPairs(Task):
     default_metric: ClassVar[str] = "reward_accuracy"
     no_soft_targets: ClassVar[str] = "it compares two whole answers"
     token_features: ClassVar[tuple[str, ...]] = tuple(f"{side}_ids" for side in SIDES)
-    new_rates: ClassVar[BY_SIZE] = LM_NEW
+    new_lrs: ClassVar[BY_SIZE] = LM_NEW
     prompt_required: ClassVar[bool] = True
     """Answers without a prompt column must begin alike."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from orchestrator.errors import DataError, Problem
 from orchestrator.metric import Metric
-from orchestrator.tasks.usual import BY_SIZE, TEXT_NEW, TEXT_TUNED, Rate
+from orchestrator.tasks.default_lr import BY_SIZE, TEXT_NEW, TEXT_TUNED, Rate
 from orchestrator.values import Frozen
 
 if TYPE_CHECKING:  # annotations only: no import at run time, so no cycle and nothing heavy
@@ -84,16 +84,16 @@ class Task(Frozen):
     """The exported model goes on from a prompt, so that prompts of a batch end together."""
     token_features: ClassVar[tuple[str, ...]] = ("input_ids",)
     """Features of prepared rows that hold token ids."""
-    usual_global_rows: ClassVar[int] = 32
+    default_global_batch_size: ClassVar[int] = 32
     """Rows per step unless the job says otherwise."""
-    usual_global_rows_source: ClassVar[str] = (
+    default_global_batch_size_source: ClassVar[str] = (
         "Devlin et al., arXiv 1810.04805, tuned BERT with 16 and 32"
     )
-    tuned_rates: ClassVar[Mapping[str, Rate]] = TEXT_TUNED
+    tuned_lrs: ClassVar[Mapping[str, Rate]] = TEXT_TUNED
     """Usual peak learning rate of a pretrained model, by `model_type`; "" for any other."""
-    adapted_rate: ClassVar[Rate | None] = None
+    adapter_lr: ClassVar[Rate | None] = None
     """That of LoRA, where the task has one of its own."""
-    new_rates: ClassVar[BY_SIZE] = TEXT_NEW
+    new_lrs: ClassVar[BY_SIZE] = TEXT_NEW
     """That of new weights, by the model's size."""
     sources: ClassVar[Mapping[str, str]] = {}
     """Field of the task → where its default comes from."""
@@ -130,9 +130,9 @@ class Task(Frozen):
         """Return whether loss and metrics need the untouched model's `reference` for each row."""
         return False
 
-    def tuned_rate(self, model_type: str) -> Rate:
+    def default_tuned_lr(self, model_type: str) -> Rate:
         """Return the default learning rate of full tuning for a pretrained model of this type."""
-        return self.tuned_rates.get(model_type, self.tuned_rates[""])
+        return self.tuned_lrs.get(model_type, self.tuned_lrs[""])
 
     @property
     def sections(self) -> Mapping[str, Any]:

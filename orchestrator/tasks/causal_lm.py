@@ -19,6 +19,7 @@ from orchestrator.tasks.base import (
 )
 from orchestrator.tasks.batches import pad
 from orchestrator.tasks.conversation import Encoded
+from orchestrator.tasks.default_lr import BY_SIZE, LM_NEW, LM_TUNED, Rate
 from orchestrator.tasks.generation import complete
 from orchestrator.tasks.messages import TrainOn
 from orchestrator.tasks.packing import (
@@ -32,7 +33,6 @@ from orchestrator.tasks.packing import (
 )
 from orchestrator.tasks.templating import chat, instruction, plain
 from orchestrator.tasks.tokenizing import of_tokens
-from orchestrator.tasks.usual import BY_SIZE, LM_NEW, LM_TUNED, Rate
 from orchestrator.values import Frozen, by_type
 
 if TYPE_CHECKING:
@@ -100,12 +100,12 @@ class CausalLM(Task):
     peft_task: ClassVar[str] = "CAUSAL_LM"
     all_logits: ClassVar[bool] = True
     writes_on: ClassVar[bool] = True
-    usual_global_rows: ClassVar[int] = 16
-    usual_global_rows_source: ClassVar[str] = (
+    default_global_batch_size: ClassVar[int] = 16
+    default_global_batch_size_source: ClassVar[str] = (
         "a start and no more: Touvron et al., arXiv 2307.09288, tuned Llama 2 with 64 sequences"
     )
-    tuned_rates: ClassVar[Mapping[str, Rate]] = LM_TUNED
-    new_rates: ClassVar[BY_SIZE] = LM_NEW
+    tuned_lrs: ClassVar[Mapping[str, Rate]] = LM_TUNED
+    new_lrs: ClassVar[BY_SIZE] = LM_NEW
     reads_left_to_right: ClassVar[bool] = True
     has_scores: ClassVar[bool] = True
     soft_targets: ClassVar[SoftTargets | None] = "tokens"

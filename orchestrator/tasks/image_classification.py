@@ -17,10 +17,10 @@ from orchestrator.tasks.base import (
     Scores,
     SoftTargets,
 )
+from orchestrator.tasks.default_lr import BY_SIZE, IMAGE_NEW, IMAGE_TUNED, Rate
 from orchestrator.tasks.image_processor import Scaling, own_scaling, usual_scaling
 from orchestrator.tasks.images import RESAMPLING, Geometry, open_image, pixels_of
 from orchestrator.tasks.single_label import SingleLabel
-from orchestrator.tasks.usual import BY_SIZE, IMAGE_NEW, IMAGE_TUNED, Rate
 
 if TYPE_CHECKING:
     from typing import Self
@@ -66,11 +66,11 @@ class ImageClassification(SingleLabel):
     soft_targets: ClassVar[SoftTargets | None] = "classes"
     fixed_length: ClassVar[bool] = True
     own_of_model: ClassVar[tuple[str, ...]] = SETTINGS
-    usual_global_rows_source: ClassVar[str] = (
+    default_global_batch_size_source: ClassVar[str] = (
         "a start and no more: transformers' guide to image classification takes 64"
     )
-    tuned_rates: ClassVar[Mapping[str, Rate]] = IMAGE_TUNED
-    new_rates: ClassVar[BY_SIZE] = IMAGE_NEW
+    tuned_lrs: ClassVar[Mapping[str, Rate]] = IMAGE_TUNED
+    new_lrs: ClassVar[BY_SIZE] = IMAGE_NEW
     sources: ClassVar[Mapping[str, str]] = dict.fromkeys(
         SETTINGS,
         "ViT's, for a model without an image processor: Dosovitskiy et al., arXiv 2010.11929",

@@ -9,10 +9,10 @@ from orchestrator.effects import Affects, Effect
 from orchestrator.tasks.answer_pairs import SIDES, AnswerPairs, ids_of_both, measured
 from orchestrator.tasks.base import IGNORED, RawRow
 from orchestrator.tasks.batches import pad
+from orchestrator.tasks.default_lr import DPO_ADAPTED, Rate
 from orchestrator.tasks.generation import complete
 from orchestrator.tasks.packing import model_inputs, row_inputs
 from orchestrator.tasks.preference_losses import DPO, Likelihoods, PreferenceLossSpec
-from orchestrator.tasks.usual import DPO_ADAPTED, Rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,17 +35,17 @@ class PreferenceTuning(AnswerPairs):
     all_logits: ClassVar[bool] = True
     writes_on: ClassVar[bool] = True
     reads_left_to_right: ClassVar[bool] = True
-    usual_global_rows: ClassVar[int] = 16
-    usual_global_rows_source: ClassVar[str] = (
+    default_global_batch_size: ClassVar[int] = 16
+    default_global_batch_size_source: ClassVar[str] = (
         "a start and no more: Rafailov et al., arXiv 2305.18290, B, used 64 pairs"
     )
-    adapted_rate: ClassVar[Rate | None] = DPO_ADAPTED
+    adapter_lr: ClassVar[Rate | None] = DPO_ADAPTED
 
     @property
     def has_reference(self) -> bool:
         return self.loss.needs_reference
 
-    def tuned_rate(self, model_type: str) -> Rate:
+    def default_tuned_lr(self, model_type: str) -> Rate:
         return self.loss.tuned_lr
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, Tag
 
-from orchestrator.tasks.usual import DPO_TUNED, Rate
+from orchestrator.tasks.default_lr import DPO_TUNED, Rate
 from orchestrator.values import Frozen, by_type
 
 if TYPE_CHECKING:

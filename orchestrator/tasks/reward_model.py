@@ -13,12 +13,12 @@ from orchestrator.errors import DataError
 from orchestrator.tasks.answer_pairs import SIDES, AnswerPairs, ids_of_both, measured
 from orchestrator.tasks.base import BadRow, EncodedRow, FeatureKind, RawRow, text_problem
 from orchestrator.tasks.batches import tokens_and_mask
+from orchestrator.tasks.default_lr import Rate
 from orchestrator.tasks.labels import shown
 from orchestrator.tasks.messages import is_messages
 from orchestrator.tasks.pairs import encode_answer
 from orchestrator.tasks.sequence import outputs_of
 from orchestrator.tasks.tokenizing import ends_with
-from orchestrator.tasks.usual import Rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,9 +47,9 @@ class RewardModel(AnswerPairs):
     labeled_head: ClassVar[bool] = True
     pools: ClassVar[bool] = True
     prompt_required: ClassVar[bool] = False
-    usual_global_rows: ClassVar[int] = 64
-    usual_global_rows_source: ClassVar[str] = "Ouyang et al., arXiv 2203.02155, C.2"
-    tuned_rates: ClassVar[Mapping[str, Rate]] = {
+    default_global_batch_size: ClassVar[int] = 64
+    default_global_batch_size_source: ClassVar[str] = "Ouyang et al., arXiv 2203.02155, C.2"
+    tuned_lrs: ClassVar[Mapping[str, Rate]] = {
         "": Rate(
             1e-5, "Touvron et al., arXiv 2307.09288, 3.2.2, for all but the largest reward model"
         )

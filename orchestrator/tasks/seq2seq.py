@@ -21,9 +21,9 @@ from orchestrator.tasks.base import (
     token_scores,
 )
 from orchestrator.tasks.batches import pad, ragged, tokens_and_mask
+from orchestrator.tasks.default_lr import BY_SIZE, SEQ2SEQ_NEW, SEQ2SEQ_TUNED, Rate
 from orchestrator.tasks.generation import in_step_with_others
 from orchestrator.tasks.tokenizing import set_languages
-from orchestrator.tasks.usual import BY_SIZE, SEQ2SEQ_NEW, SEQ2SEQ_TUNED, Rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,11 +80,11 @@ class Seq2Seq(Task):
     token_features: ClassVar[tuple[str, ...]] = ("input_ids", "label_ids")
     kept_features: ClassVar[tuple[str, ...]] = ("reference",)
     needs_tokenizer: ClassVar[bool] = True
-    usual_global_rows_source: ClassVar[str] = (
+    default_global_batch_size_source: ClassVar[str] = (
         "a start and no more: recipes for translation count tokens instead of rows"
     )
-    tuned_rates: ClassVar[Mapping[str, Rate]] = SEQ2SEQ_TUNED
-    new_rates: ClassVar[BY_SIZE] = SEQ2SEQ_NEW
+    tuned_lrs: ClassVar[Mapping[str, Rate]] = SEQ2SEQ_TUNED
+    new_lrs: ClassVar[BY_SIZE] = SEQ2SEQ_NEW
     sources: ClassVar[Mapping[str, str]] = {
         "max_target_tokens": "as in transformers' examples of translation and summarization",
         "num_beams": "greedy, which is fastest; Vaswani et al., arXiv 1706.03762, 6.1, write with 4 beams",

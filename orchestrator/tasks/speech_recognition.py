@@ -20,8 +20,8 @@ from orchestrator.tasks.ctc import (
     own_vocabulary,
     text_of,
 )
+from orchestrator.tasks.default_lr import BY_SIZE, SPEECH_NEW, SPEECH_TUNED, Rate
 from orchestrator.tasks.sounds import open_sound
-from orchestrator.tasks.usual import BY_SIZE, SPEECH_NEW, SPEECH_TUNED, Rate
 
 if TYPE_CHECKING:
     from typing import Self
@@ -74,12 +74,12 @@ class SpeechRecognition(Task):
     reads_text: ClassVar[bool] = False
     required_inputs: ClassVar[tuple[str, ...]] = ("input_values",)
     kept_features: ClassVar[tuple[str, ...]] = ("reference",)
-    usual_global_rows: ClassVar[int] = 16
-    usual_global_rows_source: ClassVar[str] = (
+    default_global_batch_size: ClassVar[int] = 16
+    default_global_batch_size_source: ClassVar[str] = (
         "a start and no more: recipes count seconds of audio instead of rows"
     )
-    tuned_rates: ClassVar[Mapping[str, Rate]] = SPEECH_TUNED
-    new_rates: ClassVar[BY_SIZE] = SPEECH_NEW
+    tuned_lrs: ClassVar[Mapping[str, Rate]] = SPEECH_TUNED
+    new_lrs: ClassVar[BY_SIZE] = SPEECH_NEW
     own_of_model: ClassVar[tuple[str, ...]] = SETTINGS
     sources: ClassVar[Mapping[str, str]] = {
         "sampling_rate_hz": "the model's own; wav2vec 2.0, HuBERT and WavLM were pre-trained on 16,000",

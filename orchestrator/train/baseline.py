@@ -12,7 +12,7 @@ import torch
 from orchestrator.data.stream import unpack_rows
 from orchestrator.model.config import load_config
 from orchestrator.model.embeddings import resize_embeddings
-from orchestrator.plan.data import DataFacts
+from orchestrator.plan.data import DataStats
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.batches import pad
 from orchestrator.tasks.sequence import token_types
@@ -71,7 +71,7 @@ def _encoder(plan: Plan) -> Any:
 
 
 def _features(
-    plan: Plan, data: DataFacts, model: Any, limit: int | None
+    plan: Plan, data: DataStats, model: Any, limit: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean-pooled features (rows, hidden) and labels (rows,), of `limit` rows drawn by the job's seed."""
     reader, ids = rows_by_length(data, limit, plan.spec.seed)

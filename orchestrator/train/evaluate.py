@@ -18,7 +18,7 @@ from orchestrator.errors import DataError
 from orchestrator.model.tokenizer import load_tokenizer
 from orchestrator.plan.plan import Plan
 from orchestrator.tasks.batches import ragged
-from orchestrator.train.feed import StepStream, open_source
+from orchestrator.train.data_loader import StepStream, open_source
 from orchestrator.train.reference import Reference
 
 CACHE_BYTES = 256 * 2**20

@@ -21,7 +21,7 @@ from orchestrator.data.order import PADDING
 from orchestrator.data.shards import open_shards
 from orchestrator.data.stream import StepRows, unpack_rows
 from orchestrator.errors import DataError
-from orchestrator.plan.data import DataFacts
+from orchestrator.plan.data import DataStats
 from orchestrator.plan.plan import Plan
 from orchestrator.run_folder import write_atomically
 from orchestrator.train.group import broadcast
@@ -45,7 +45,7 @@ class Reference:
 
 
 def find_reference(
-    plan: Plan, data: DataFacts, model: Any, device: torch.device, kept: Path
+    plan: Plan, data: DataStats, model: Any, device: torch.device, kept: Path
 ) -> Reference:
     """The reference of one split: read from `kept`, else computed with `model` and written there.
 
@@ -60,7 +60,7 @@ def find_reference(
 
 
 def _computed(
-    plan: Plan, data: DataFacts, model: Any, device: torch.device
+    plan: Plan, data: DataStats, model: Any, device: torch.device
 ) -> dict[str, np.ndarray]:
     """Each rank takes every w-th row, by length; all make equally many forward passes."""
     task, size = plan.spec.task, dist.get_world_size()
@@ -85,7 +85,7 @@ def _computed(
     return _gathered({name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, data)
 
 
-def _gathered(mine: dict[str, np.ndarray], data: DataFacts) -> dict[str, np.ndarray]:
+def _gathered(mine: dict[str, np.ndarray], data: DataStats) -> dict[str, np.ndarray]:
     boxes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, mine)
     out = {name: np.zeros(data.rows) for name in mine if name != "row_id"}
@@ -95,7 +95,7 @@ def _gathered(mine: dict[str, np.ndarray], data: DataFacts) -> dict[str, np.ndar
     return out
 
 
-def _read(kept: Path, data: DataFacts) -> dict[str, np.ndarray] | None:
+def _read(kept: Path, data: DataStats) -> dict[str, np.ndarray] | None:
     """Return what an earlier start computed for the same prepared rows.
 
     None where there is nothing, or the file is damaged: then it is computed again.
@@ -109,7 +109,7 @@ def _read(kept: Path, data: DataFacts) -> dict[str, np.ndarray] | None:
         return None
 
 
-def _write(kept: Path, data: DataFacts, values: dict[str, np.ndarray]) -> None:
+def _write(kept: Path, data: DataStats, values: dict[str, np.ndarray]) -> None:
     buffer, arrays = io.BytesIO(), {"prepared": np.array(data.folder), **values}
     np.savez(buffer, allow_pickle=False, **arrays)
     write_atomically(kept, buffer.getvalue())

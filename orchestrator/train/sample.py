@@ -10,10 +10,10 @@ from orchestrator.data.manifest import read_manifest
 from orchestrator.data.order import Order
 from orchestrator.data.shards import ShardReader, open_shards
 from orchestrator.errors import DataError
-from orchestrator.plan.data import DataFacts
+from orchestrator.plan.data import DataStats
 
 
-def rows_by_length(data: DataFacts, limit: int | None, seed: int) -> tuple[ShardReader, np.ndarray]:
+def rows_by_length(data: DataStats, limit: int | None, seed: int) -> tuple[ShardReader, np.ndarray]:
     """A split's reader, and row ids (rows,) from short to long: all, or `limit` drawn by `seed`.
 
     Raises DataError where the prepared data is gone.

@@ -11,20 +11,21 @@ import torch.distributed as dist
 
 from orchestrator.data.stream import StepRows
 from orchestrator.errors import CheckpointError, OrchestratorError
-from orchestrator.plan.data import DataFacts
+from orchestrator.plan.data import DataStats
 from orchestrator.plan.plan import Plan, at_workers
 from orchestrator.run_folder import RunFolder
-from orchestrator.train import endings
 from orchestrator.train import engine as zero
+from orchestrator.train import messages
 from orchestrator.train.averaging import average_share
 from orchestrator.train.checkpoint import Committed
 from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.group import broadcast, together
 from orchestrator.train.history import ended_early, out_of_time, rate_factor, remember
-from orchestrator.train.journal import Journal
-from orchestrator.train.notice import Ask, Notice
+from orchestrator.train.metrics_logger import MetricsLogger
 from orchestrator.train.objective import Objective
-from orchestrator.train.opening import (
+from orchestrator.train.preemption import Ask, PreemptionMonitor
+from orchestrator.train.reference import Reference, find_reference
+from orchestrator.train.setup import (
     find_checkpoint,
     load_state,
     open_model,
@@ -32,7 +33,6 @@ from orchestrator.train.opening import (
     open_writer,
     progress_in,
 )
-from orchestrator.train.reference import Reference, find_reference
 from orchestrator.train.state import (
     Judge,
     Progress,
@@ -44,13 +44,13 @@ from orchestrator.train.state import (
     peak_memory_bytes,
     summed,
 )
-from orchestrator.train.warm import Warm
+from orchestrator.train.worker_cache import WorkerCache
 
 
 def run_trial(
     plan: Plan,
     folder: RunFolder,
-    warm: Warm | None = None,
+    warm: WorkerCache | None = None,
     judge: Judge | None = None,
     ask: Ask | None = None,
 ) -> Result:
@@ -83,7 +83,7 @@ class Trial:
         self,
         plan: Plan,
         folder: RunFolder,
-        warm: Warm | None = None,
+        warm: WorkerCache | None = None,
         judge: Judge | None = None,
         ask: Ask | None = None,
     ) -> None:
@@ -92,15 +92,15 @@ class Trial:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.plan = plan = at_workers(plan, self.world_size)
         self.started_at = time.monotonic()
-        self.notice = Notice(ask, self.rank)
-        self.journal = Journal(folder, self.rank)
-        found = find_checkpoint(folder, self.journal)
+        self.notice = PreemptionMonitor(ask, self.rank)
+        self.metrics_logger = MetricsLogger(folder, self.rank)
+        found = find_checkpoint(folder, self.metrics_logger)
         self.evaluate: Evaluator | None = None
         self.progress = progress_in(found) if found else Progress()
         self.resumed_at_s = self.progress.elapsed_s
         best_step = (self.progress.best or {}).get("step")
         self.writer = open_writer(plan, folder, best_step, self._committed)
-        self.stream = open_stream(plan, self.progress.step, self.journal)
+        self.stream = open_stream(plan, self.progress.step, self.metrics_logger)
         self.engine: Any = None
         try:
             self._set_up(found)
@@ -111,8 +111,8 @@ class Trial:
     def _set_up(self, found: Committed | None) -> None:
         """Model, engine and evaluation rows, in the state of the checkpoint that was found."""
         plan = self.plan
-        model = open_model(plan, self.warm, self.journal)
-        self.journal.event("engine")
+        model = open_model(plan, self.warm, self.metrics_logger)
+        self.metrics_logger.event("engine")
         self.objective = together(lambda: Objective(plan, model))
         self.engine = zero.open_engine(plan, model)
         self.averager = zero.after_each_step(self.engine, plan)
@@ -121,14 +121,14 @@ class Trial:
             kept = self.warm.eval_rows if self.warm else None
             self.evaluate = Evaluator(plan, kept, self._refer(plan.eval_data, "eval"))
         if found is not None:
-            load_state(self.engine, plan, found, self.journal)
-        self.journal.event("ready")
+            load_state(self.engine, plan, found, self.metrics_logger)
+        self.metrics_logger.event("ready")
 
-    def _refer(self, data: DataFacts, split: str) -> Reference | None:
+    def _refer(self, data: DataStats, split: str) -> Reference | None:
         """What the model says of a split before it is trained, where the task compares with it."""
         if not self.plan.spec.task.has_reference:
             return None
-        self.journal.event("reference", split=split)
+        self.metrics_logger.event("reference", split=split)
         kept = self.folder.root / "reference" / f"{split}.npz"
         return find_reference(self.plan, data, self.engine, self.engine.device, kept)
 
@@ -165,12 +165,12 @@ class Trial:
         loss = pulse.loss_sum / max(batch.denominator, 1)
         task_loss = pulse.task_loss_sum / max(batch.denominator, 1)
         if self._diverged(loss, norm, self.engine.skipped_steps > skipped_before):
-            return pulse, endings.divergence(progress.step + 1, loss, norm, lr)
+            return pulse, messages.divergence(progress.step + 1, loss, norm, lr)
         progress.step += 1
         progress.first_loss = task_loss if progress.step == 1 else progress.first_loss
         progress.loss_sum += pulse.task_loss_sum
         progress.targets += batch.denominator
-        self.journal.step(
+        self.metrics_logger.step(
             step=progress.step,
             loss=loss,
             **({"task_loss": task_loss} if task_loss != loss else {}),
@@ -198,7 +198,7 @@ class Trial:
         except CheckpointError as error:
             return "storage_failed", str(error)
         if stopping:
-            return "stopped", endings.how_to_go_on(progress.step, plan.total_steps)
+            return "stopped", messages.how_to_resume(progress.step, plan.total_steps)
         if reason or progress.step == plan.total_steps:
             return "finished", reason
         if not go_on:
@@ -214,7 +214,7 @@ class Trial:
 
         Where none comes, this one goes on, after the time that the asking side may have waited.
         """
-        self.journal.event("handover", step=self.progress.step)
+        self.metrics_logger.event("handover", step=self.progress.step)
         if self.rank == 0:
             self.folder.handover_request.unlink(missing_ok=True)
         time.sleep(self.plan.spec.fault_tolerance.health_timeout_s)
@@ -222,7 +222,7 @@ class Trial:
     def close(self) -> None:
         """Give back everything the trial held."""
         self.stream.close()
-        self.journal.flush()
+        self.metrics_logger.flush()
         if self.engine is not None:
             zero.close_engine(self.engine)
 
@@ -246,14 +246,16 @@ class Trial:
         """Whether a checkpoint must be committed now: a node has been announced to go, or goes."""
         heard = pulse.ask and self.notice.heard()
         if heard:
-            self.journal.event("notice", step=self.progress.step, deadline_s=self.notice.deadline_s)
+            self.metrics_logger.event(
+                "notice", step=self.progress.step, deadline_s=self.notice.deadline_s
+            )
         return heard or pulse.leave
 
     def _diverged(self, loss: float, norm: float | None, skipped: bool) -> bool:
         """A non-finite loss or gradient, or too many updates that DeepSpeed skipped without a word."""
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
         if skipped:
-            self.journal.event(
+            self.metrics_logger.event(
                 "warning", text=f"step {self.progress.step}: update skipped, gradient not finite"
             )
         broken = not math.isfinite(loss) or (
@@ -278,7 +280,7 @@ class Trial:
             metrics = self.evaluate(self.engine, self.engine.device)
         record = {"step": step, "eval_s": round(time.perf_counter() - started, 3), **metrics}
         remember(plan, self.progress, record)
-        self.journal.evaluation(record)
+        self.metrics_logger.evaluation(record)
         better = is_better(metrics[plan.metric], self.progress.best, plan)
         if better:
             self.progress.best = record
@@ -296,7 +298,7 @@ class Trial:
         due = step % plan.checkpoint_every_steps == 0 and not last
         if not (worth_saving or ending or due):
             return
-        self.journal.flush()
+        self.metrics_logger.flush()
         started = time.perf_counter()
         self._check_storage()
         self.writer.save(
@@ -309,7 +311,7 @@ class Trial:
         stall_s = time.perf_counter() - started
         if ending:
             self.notice.commit_s = stall_s
-        self.journal.event("save", step=step, stall_s=round(stall_s, 4))
+        self.metrics_logger.event("save", step=step, stall_s=round(stall_s, 4))
 
     def _check_storage(self) -> None:
         """Wait for the checkpoint in flight; a failure on any rank is raised on all, soon: the commit
@@ -339,4 +341,4 @@ class Trial:
         return Result(status, progress.step, progress.best, progress.last_eval, message, facts)
 
     def _committed(self, checkpoint: Committed) -> None:
-        self.journal.event("commit", step=checkpoint.step, folder=checkpoint.folder.name)
+        self.metrics_logger.event("commit", step=checkpoint.step, folder=checkpoint.folder.name)

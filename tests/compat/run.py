@@ -37,7 +37,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.model.config import load_config
 from orchestrator.model.weights import renamed_body
 from orchestrator.plan import Plan, make_plan, this_machine
-from orchestrator.plan.data import DataFacts
+from orchestrator.plan.data import DataStats
 from orchestrator.run_folder import RunFolder, write_json
 from orchestrator.spec import JobSpec
 from orchestrator.tasks.batches import ragged
@@ -213,7 +213,7 @@ def check_processor(plan: Plan) -> None:
     assert np.allclose(base, exported, atol=1e-4), "pixels of the exported processor"
 
 
-def prepared_rows(data: DataFacts) -> list[dict[str, Any]]:
+def prepared_rows(data: DataStats) -> list[dict[str, Any]]:
     """All rows of a prepared split, as the stream hands them out."""
     manifest = read_manifest(Path(data.folder))
     assert manifest is not None

@@ -1,4 +1,4 @@
-"""What a trial writes down about itself while it runs: steps, evaluations, events. Rank 0 writes."""
+"""Log a running trial: steps, evaluations, events. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orchestrator.report.records import RecordWriter, append_event
 from orchestrator.run_folder import RunFolder
 
 
-class Journal:
+class MetricsLogger:
     """Steps are collected and written beside training; the other ranks' calls do nothing."""
 
     def __init__(self, folder: RunFolder, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep left in its folder, read once: the facts that its report is made from."""
+"""Read the folder of a sweep once, for its report."""
 
 from __future__ import annotations
 

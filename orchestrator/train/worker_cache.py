@@ -31,7 +31,7 @@ GROWTH = 1.1
 logger = logging.getLogger(__name__)
 
 
-class Warm:
+class WorkerCache:
     """One worker's memory of the trials before. A new one is empty: then everything is loaded."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Rules across fields about how training goes: optimizer, schedule, stopping."""
+"""Rules across the fields of training: optimizer, schedule, stopping."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_EVAL_ROWS = "has no rows to be measured on"
 GIVE_EVAL_ROWS = "set data.eval, or data.eval_fraction=0.1, or drop it"
 
 
-def knob_rules(spec: JobSpec) -> Iterator[Problem]:
+def training_rules(spec: JobSpec) -> Iterator[Problem]:
     """Every rule about training's knobs that `spec` breaks."""
     yield from _optimizer(spec)
     yield from _schedule(spec)

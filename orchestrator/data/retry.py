@@ -1,4 +1,4 @@
-"""Storage elsewhere that fails for a while: try again from the start, and give up with its own words."""
+"""Retry reads of remote storage with back-off; raise the last error after a time limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from orchestrator.errors import DataError
 
-PATIENCE_S = 120.0
+RETRY_S = 120.0
 """How long storage elsewhere may fail. Arrow's own retries end after about 6 s."""
 LONGEST_WAIT_S = 10.0
 PASSING = re.compile(
@@ -21,12 +21,12 @@ PASSING = re.compile(
 T = TypeVar("T")
 
 
-def patiently(url: str, work: Callable[[], T]) -> T:
+def with_retries(url: str, work: Callable[[], T]) -> T:
     """Return the result of `work`, which reads `url`; retry while a URL's storage fails in passing.
 
-    Raises what `work` raises: at once for local paths and lasting errors, else after PATIENCE_S.
+    Raises what `work` raises: at once for local paths and lasting errors, else after RETRY_S.
     """
-    deadline, wait_s = time.monotonic() + PATIENCE_S, 0.5
+    deadline, wait_s = time.monotonic() + RETRY_S, 0.5
     while True:
         try:
             return work()

@@ -1,4 +1,4 @@
-"""Learning rates that are usual for a kind of task, each with whose it is. For Adam's family."""
+"""Default learning rates by kind of task, each with its citation. For Adam's family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a sweep: its outcome, the best trial's job and model, the report."""
+"""Finalize a sweep: its outcome, the best trial's job and model, the report."""
 
 from __future__ import annotations
 

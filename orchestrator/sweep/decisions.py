@@ -1,4 +1,4 @@
-"""Goes on or stops: verdicts from the log's reports alone, so that a resumed sweep gives the same ones."""
+"""The scheduler's decisions, from the log's reports alone, so that a resumed sweep makes the same ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean, median
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from orchestrator.metric import Metric
-from orchestrator.report.trial_log import SweepLog, TrialState, Verdict
+from orchestrator.report.trial_log import Decision, SweepLog, TrialState
 from orchestrator.spec.sweep import AshaScheduler, MedianScheduler, NoScheduler, PbtScheduler
 from orchestrator.sweep.plan import SweepPlan, first_rung
 
@@ -30,7 +30,7 @@ class _Means:
     read: int = 0
 
 
-class Referee:
+class SchedulerDecisions:
     """Judges reports. ASHA's rungs are refilled from the log; Tune itself forgets them on a restore."""
 
     def __init__(self, plan: SweepPlan, log: SweepLog) -> None:
@@ -40,18 +40,20 @@ class Referee:
         for kind, trial, step in log.order:
             self._replay(kind, log.trials[trial], step)
 
-    def judge(self, trial: TrialState, step: int, key: float, value: float, last: bool) -> Verdict:
+    def decide(
+        self, trial: TrialState, step: int, key: float, value: float, last: bool
+    ) -> Decision:
         """What becomes of a trial that reports `value` at `step`; `last`: it has no step after it."""
         save = self.log.is_among_best(value, trial, self.plan.sweep.keep_trials)
         match self.plan.sweep.scheduler:
             case AshaScheduler():
-                return Verdict(self._asha_goes_on(trial, key, value) or last, save)
+                return Decision(self._asha_goes_on(trial, key, value) or last, save)
             case MedianScheduler():
-                return Verdict(last or self._above_median(trial, key, value), save)
+                return Decision(last or self._above_median(trial, key, value), save)
             case PbtScheduler():
-                return Verdict(last or step not in self.plan.rungs, True)
+                return Decision(last or step not in self.plan.rungs, True)
             case NoScheduler():
-                return Verdict(True, save)
+                return Decision(True, save)
 
     def proposed(self, trial: TrialState) -> None:
         """A trial was added."""

@@ -1,4 +1,4 @@
-"""Errors that would come again: where two worker groups die of one thing in one place, there is no third one."""
+"""Detect repeated failures: a run ends when two worker groups fail with one signature."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAY_PASS = ("gloo", "nccl", "cuda", "connection", "peer", "socket", "timed out")
 """What a RuntimeError says of another rank's end or of a device, and of no mistake in the job."""
 
 
-def last_words() -> str:
+def failure_text() -> str:
     """The end of the traceback of the error that is being handled."""
     return traceback.format_exc()[-WORDS:]
 
 
-def place_of(error: Exception, folder: RunFolder) -> str | None:
+def failure_signature(error: Exception, folder: RunFolder) -> str | None:
     """Step, kind and line of an error; None for what a disk, a network or a lost peer raises, which may pass."""
     import ray
     import torch
@@ -35,15 +35,15 @@ def place_of(error: Exception, folder: RunFolder) -> str | None:
     return f"step {step}: {type(error).__name__} in {last.filename}:{last.lineno}"
 
 
-def note_crash(error: Exception, folder: RunFolder) -> None:
+def record_failure(error: Exception, folder: RunFolder) -> None:
     """Leave in the run folder what this worker dies of, for those who are started in its place."""
-    place = place_of(error, folder)
+    place = failure_signature(error, folder)
     if place is not None:
         group = sum(e["kind"] == "imports" for e in _of_this_launch(folder))
-        append_event(folder.events, "crash", place=place, group=group, words=last_words())
+        append_event(folder.events, "crash", place=place, group=group, words=failure_text())
 
 
-def came_again(folder: RunFolder) -> str | None:
+def repeated_failure(folder: RunFolder) -> str | None:
     """Return the failure that two worker groups of this launch had at the same place, None if there is none."""
     crashes = [e for e in _of_this_launch(folder) if e["kind"] == "crash"]
     for crash in crashes:

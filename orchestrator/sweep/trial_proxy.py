@@ -12,7 +12,7 @@ import ray
 from ray import tune
 
 
-class LightTrial(tune.Trainable):
+class TrialProxy(tune.Trainable):
     """Each `step` is the next report of a trial that runs in a slot."""
 
     def setup(self, config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep decides beside its verdicts: when it stops, what it keeps, what it goes on with."""
+"""What a sweep decides beside its decisions: when it stops, what it keeps, what it goes on with."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.cli.sweeps import best_job, job_of_sweep
 from orchestrator.errors import CheckpointError, RunExistsError, TrainingError
-from orchestrator.launch.claim import claimed_folder
+from orchestrator.launch.run_lock import locked_folder
 from orchestrator.metric import Metric
 from orchestrator.plan.resources import Workers
 from orchestrator.report.records import append_event
 from orchestrator.report.runs import runs_table
 from orchestrator.report.sweep_view import Standing, SweepView, results_table
-from orchestrator.report.trial_log import SweepLog, Verdict
+from orchestrator.report.trial_log import Decision, SweepLog
 from orchestrator.run_folder import SweepFolder, in_use, read_json, write_json
 from orchestrator.spec import JobSpec, dump_spec, load_spec
-from orchestrator.sweep import ending
+from orchestrator.sweep import finalize
 from orchestrator.sweep import run as run_module
-from orchestrator.sweep.director import Director
-from orchestrator.sweep.fleet import Fleet
+from orchestrator.sweep.controller import SweepController
 from orchestrator.sweep.plan import SweepPlan, first_rung, plan_sweep, plan_trial, rungs_of
-from orchestrator.sweep.run import _claimed, _must_have_the_same_rows, _planner, _spent_s
+from orchestrator.sweep.pool import WorkerGroupPool
+from orchestrator.sweep.run import _locked_sweep, _must_have_the_same_rows, _planner, _spent_s
 from orchestrator.sweep.show import show_sweep
 
 SPACE = {"optimizer.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-3}}
@@ -63,14 +63,14 @@ def planned(spec: JobSpec) -> SweepPlan:
 
 @pytest.fixture
 def directed(job: Any, tmp_path: Path) -> Iterator[Any]:
-    """`directed(num_trials=…, …)`: a director, its log beside it, and a broker that only notes."""
-    made: list[Director] = []
+    """`directed(num_trials=…, …)`: a controller, its log beside it, and a broker that only notes."""
+    made: list[SweepController] = []
 
-    def make(spent_s: float = 0.0, **sweep: Any) -> Director:
+    def make(spent_s: float = 0.0, **sweep: Any) -> SweepController:
         plan = planned(job(**sweep))
         log = SweepLog(tmp_path / "log.jsonl", Metric("accuracy", maximize=True))
         folder = SweepFolder(tmp_path / "sweep")
-        made.append(Director(plan, log, Asked(), folder, lambda *_: plan.base, spent_s))
+        made.append(SweepController(plan, log, Asked(), folder, lambda *_: plan.base, spent_s))
         return made[-1]
 
     yield make
@@ -78,70 +78,70 @@ def directed(job: Any, tmp_path: Path) -> Iterator[Any]:
         one.close()
 
 
-def begin(director: Director, index: int, **values: Any) -> str:
+def begin(controller: SweepController, index: int, **values: Any) -> str:
     trial = f"t{index:05d}"
-    director.log.trial(trial, index, values, None)
-    director.referee.proposed(director.log.trials[trial])
-    director.live.add(trial)
-    director._with_checkpoints.add(trial)
-    director.per_step[trial] = 1.0
+    controller.log.trial(trial, index, values, None)
+    controller.decisions.proposed(controller.log.trials[trial])
+    controller.live.add(trial)
+    controller._with_checkpoints.add(trial)
+    controller.per_step[trial] = 1.0
     return trial
 
 
-def tell(director: Director, trial: str, step: int, value: float) -> None:
+def tell(controller: SweepController, trial: str, step: int, value: float) -> None:
     said = {"trial": trial, "step": step, "metrics": {"accuracy": value}, "last": False}
-    director.reported(said)
+    controller.reported(said)
 
 
-def end(director: Director, trial: str, status: str = "pruned", step: int = 10) -> None:
-    director.ended({"trial": trial, "status": status, "step": step, "message": "why"})
+def end(controller: SweepController, trial: str, status: str = "pruned", step: int = 10) -> None:
+    controller.ended({"trial": trial, "status": status, "step": step, "message": "why"})
 
 
 # --- when it stops
 
 
 def test_patience_counts_trials_that_ended_since_the_best_got_better(directed: Any) -> None:
-    director = directed(budget={"patience_trials": 3}, num_trials=20)
-    first, others = begin(director, 0), [begin(director, i) for i in range(1, 7)]
-    tell(director, first, 10, 0.5)
+    controller = directed(budget={"patience_trials": 3}, num_trials=20)
+    first, others = begin(controller, 0), [begin(controller, i) for i in range(1, 7)]
+    tell(controller, first, 10, 0.5)
     for step, other in zip((20, 30, 40, 50), others, strict=False):
-        tell(director, other, 10, 0.1)
-        end(director, other)
-        tell(director, first, step, 0.5 + step / 1000)
-        assert director.stopping is None, "the best still improves"
+        tell(controller, other, 10, 0.1)
+        end(controller, other)
+        tell(controller, first, step, 0.5 + step / 1000)
+        assert controller.stopping is None, "the best still improves"
     for other in others[4:]:
-        end(director, other)
-    assert director.stopping is None
-    end(director, begin(director, 7), "failed")
-    director.check_budget()
-    assert director.stopping == "the best has not improved for 3 trials"
+        end(controller, other)
+    assert controller.stopping is None
+    end(controller, begin(controller, 7), "failed")
+    controller.check_budget()
+    assert controller.stopping == "the best has not improved for 3 trials"
 
 
 def test_patience_does_not_count_before_there_is_a_best(directed: Any) -> None:
-    director = directed(budget={"patience_trials": 2}, num_trials=20)
+    controller = directed(budget={"patience_trials": 2}, num_trials=20)
     for index in range(4):
-        end(director, begin(director, index), "diverged")
-    director.check_budget()
-    assert director.stopping is None
+        end(controller, begin(controller, index), "diverged")
+    controller.check_budget()
+    assert controller.stopping is None
 
 
 def test_steps_of_all_trials_are_a_budget(directed: Any) -> None:
-    director = directed(budget={"max_steps_total": 50}, num_trials=20)
-    one, other = begin(director, 0), begin(director, 1)
-    tell(director, one, 30, 0.5)
-    tell(director, other, 10, 0.5)
-    assert director.stopping is None
-    tell(director, one, 40, 0.4)
-    assert director.stopping == "sweep.budget.max_steps_total = 50 are used up"
+    controller = directed(budget={"max_steps_total": 50}, num_trials=20)
+    one, other = begin(controller, 0), begin(controller, 1)
+    tell(controller, one, 30, 0.5)
+    tell(controller, other, 10, 0.5)
+    assert controller.stopping is None
+    tell(controller, one, 40, 0.4)
+    assert controller.stopping == "sweep.budget.max_steps_total = 50 are used up"
 
 
 def test_time_is_a_budget_of_all_launches_together(directed: Any, tmp_path: Path) -> None:
-    director = directed(budget={"max_time_s": 100}, num_trials=20, spent_s=90)
-    director.check_budget()
-    assert director.stopping is None
-    director = directed(budget={"max_time_s": 100}, num_trials=20, spent_s=101)
-    director.check_budget()
-    assert director.stopping == "sweep.budget.max_time_s = 100 is used up"
+    controller = directed(budget={"max_time_s": 100}, num_trials=20, spent_s=90)
+    controller.check_budget()
+    assert controller.stopping is None
+    controller = directed(budget={"max_time_s": 100}, num_trials=20, spent_s=101)
+    controller.check_budget()
+    assert controller.stopping == "sweep.budget.max_time_s = 100 is used up"
 
 
 def test_the_time_between_launches_does_not_count(tmp_path: Path) -> None:
@@ -156,38 +156,38 @@ def test_the_time_between_launches_does_not_count(tmp_path: Path) -> None:
 
 
 def test_a_trial_that_could_not_write_ends_the_launch_and_no_trial(directed: Any) -> None:
-    director = directed(num_trials=20)
-    full, other = begin(director, 0), begin(director, 1)
-    director.folder.root.mkdir(parents=True)
-    director.folder.reserve.write_bytes(b"0")
-    director.folder.trial(other).root.mkdir(parents=True)
-    end(director, full, "storage_failed")
-    assert (director.stopping, director.broken) == ("t00000: why", True)
-    assert director.log.trials[full].status is None, "the same command goes on with it"
-    assert not director.folder.reserve.exists(), "there is room to say what happened"
-    assert director.folder.trial(other).stop_request.exists()
+    controller = directed(num_trials=20)
+    full, other = begin(controller, 0), begin(controller, 1)
+    controller.folder.root.mkdir(parents=True)
+    controller.folder.reserve.write_bytes(b"0")
+    controller.folder.trial(other).root.mkdir(parents=True)
+    end(controller, full, "storage_failed")
+    assert (controller.stopping, controller.broken) == ("t00000: why", True)
+    assert controller.log.trials[full].status is None, "the same command goes on with it"
+    assert not controller.folder.reserve.exists(), "there is room to say what happened"
+    assert controller.folder.trial(other).stop_request.exists()
 
 
 # --- what it keeps
 
 
 def test_checkpoints_of_the_best_trials_are_kept_and_no_others(directed: Any) -> None:
-    director = directed(num_trials=20, keep_trials=2, scheduler={"type": "none"})
+    controller = directed(num_trials=20, keep_trials=2, scheduler={"type": "none"})
     values = [0.5, 0.9, 0.7, 0.7, 0.8, 0.1]
     for index, value in enumerate(values):
-        trial = begin(director, index)
-        director.folder.trial(trial).checkpoints.mkdir(parents=True)
-        tell(director, trial, 90, value)
-        end(director, trial, "finished", 90)
-    running = begin(director, 6)
-    director.folder.trial(running).checkpoints.mkdir(parents=True)
-    tell(director, running, 10, 0.0)
-    end(director, begin(director, 7), "failed")
-    trials = director.folder.root / "trials"
+        trial = begin(controller, index)
+        controller.folder.trial(trial).checkpoints.mkdir(parents=True)
+        tell(controller, trial, 90, value)
+        end(controller, trial, "finished", 90)
+    running = begin(controller, 6)
+    controller.folder.trial(running).checkpoints.mkdir(parents=True)
+    tell(controller, running, 10, 0.0)
+    end(controller, begin(controller, 7), "failed")
+    trials = controller.folder.root / "trials"
     kept = sorted(p.name for p in trials.iterdir() if (p / "checkpoints").exists())
     assert kept == ["t00001", "t00004", "t00006"]
-    assert director._with_checkpoints == {*kept}, "what is gone is not looked at again"
-    assert director.per_step.keys() == {"t00006"}, "nothing is kept of trials that ended"
+    assert controller._with_checkpoints == {*kept}, "what is gone is not looked at again"
+    assert controller.per_step.keys() == {"t00006"}, "nothing is kept of trials that ended"
 
 
 def test_of_equal_values_the_first_is_exported_which_is_the_one_that_was_saved(
@@ -198,24 +198,26 @@ def test_of_equal_values_the_first_is_exported_which_is_the_one_that_was_saved(
     for step, value in ((6, 0.84), (12, 0.7), (18, 0.84)):
         saved = log.is_among_best(value, log.trials["t"], 1)
         assert saved is (step == 6)
-        log.report("t", step, step, {"accuracy": value}, Verdict(True, saved))
-    assert ending.best_step(log.trials["t"], "accuracy") == 6
+        log.report("t", step, step, {"accuracy": value}, Decision(True, saved))
+    assert finalize.best_step(log.trials["t"], "accuracy") == 6
 
 
 def test_a_member_whose_last_value_is_no_number_is_nobody_s_parent(directed: Any) -> None:
-    director = directed(num_trials=4, scheduler={"type": "pbt", "generations": 2, "quantile": 0.5})
+    controller = directed(
+        num_trials=4, scheduler={"type": "pbt", "generations": 2, "quantile": 0.5}
+    )
     for index, value in enumerate((math.nan, 0.9, 0.2, 0.8)):
-        trial = begin(director, index, **{"optimizer.lr": 1e-4})
-        tell(director, trial, 10, 0.1)
-        tell(director, trial, 45, value)
-        end(director, trial, "pruned", 45)
+        trial = begin(controller, index, **{"optimizer.lr": 1e-4})
+        tell(controller, trial, 10, 0.1)
+        tell(controller, trial, 45, value)
+        end(controller, trial, "pruned", 45)
     parents = []
     for index in range(4, 8):
-        heir = director._next_of_population(director.plan.sweep.scheduler, index)
+        heir = controller._next_of_population(controller.plan.sweep.scheduler, index)
         parents.append(heir.parent[0])
-        director.log.trial(heir.id, index, heir.values, heir.parent)
+        controller.log.trial(heir.id, index, heir.values, heir.parent)
     assert set(parents) <= {"t00001", "t00003"}
-    assert director.plan.planned_trials == 8
+    assert controller.plan.planned_trials == 8
 
 
 # --- rungs and rows
@@ -290,19 +292,19 @@ def test_a_sweep_whose_rows_have_changed_is_not_gone_on_with(job: Any, tmp_path:
 def test_a_sweep_that_fails_still_leaves_its_outcome_and_report(
     directed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    director = directed(num_trials=3)
-    folder = director.folder
-    director.log.path = folder.log
-    tell(director, begin(director, 0), 10, 0.5)
-    write_json(folder.plan, director.plan.model_dump(mode="json"))
+    controller = directed(num_trials=3)
+    folder = controller.folder
+    controller.log.path = folder.log
+    tell(controller, begin(controller, 0), 10, 0.5)
+    write_json(folder.plan, controller.plan.model_dump(mode="json"))
 
     def fail(*_: Any) -> None:
         raise CheckpointError("nothing is left of it")
 
-    monkeypatch.setattr(ending, "_export_best", fail)
+    monkeypatch.setattr(finalize, "_export_best", fail)
     for status, message in (("finished", ""), ("failed", "slots failed: why")):
         with pytest.raises(TrainingError, match="could not be exported: nothing is left") as error:
-            ending.finish(director.plan, folder, status, message)
+            finalize.finish(controller.plan, folder, status, message)
         assert message in str(error.value)
         outcome = read_json(folder.outcome)
         assert (outcome["status"], outcome["best"]) == ("failed", "t00000")
@@ -313,7 +315,7 @@ def test_a_worker_that_hangs_is_taken_for_dead_after_the_job_s_time_in_a_slot_to
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "600")
-    Fleet(Workers(1, 0, 1), 1, tmp_path, None, "broker", 7.5)._trainer(0, 1)
+    WorkerGroupPool(Workers(1, 0, 1), 1, tmp_path, None, "broker", 7.5)._trainer(0, 1)
     assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "7.5"
 
 
@@ -357,7 +359,7 @@ def test_trials_without_an_end_run_wait_or_are_left(tmp_path: Path) -> None:
     left = Standing(folder)
     assert [left.of(log.trials[t]) for t in ("t00003", "t9")] == ["unfinished", "unfinished"]
     assert "unfinished" in seen_by(results_table(log, folder))
-    with claimed_folder(folder.root, fresh=False):
+    with locked_folder(folder.root, fresh=False):
         assert in_use(folder.root)
         under_way = Standing(folder)
         assert [under_way.of(log.trials[t]) for t in ("t00003", "t9")] == ["running", "waiting"]
@@ -382,7 +384,7 @@ def test_a_sweep_goes_on_in_its_own_folder_wherever_its_name_is_said(
     spec = job(num_trials=3).model_copy(update={"storage_path": "runs"})
     monkeypatch.chdir(tmp_path)
     folder = SweepFolder(tmp_path / "runs" / spec.name)
-    with _claimed(spec, folder, fresh=False):
+    with _locked_sweep(spec, folder, fresh=False):
         append_event(folder.events, "launch", slots=2)  # killed here, before there was a plan
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

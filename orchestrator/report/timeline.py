@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from orchestrator.report.records import finite
 from orchestrator.report.run import Facts, Run, best_eval
-from orchestrator.report.words import duration, metric_text, number
+from orchestrator.report.text import duration, metric_text, number
 
 PHASES = {
     "imports": "imports",

@@ -1,4 +1,4 @@
-"""Facts about the job's model, counted on the meta device: no weights are loaded."""
+"""Count the job's model on the meta device: no weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from orchestrator.model.kept_values import kept_values
 from orchestrator.model.parts import groups, hidden_matrices
 from orchestrator.model.quantization import quantized_elements
 from orchestrator.model.teacher import paired_layers, teacher_hidden_size
-from orchestrator.plan.memory import ModelFacts
+from orchestrator.plan.memory import ModelStats
 from orchestrator.spec import JobSpec
 from orchestrator.spec.tuning import quantized
 
 
-def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
+def model_stats(spec: JobSpec, labels: tuple[str, ...]) -> ModelStats:
     """Sizes of the model that will be trained, adapters included."""
     model = build_model(spec, labels, on_meta=True)
     further: dict[str, Any] = {
@@ -27,7 +27,7 @@ def model_facts(spec: JobSpec, labels: tuple[str, ...]) -> ModelFacts:
     if spec.distillation is not None and spec.distillation.hidden is not None:
         further["hidden_pairs"] = paired_layers(spec)
         further["teacher_hidden_size"] = teacher_hidden_size(spec)
-    return facts_of(model).model_copy(update=further)
+    return stats_of(model).model_copy(update=further)
 
 
 def _adapted_modules(model: Any) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def _adapted_modules(model: Any) -> tuple[str, ...]:
     return tuple(sorted({str(name).rpartition(".")[2] for name in names - heads}))
 
 
-def facts_of(model: Any) -> ModelFacts:
+def stats_of(model: Any) -> ModelStats:
     """Sizes of a `transformers` model, from its parameters and its config.
 
     Configs name sizes in many ways, some of them one per stage: of those the widest count, but for the
@@ -50,7 +50,7 @@ def facts_of(model: Any) -> ModelFacts:
     hidden = stages[0] if stages else _number(config, HIDDEN_SIZES)
     matrices = hidden_matrices(model)
     two_sided = bool(getattr(config, "is_encoder_decoder", False))
-    return ModelFacts(
+    return ModelStats(
         model_type=str(config.model_type),
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),

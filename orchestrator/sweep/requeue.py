@@ -13,7 +13,7 @@ import ray
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 
-class HandBack(WorkerGroupCallback):  # type: ignore[misc]  # Ray's internals are not typed
+class RequeueCallback(WorkerGroupCallback):  # type: ignore[misc]  # Ray's internals are not typed
     """Runs in Ray Train's controller."""
 
     def __init__(self, broker_name: str, slot: int) -> None:

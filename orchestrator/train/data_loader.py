@@ -1,4 +1,4 @@
-"""Each rank's rows, step after step: Ray Data segments opened ahead of need."""
+"""Load each rank's rows, step after step, from Ray Data prefetch windows that open ahead of need."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.data.stream import (
     segments,
 )
 from orchestrator.errors import DataError
-from orchestrator.plan.data import DataFacts
+from orchestrator.plan.data import DataStats
 from orchestrator.plan.plan import Plan
 
 AHEAD_STEPS = 8
@@ -42,7 +42,7 @@ class Source:
         self.reader, self.order, self.n_targets = reader, order, n_targets
 
 
-def open_source(plan: Plan, data: DataFacts, global_batch_size: int, for_training: bool) -> Source:
+def open_source(plan: Plan, data: DataStats, global_batch_size: int, for_training: bool) -> Source:
     """Open a prepared split and fix its order.
 
     Evaluation keeps the order of files but groups by length: every row counts once, in any order.
@@ -63,7 +63,7 @@ def open_source(plan: Plan, data: DataFacts, global_batch_size: int, for_trainin
     return Source(reader, order, reader.column("n_targets"))
 
 
-def _teacher(data: DataFacts) -> ShardReader | None:
+def _teacher(data: DataStats) -> ShardReader | None:
     """What a teacher said of the rows, to be read along with them."""
     if data.teacher_folder is None:
         return None

@@ -1,4 +1,4 @@
-"""Slots: long-lived Ray Train worker groups that run trial after trial."""
+"""Pool of slots: long-lived Ray Train worker groups that run trial after trial."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError, DamagedFileError, TrainingError
-from orchestrator.launch.crashes import last_words, place_of
+from orchestrator.launch.repeated_failures import failure_signature, failure_text
 from orchestrator.launch.workers import log_to, must_see, node_taken_away_at_s
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.resources import Workers
@@ -28,7 +28,7 @@ NO_END = ("stopped", "storage_failed")
 logger = logging.getLogger(__name__)
 
 
-class Fleet:
+class WorkerGroupPool:
     """All slots; each is a thread of the driver around one `TorchTrainer.fit()` after another."""
 
     def __init__(
@@ -99,7 +99,7 @@ class Fleet:
 
     def _trainer(self, slot: int, workers: int) -> Any:
         from orchestrator.launch.trainer import make_group
-        from orchestrator.sweep.hand_back import HandBack
+        from orchestrator.sweep.requeue import RequeueCallback
 
         return make_group(
             f"slot-{slot}-{uuid.uuid4().hex[:6]}",
@@ -114,7 +114,7 @@ class Fleet:
             self.root / "ray",
             max_failures=-1,  # the broker counts them, per trial
             health_timeout_s=self.health_timeout_s,
-            callbacks=[HandBack(self.broker_name, slot)],
+            callbacks=[RequeueCallback(self.broker_name, slot)],
         )
 
 
@@ -125,7 +125,7 @@ def serve(config: dict[str, Any]) -> None:
 
     from orchestrator.train.engine import import_ahead
     from orchestrator.train.group import broadcast, together
-    from orchestrator.train.warm import Warm
+    from orchestrator.train.worker_cache import WorkerCache
 
     root, slot, rank = Path(config["root"]), config["slot"], dist.get_rank()
     if Path(config["work_dir"]).is_dir():
@@ -139,7 +139,7 @@ def serve(config: dict[str, Any]) -> None:
         return
     log_to(root / "logs" / f"slot-{slot:03d}-{rank:05d}.log")
     import_ahead()
-    warm = Warm()
+    warm = WorkerCache()
     while True:
         task: Any = None
         if rank == 0:
@@ -174,8 +174,8 @@ def _run(plan: Plan, trial: str, slot: int, broker: Any, warm: Any) -> None:
         def judge(record: dict[str, Any], last: bool) -> tuple[bool, bool]:
             figures = {k: v for k, v in record.items() if isinstance(v, float) and k != "eval_s"}
             answer = broker.report.remote(trial, record["step"], figures, last)
-            verdict: tuple[bool, bool] = ray.get(answer)
-            return verdict
+            decision: tuple[bool, bool] = ray.get(answer)
+            return decision
 
         def ask() -> float | None:
             at_s = node_taken_away_at_s()
@@ -186,7 +186,7 @@ def _run(plan: Plan, trial: str, slot: int, broker: Any, warm: Any) -> None:
         try:
             outcome = asdict(run_trial(plan, folder, warm, judge, ask))
         except Exception as error:
-            ray.get(broker.crashed.remote(trial, last_words(), place_of(error, folder)))
+            ray.get(broker.crashed.remote(trial, failure_text(), failure_signature(error, folder)))
             raise
         if rank == 0 and outcome["status"] not in NO_END:
             write_json(folder.outcome, outcome)

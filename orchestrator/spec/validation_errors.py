@@ -1,4 +1,4 @@
-"""Pydantic's errors in the words of the job file: one problem per field, nearest name, fix."""
+"""Turn pydantic's errors into problems of the job file: one per field, with the nearest name and the fix."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.errors import Problem
+from orchestrator.spec.field_docs import field_docs
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.meanings import meanings
 from orchestrator.values import model_members
 
 OTHER_NAMES: dict[str, list[str]] = {
@@ -135,7 +135,7 @@ def _purpose(field: str, data: dict[str, Any]) -> str:
     """The first sentence of a field's documentation."""
     parents, _, last = field.rpartition(".")
     model = _model_at(parents.split(".") if parents else [], data)
-    return first_sentence(meanings(model).get(last)) if model else ""
+    return first_sentence(field_docs(model).get(last)) if model else ""
 
 
 def first_sentence(text: str | None) -> str:

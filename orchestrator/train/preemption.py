@@ -1,4 +1,4 @@
-"""A node that is about to be taken away: hearing of it, committing in time, and being gone by then."""
+"""Watch for a preemption notice: a node that will be taken away commits in time and leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Ask = Callable[[], float | None]
 """Collective: when a node of this group will be gone, in Unix seconds; None where none will."""
 
 
-class Notice:
+class PreemptionMonitor:
     """What the cluster has said. Rank 0's clock decides when to ask and when to leave; the pulse tells the rest."""
 
     def __init__(self, ask: Ask | None, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""The part of a plan that follows from the number of workers."""
+"""Derive the part of a plan that follows from the number of workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.plan.resources import worker_limits
 from orchestrator.plan.zero import deepspeed_config
 
 
-def shares_of(
+def worker_plan(
     load: Load, reasons: dict[str, str], stage: Stage | None = None
 ) -> tuple[MemorySetup, dict[str, Any]]:
     """(how the model is held, the plan's fields that follow from the number of workers).
@@ -39,7 +39,9 @@ def shares_of(
     }
 
 
-def stage_of_fewest(load: Load, global_batch_size: int, reasons: dict[str, str]) -> Stage | None:
+def stage_of_min_workers(
+    load: Load, global_batch_size: int, reasons: dict[str, str]
+) -> Stage | None:
     """The ZeRO stage of a job whose number of workers changes: what fits the fewest fits more as well.
 
     None where the number is fixed. Raises PlanError where nothing fits the fewest.

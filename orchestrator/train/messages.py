@@ -1,4 +1,4 @@
-"""What a trial says when it ends before its last step."""
+"""Messages of a trial that ends before its last step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def divergence(step: int, loss: float, norm: float | None, lr: float) -> str:
     )
 
 
-def how_to_go_on(step: int, total_steps: int) -> str:
+def how_to_resume(step: int, total_steps: int) -> str:
     """Of a run that was asked to stop."""
     return (
         f"stopped at step {step} of {total_steps} with a committed checkpoint; "

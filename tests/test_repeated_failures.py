@@ -13,7 +13,11 @@ from sweeps import write_lines
 
 from orchestrator.errors import TrainingError
 from orchestrator.launch import workers
-from orchestrator.launch.crashes import came_again, note_crash, place_of
+from orchestrator.launch.repeated_failures import (
+    failure_signature,
+    record_failure,
+    repeated_failure,
+)
 from orchestrator.launch.run import train
 from orchestrator.report.records import append_event, read_records
 from orchestrator.run_folder import RunFolder
@@ -45,7 +49,7 @@ def test_only_what_would_come_again_is_known_by_its_place(
 ) -> None:
     folder = RunFolder(tmp_path)
     write_lines(folder.steps, [{"step": 7}])
-    place = place_of(caught(error), folder)
+    place = failure_signature(caught(error), folder)
     assert (place is not None) is comes_again
     if place is not None:
         assert place.startswith(f"step 7: {type(error).__name__} in {__file__}")
@@ -59,18 +63,18 @@ def test_the_same_error_in_one_group_s_ranks_is_one_and_an_earlier_launch_s_does
     def group(*errors: Exception) -> None:
         append_event(folder.events, "imports", workers=2)
         for error in errors:
-            note_crash(caught(error), folder)
+            record_failure(caught(error), folder)
 
     append_event(folder.events, "launch")
     group(ValueError("bad"), ValueError("bad"))
-    assert came_again(folder) is None
+    assert repeated_failure(folder) is None
     group(OSError("the disk"), TypeError("another"))
-    assert came_again(folder) is None
+    assert repeated_failure(folder) is None
     append_event(folder.events, "launch")
     group(ValueError("bad"))
-    assert came_again(folder) is None
+    assert repeated_failure(folder) is None
     group(ValueError("bad"))
-    assert "step 0: ValueError in" in (came_again(folder) or "")
+    assert "step 0: ValueError in" in (repeated_failure(folder) or "")
 
 
 @pytest.mark.timeout(200)

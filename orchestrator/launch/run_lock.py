@@ -54,14 +54,14 @@ def at_saved_stage(plan: Plan) -> Plan:
 
 
 @contextmanager
-def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
+def locked(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
     """The run folder, ready for a launch, locked against a second driver.
 
     Raises RunExistsError where another process trains this run, or where its checkpoints belong to a
     job that differs in more than what may change.
     """
     folder = RunFolder(Path(plan.run_dir))
-    with claimed_folder(folder.root, fresh):
+    with locked_folder(folder.root, fresh):
         if folder.plan.exists():
             _must_fit(folder, plan)
         write_atomically(folder.spec, dump_spec(plan.spec))
@@ -72,13 +72,13 @@ def claimed(plan: Plan, fresh: bool) -> Iterator[RunFolder]:
 
 
 @contextmanager
-def claimed_folder(root: Path, fresh: bool) -> Iterator[None]:
+def locked_folder(root: Path, fresh: bool) -> Iterator[None]:
     """A writable folder that no other process works in; with `fresh`, an empty one.
 
     Raises RunExistsError where another process has it, OrchestratorError where it cannot be written.
     """
     _make_writable(root)
-    with _locked(root):
+    with _file_lock(root):
         if fresh:
             _put_aside(root)
             _make_writable(root)
@@ -118,7 +118,7 @@ def _make_writable(root: Path) -> None:
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def _file_lock(root: Path) -> Iterator[None]:
     """The lock dies with its process, so a killed driver leaves nothing to clean up."""
     with storage_errors(lock_of(root)):
         lock = open(lock_of(root), "w", encoding="ascii")  # noqa: SIM115, closed below

@@ -1,4 +1,4 @@
-"""Notice of a node that will be taken away: when it is asked for, and when the group leaves."""
+"""PreemptionMonitor of a node that will be taken away: when it is asked for, and when the group leaves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 
 from orchestrator.run_folder import RunFolder
-from orchestrator.train import notice
-from orchestrator.train.notice import EARLY_S, OVERDUE_S, Notice
+from orchestrator.train import preemption
+from orchestrator.train.preemption import EARLY_S, OVERDUE_S, PreemptionMonitor
 from orchestrator.train.state import Pulse
 from orchestrator.train.trial import Trial
 
@@ -34,15 +34,15 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     one = Clock()
     fake = SimpleNamespace(time=one.time, monotonic=one.time, sleep=one.sleep)
-    monkeypatch.setattr(notice, "time", fake)
+    monkeypatch.setattr(preemption, "time", fake)
     return one
 
 
 def test_rank_0_s_clock_decides_when_to_ask_and_when_to_leave(clock: Clock) -> None:
     deadlines = iter([None, clock.now + 60, clock.now + 60])
-    first, other = Notice(lambda: next(deadlines), 0), Notice(lambda: None, 1)
+    first, other = PreemptionMonitor(lambda: next(deadlines), 0), PreemptionMonitor(lambda: None, 1)
     assert not first.due(), "just started"
-    clock.sleep(notice.ASK_EVERY_S)
+    clock.sleep(preemption.ASK_EVERY_S)
     assert first.due()
     assert not other.due(), "the pulse tells the others"
     assert not first.heard()
@@ -59,7 +59,7 @@ def test_an_earlier_deadline_is_news_and_a_slow_commit_makes_the_group_leave_ear
     clock: Clock,
 ) -> None:
     deadlines = iter([clock.now + 60, clock.now + 30])
-    one = Notice(lambda: next(deadlines), 0)
+    one = PreemptionMonitor(lambda: next(deadlines), 0)
     assert one.heard()
     assert one.heard()
     one.commit_s = 10
@@ -70,7 +70,7 @@ def test_an_earlier_deadline_is_news_and_a_slow_commit_makes_the_group_leave_ear
 
 
 def test_a_node_that_stays_after_all_does_not_hold_its_workers_for_ever(clock: Clock) -> None:
-    one = Notice(lambda: 1010.0, 0)
+    one = PreemptionMonitor(lambda: 1010.0, 0)
     assert one.heard()
     with pytest.raises(RuntimeError, match="still here"):
         one.wait_to_be_taken()
@@ -78,7 +78,7 @@ def test_a_node_that_stays_after_all_does_not_hold_its_workers_for_ever(clock: C
 
 
 def test_without_a_cluster_to_ask_nothing_is_asked(clock: Clock) -> None:
-    one = Notice(None, 0)
+    one = PreemptionMonitor(None, 0)
     clock.sleep(100)
     assert not one.due()
     assert not one.heard()

@@ -1,4 +1,4 @@
-"""Decides what runs next and what becomes of it, and writes down both before anybody acts on it."""
+"""Controller of a sweep: proposes trials, and logs every decision before it takes effect."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from orchestrator.run_folder import RunFolder, SweepFolder, write_atomically, wr
 from orchestrator.spec import dump_spec
 from orchestrator.spec.search_space import Values
 from orchestrator.spec.sweep import PbtScheduler
-from orchestrator.sweep.fleet import NO_END
+from orchestrator.sweep.decisions import SchedulerDecisions
 from orchestrator.sweep.plan import SweepPlan, as_planned, unit_per_step
-from orchestrator.sweep.referee import Referee
+from orchestrator.sweep.pool import NO_END
 from orchestrator.sweep.space import Past, perturbed, propose
 from orchestrator.train.checkpoint import committed, retain
 
 NO_MORE: Final = TrialState("", -1, {})
 """What `next_trial` returns when there will be no further trial."""
 MOST_LOST = 10
-"""Light trials that one trial may lose before the sweep is stopped."""
+"""Trial proxies that one trial may lose before the sweep is stopped."""
 FAILURES = ("diverged", "failed")
 
 MakePlan = Callable[[str, Values], Plan]
 
 
-class Director:
+class SweepController:
     """One per sweep, in the driver. Called by Tune's loop; plans are made in a thread beside it."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Director:
         """`spent_s`: of `budget.max_time_s`, by earlier launches and by the start of this one."""
         self.plan, self.log, self.broker, self.folder = plan, log, broker, folder
         self.make_plan = make_plan
-        self.referee = Referee(plan, log)
+        self.decisions = SchedulerDecisions(plan, log)
         self.past = Past(plan.sweep, log.metric)
         self.per_step: dict[str, float] = {}
         """What one step is in the scheduler's unit, by trial, until the trial ends."""
@@ -63,7 +63,7 @@ class Director:
         """Whether that is no end that anybody asked for."""
         self.started_at = time.monotonic() - spent_s
         self.live: set[str] = set()
-        self._adrift: list[str] = []
+        self._unassigned: list[str] = []
         self._lost: Counter[str] = Counter()
         self._with_checkpoints = set(log.trials)
         self._unfinished = [t for t in log.trials.values() if t.status is None]
@@ -72,36 +72,36 @@ class Director:
     def begin(self, count: int) -> None:
         """Queue the first trials before Tune is there: it follows them when it asks for its own first ones."""
         drawn = (self.next_trial() for _ in range(count))
-        self._adrift = [t.id for t in drawn if t is not None and t is not NO_MORE]
+        self._unassigned = [t.id for t in drawn if t is not None and t is not NO_MORE]
 
     def next_trial(self) -> TrialState | None:
         """The next trial to run or to follow on; None where one may come later, NO_MORE where none will."""
-        if self._adrift:
-            return self.log.trials[self._adrift.pop(0)]
+        if self._unassigned:
+            return self.log.trials[self._unassigned.pop(0)]
         self.check_budget()
         if self._unfinished and not self.stopping:
             return self._start(self._unfinished.pop(0))
         proposed = NO_MORE if self.stopping else self._propose()
         if proposed is NO_MORE and self.live:
-            return None  # a light trial may be lost yet
+            return None  # a trial proxy may be lost yet
         if proposed is None or proposed is NO_MORE:
             return proposed
         self.log.trial(proposed.id, proposed.index, proposed.values, proposed.parent)
         trial = self.log.trials[proposed.id]
-        self.referee.proposed(trial)
+        self.decisions.proposed(trial)
         return self._start(trial)
 
     def reported(self, said: dict[str, Any]) -> None:
         """Judge a report, log it, answer; one that comes twice has its answer already."""
         trial, step = self.log.trials[said["trial"]], said["step"]
-        verdict = trial.verdicts.get(step)
-        if verdict is None:
+        decision = trial.decisions.get(step)
+        if decision is None:
             value = said["metrics"].get(self.log.metric.name, math.nan)
             # Rounded: a rung is a whole number, and step × rows may fall short of it by a float's last bit.
             key = float(round(step * self.per_step[trial.id]))
-            verdict = self.referee.judge(trial, step, key, value, said["last"])
-            self.log.report(trial.id, step, key, said["metrics"], verdict)
-        self.broker.verdict.remote(trial.id, step, verdict.go_on, verdict.save)
+            decision = self.decisions.decide(trial, step, key, value, said["last"])
+            self.log.report(trial.id, step, key, said["metrics"], decision)
+        self.broker.decision.remote(trial.id, step, decision.go_on, decision.save)
         self.check_budget()
 
     def ended(self, said: dict[str, Any]) -> None:
@@ -117,14 +117,14 @@ class Director:
             return
         self.log.end(said["trial"], said["status"], said["step"], said["message"])
         self.per_step.pop(said["trial"], None)
-        self.referee.ended(self.log.trials[said["trial"]])
+        self.decisions.ended(self.log.trials[said["trial"]])
         self._forget_checkpoints()
 
-    def orphaned(self, trial: str) -> None:
-        """Tune lost the light trial's process: another one will take what this trial reports."""
+    def proxy_lost(self, trial: str) -> None:
+        """Tune lost the trial proxy's process: another one will take what this trial reports."""
         self._lost[trial] += 1
         if self._lost[trial] <= MOST_LOST:
-            self._adrift.append(trial)
+            self._unassigned.append(trial)
             return
         self.stop(f"the process that follows {trial} could not be kept", broken=True)
         self.broker.give_up.remote(trial)

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 
 @cache
-def meanings(model: type[BaseModel]) -> dict[str, str]:
+def field_docs(model: type[BaseModel]) -> dict[str, str]:
     """Field → docstring, of a model and of what it inherits from."""
     found: dict[str, str] = {}
     for owner in reversed(model.__mro__):

@@ -17,7 +17,7 @@ from orchestrator.spec import JobSpec
 from orchestrator.train import trial as trial_module
 from orchestrator.train.state import memory_in_use_bytes
 from orchestrator.train.trial import run_trial
-from orchestrator.train.warm import GROWTH, SETTLED_TRIALS, Warm
+from orchestrator.train.worker_cache import GROWTH, SETTLED_TRIALS, WorkerCache
 
 LABELS = ("bad", "good")
 SEARCHED = (
@@ -44,7 +44,7 @@ def test_each_trial_starts_from_the_model_of_its_own_job_as_if_it_were_loaded(
 ) -> None:
     import torch
 
-    warm = Warm()
+    warm = WorkerCache()
     for overrides in SEARCHED:
         job: Any = SimpleNamespace(spec=changed(spec, *overrides), labels=LABELS)
         torch.manual_seed(job.spec.seed)
@@ -86,7 +86,7 @@ def test_a_slot_that_has_grown_gives_freed_memory_back() -> None:
     def used() -> int:
         return memory_in_use_bytes(torch.device("cpu"))
 
-    warm = Warm()
+    warm = WorkerCache()
     for _ in range(SETTLED_TRIALS):
         warm.trial_ended()
     settled = used()

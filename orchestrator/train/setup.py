@@ -1,4 +1,4 @@
-"""What a trial opens before its first step: checkpoint, writer, stream, model and engine. All collective."""
+"""Set up a trial before its first step: checkpoint, writer, stream, model and engine. All collective."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ from orchestrator.train.checkpoint import (
     put_aside_newer,
     remove_uncommitted,
 )
-from orchestrator.train.feed import Source, StepStream, open_source
+from orchestrator.train.data_loader import Source, StepStream, open_source
 from orchestrator.train.group import broadcast, together
-from orchestrator.train.journal import Journal
+from orchestrator.train.metrics_logger import MetricsLogger
 from orchestrator.train.reshard import load_resharded
 from orchestrator.train.state import Progress
-from orchestrator.train.warm import Warm
+from orchestrator.train.worker_cache import WorkerCache
 
 
-def find_checkpoint(folder: RunFolder, journal: Journal) -> Committed | None:
+def find_checkpoint(folder: RunFolder, metrics_logger: MetricsLogger) -> Committed | None:
     """The newest valid checkpoint, verified by rank 0, the same on all ranks."""
-    journal.event("find", workers=dist.get_world_size())
+    metrics_logger.event("find", workers=dist.get_world_size())
     found: Committed | None = None
     if dist.get_rank() == 0:
         remove_uncommitted(folder.checkpoints)
-        found = newest_valid(folder.checkpoints, lambda text: journal.event("warning", text=text))
+        found = newest_valid(
+            folder.checkpoints, lambda text: metrics_logger.event("warning", text=text)
+        )
         put_aside_newer(folder.checkpoints, found)
     return broadcast(found)
 
@@ -74,9 +76,9 @@ def open_writer(
     return writer
 
 
-def open_stream(plan: Plan, step: int, journal: Journal) -> StepStream:
+def open_stream(plan: Plan, step: int, metrics_logger: MetricsLogger) -> StepStream:
     """The training rows from optimizer step `step` on."""
-    journal.event("stream", step=step)
+    metrics_logger.event("stream", step=step)
 
     def source() -> Source | None:
         if dist.get_rank():
@@ -86,7 +88,9 @@ def open_stream(plan: Plan, step: int, journal: Journal) -> StepStream:
     return StepStream(together(source), plan.global_batch_size, step, plan.total_steps)
 
 
-def open_model(plan: Plan, warm: Warm | None, journal: Journal) -> torch.nn.Module:
+def open_model(
+    plan: Plan, warm: WorkerCache | None, metrics_logger: MetricsLogger
+) -> torch.nn.Module:
     """The job's model, the same on all ranks; random numbers start anew behind it."""
 
     def make() -> torch.nn.Module:
@@ -100,7 +104,7 @@ def open_model(plan: Plan, warm: Warm | None, journal: Journal) -> torch.nn.Modu
                 "Copy or download them again."
             ) from error
 
-    journal.event("model")
+    metrics_logger.event("model")
     zero.seed_everything(plan.spec.seed, dist.get_rank())
     model: Any = together(make)
     zero.seed_everything(plan.spec.seed, dist.get_rank())
@@ -108,10 +112,10 @@ def open_model(plan: Plan, warm: Warm | None, journal: Journal) -> torch.nn.Modu
     return model
 
 
-def load_state(engine: Any, plan: Plan, found: Committed, journal: Journal) -> None:
+def load_state(engine: Any, plan: Plan, found: Committed, metrics_logger: MetricsLogger) -> None:
     """Restore what the checkpoint holds, whatever the number of workers that wrote it."""
     writers = found.facts["world_size"]
-    journal.event("load", workers=writers)
+    metrics_logger.event("load", workers=writers)
     if plan.stage and writers != dist.get_world_size():
         load_resharded(engine, found.folder, plan.stage, writers)
     else:  # at stage 0 every rank has everything
