@@ -193,7 +193,7 @@ class Trial:
                 self._check_storage()
             go_on, worth_saving = self._evaluate_if_due(stopping)
             reason = ended_early(plan, progress)
-            leaving = self._heed_notice(pulse) or pulse.handover
+            leaving = self._react_to_notice(pulse) or pulse.handover
             self._save_if_due(worth_saving, stopping or bool(reason) or leaving)
         except CheckpointError as error:
             return "storage_failed", str(error)
@@ -242,7 +242,7 @@ class Trial:
         )
         return summed(mine, self.engine.device)
 
-    def _heed_notice(self, pulse: Pulse) -> bool:
+    def _react_to_notice(self, pulse: Pulse) -> bool:
         """Whether a checkpoint must be committed now: a node has been announced to go, or goes."""
         heard = pulse.ask and self.notice.heard()
         if heard:
